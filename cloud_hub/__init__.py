@@ -1,0 +1,1 @@
+"""The cloud's side of Outrider: the hub, and the operators' command line."""

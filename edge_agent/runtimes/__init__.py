@@ -1,0 +1,1 @@
+"""The engines, one file each, imported lazily inside a model host."""

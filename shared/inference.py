@@ -1,0 +1,259 @@
+"""What applications ask of the door and what they get: the headers of frames.
+
+A request's tensors are in the frame's payload; the header describes them. Every answer says where it came from.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from shared import limits
+from shared.errors import InputRefused
+from shared.model import ITEM_BYTES, DType, Signature
+
+Rung = Literal["full", "smaller", "cached", "cloud", "refused"]
+"""The step of the degradation ladder that an answer came from."""
+
+
+class TensorHead(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor in a frame: the payload holds `prod(shape) * item size` bytes of it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class Infer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="infer", tag_field="type"):
+    """Ask a model.
+
+    Attributes:
+        id: the caller's name for this request; answers and feedback refer to it. Unique per connection's lifetime
+            is enough for answers, unique per device for feedback; empty lets the agent choose.
+        model: family.
+        inputs: heads of the payload's tensors, in order.
+        deadline_ms: the answer is wanted this many milliseconds after the request was read.
+    """
+
+    model: str
+    inputs: tuple[TensorHead, ...]
+    id: str = ""
+    deadline_ms: int = 1000
+
+
+class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback", tag_field="type"):
+    """Tell what was true of an answer: a label, or whether it was correct, or a business figure."""
+
+    request: str
+    id: str = ""
+    label: str | None = None
+    correct: bool | None = None
+    value: float | None = None
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="reading", tag_field="type"):
+    """Hand over a reading for the hub."""
+
+    name: str
+    value: float
+    id: str = ""
+
+
+class Describe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="describe", tag_field="type"):
+    """Ask what a model takes and gives; empty `model` lists all."""
+
+    id: str = ""
+    model: str = ""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="status", tag_field="type"):
+    """Ask how the agent is."""
+
+    id: str = ""
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="control", tag_field="type"):
+    """A command of `outrider-agent` to the running daemon: `queue.flush`, `queue.drop`, `model.rollback`."""
+
+    command: str
+    id: str = ""
+    argument: str = ""
+
+
+Request = Infer | Feedback | Measure | Describe | Status | Control
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="answer", tag_field="type"):
+    """What a model said, and where it came from.
+
+    Attributes:
+        id: the request's.
+        model, version, variant, digest: what answered; `digest` is the served file's SHA-256.
+        rung: step of the ladder.
+        labels, confidences: one per row for classification; empty for raw models. Confidence is the greatest softmax
+            probability, 0 to 1.
+        degraded: whether a better rung was wanted and could not be had.
+        deadline_met: whether the answer left the agent in time.
+        took_us: from the request being read to the answer being ready.
+        outputs: heads of the payload's tensors, in order.
+    """
+
+    id: str
+    model: str
+    version: str
+    variant: str
+    digest: str
+    rung: Rung
+    labels: tuple[str, ...]
+    confidences: tuple[float, ...]
+    outputs: tuple[TensorHead, ...]
+    took_us: int
+    degraded: bool = False
+    deadline_met: bool = True
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="done", tag_field="type"):
+    """A feedback, reading or command was accepted (and is durable, where it is a record)."""
+
+    id: str
+    detail: str = ""
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="refusal", tag_field="type"):
+    """The request was not answered: whose fault, why, and what to do.
+
+    Attributes:
+        code: stable (`model.input`, `model.unknown`, `overload`, `deadline`).
+        retry: whether the same request can succeed later.
+    """
+
+    id: str
+    code: str
+    message: str
+    hint: str = ""
+    retry: bool = False
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model as the door describes it; `signature` is None while nothing serves."""
+
+    family: str
+    phase: str
+    version: str = ""
+    variant: str = ""
+    digest: str = ""
+    candidate: str = ""
+    error_code: str = ""
+    error: str = ""
+    signature: Signature | None = None
+    labels: tuple[str, ...] = ()
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="description", tag_field="type"):
+    """Answer to Describe."""
+
+    id: str
+    models: tuple[ModelState, ...]
+
+
+class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="agent", tag_field="type"):
+    """Answer to Status.
+
+    Attributes:
+        link: `online`, `connecting`, `offline`.
+        link_detail: why the link is not online.
+        queue: waiting records by class name.
+        assignment_version: newest assignment accepted, 0 for none.
+    """
+
+    id: str
+    device: str
+    agent_version: str
+    profile: str
+    boot: int
+    pid: int
+    uptime_ms: int
+    link: str
+    models: tuple[ModelState, ...]
+    queue: dict[str, int]
+    queue_bytes: int
+    assignment_version: int
+    link_detail: str = ""
+    answered: int = 0
+    refused: int = 0
+    hosts: dict[str, int] = {}
+
+
+Reply = Answer | Done | Refusal | Description | AgentState
+
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_header(header: Request | Reply) -> bytes:
+    """The frame header's bytes."""
+    return _encoder.encode(header)
+
+
+def decode_request(data: bytes | bytearray | memoryview) -> Request:
+    """Parse a request's header; raises InputRefused, which goes back to the caller."""
+    try:
+        return _request_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InputRefused(f"the request's header does not parse: {error}", code="model.request") from error
+
+
+def decode_reply(data: bytes | bytearray | memoryview) -> Reply:
+    """Parse a reply's header; raises InputRefused when the agent is of a version that this client cannot read."""
+    try:
+        return _reply_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InputRefused(
+            f"the reply does not parse: {error}", code="model.reply", hint="update the client to the agent's version"
+        ) from error
+
+
+def tensor_bytes(head: TensorHead) -> int:
+    """How many bytes of the payload belong to this tensor."""
+    return math.prod(head.shape) * ITEM_BYTES[head.dtype]
+
+
+def check_inputs(signature: Signature, inputs: tuple[TensorHead, ...], payload_bytes: int) -> int:
+    """Hold a request against the declared signature, without looking at the elements.
+
+    Returns:
+        The number of rows: the size of the first input's first axis, 1 for a scalar.
+
+    Raises:
+        InputRefused: naming the input, what came and what was expected. Nothing is broken by it.
+    """
+    if len(inputs) > limits.MAX_TENSORS:
+        raise InputRefused(f"{len(inputs)} inputs exceed {limits.MAX_TENSORS}")
+    specs = {spec.name: spec for spec in signature.inputs}
+    names = [head.name for head in inputs]
+    if sorted(names) != sorted(specs):
+        raise InputRefused(
+            f"inputs {sorted(names)} were sent, {sorted(specs)} are expected",
+            hint=f"name the inputs exactly {sorted(specs)}",
+        )
+    total = 0
+    for head in inputs:
+        spec = specs[head.name]
+        expected = f"{spec.dtype}{list(spec.shape)}".replace("-1", "any")
+        if head.dtype != spec.dtype:
+            raise InputRefused(
+                f"input {head.name!r} is {head.dtype}, expected {expected}", hint=f"convert it to {spec.dtype}"
+            )
+        fits = len(head.shape) == len(spec.shape) and all(
+            got > 0 and want in (-1, got) for want, got in zip(spec.shape, head.shape, strict=True)
+        )
+        if not fits:
+            raise InputRefused(f"input {head.name!r} has shape {list(head.shape)}, expected {expected}")
+        total += tensor_bytes(head)
+    if total != payload_bytes:
+        raise InputRefused(f"the inputs' shapes need {total} bytes, {payload_bytes} were sent")
+    first = inputs[0].shape
+    return first[0] if first else 1

@@ -1,0 +1,51 @@
+"""Every bound on what comes from outside, in one place, with its unit in its name.
+
+A bound here is a promise to memory and disk, not a policy: what an operator may want to change is configuration.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# Wire
+MAX_MQTT_PACKET_BYTES: Final = 256 * KIB
+"""The broker refuses more and would cut the connection, so nothing larger is ever handed to it."""
+MAX_BATCH_BYTES: Final = 192 * KIB
+MAX_BATCH_RECORDS: Final = 500
+MAX_RECORD_BYTES: Final = 32 * KIB
+MAX_ENVELOPE_ID_CHARS: Final = 64
+
+# The door (frames on the local socket, and between the core and a model host)
+MAX_FRAME_HEADER_BYTES: Final = 64 * KIB
+MAX_FRAME_PAYLOAD_BYTES: Final = 64 * MIB
+MAX_TENSORS: Final = 64
+MAX_TENSOR_RANK: Final = 8
+MAX_DOOR_CONNECTIONS: Final = 64
+MAX_WAITING_REQUESTS: Final = 256
+
+# Metadata (TUF) and releases
+MAX_ROOT_BYTES: Final = 512 * KIB
+MAX_ROOT_ROTATIONS: Final = 256
+MAX_TIMESTAMP_BYTES: Final = 16 * KIB
+MAX_SNAPSHOT_BYTES: Final = 2 * MIB
+MAX_TARGETS_BYTES: Final = 5 * MIB
+MAX_ASSIGNMENT_BYTES: Final = 32 * KIB
+MAX_MANIFEST_BYTES: Final = 256 * KIB
+MAX_JSON_DEPTH: Final = 32
+MAX_MODELS_PER_DEVICE: Final = 16
+
+# Models
+MAX_MODEL_BYTES: Final = 512 * MIB
+MAX_GOLDEN_BYTES: Final = 32 * MIB
+MAX_GOLDEN_SAMPLES: Final = 4096
+MAX_LABELS: Final = 10_000
+MAX_GRAPH_NODES: Final = 100_000
+MAX_GRAPH_DEPTH: Final = 8
+
+# REST
+MAX_JSON_BODY_BYTES: Final = 1 * MIB
+MAX_CSR_BYTES: Final = 8 * KIB
+MAX_PAGE_ITEMS: Final = 500

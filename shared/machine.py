@@ -1,0 +1,89 @@
+"""Transition tables: a machine is the set of (state, event) pairs that it accepts.
+
+Rules of this file:
+1. A pair that is not in the table is refused with `UnexpectedEvent`; silence is never the answer to an event.
+2. Events that a state knows and deliberately ignores are listed as such, with the reason in the table.
+
+The drawings in the documentation are made from `Table.mermaid`, so they cannot disagree with the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+from shared.errors import OutriderError
+
+State = TypeVar("State")
+Event = TypeVar("Event")
+Effect = TypeVar("Effect")
+Phase = TypeVar("Phase", bound=Enum)
+
+
+class UnexpectedEvent(OutriderError):
+    """The table has no entry for this event in this state: a defect of the caller, never of the outside."""
+
+    code = "machine.unexpected_event"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[State, Effect]):
+    """What a machine says to an event: the state to persist, then the effects to carry out, in order."""
+
+    state: State
+    effects: tuple[Effect, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Generic[Phase, State, Event, Effect]):
+    """One cell of a table.
+
+    Attributes:
+        leads_to: every phase that the step may end in; checked after each step and drawn in the docs.
+        step: the pure function that decides.
+    """
+
+    leads_to: tuple[Phase, ...]
+    step: Callable[[State, Event], Decision[State, Effect]]
+
+
+class Table(Generic[Phase, State, Event, Effect]):
+    """A machine: rows by (phase, type of event), and how to read the phase from a state."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        phase_of: Callable[[State], Phase],
+        rows: Mapping[tuple[Phase, type[Event]], Row[Phase, State, Event, Effect]],
+    ) -> None:
+        self.name = name
+        self._phase_of = phase_of
+        self.rows = dict(rows)
+
+    def decide(self, state: State, event: Event) -> Decision[State, Effect]:
+        """Return the decision for this event, or raise UnexpectedEvent when the table has no such pair."""
+        phase = self._phase_of(state)
+        row = self.rows.get((phase, type(event)))
+        if row is None:
+            raise UnexpectedEvent(f"{self.name}: {type(event).__name__} cannot happen in {phase.name}")
+        decision = row.step(state, event)
+        after = self._phase_of(decision.state)
+        if after not in row.leads_to:
+            raise UnexpectedEvent(f"{self.name}: {type(event).__name__} led from {phase.name} to unlisted {after.name}")
+        return decision
+
+    def accepts(self, state: State, kind: type[Event]) -> bool:
+        """Whether an event of this type has a row in the state's phase."""
+        return (self._phase_of(state), kind) in self.rows
+
+    def mermaid(self) -> str:
+        """The table as a Mermaid state diagram, one edge per pair of phases, sorted, labelled with its events."""
+        edges: dict[tuple[str, str], set[str]] = {}
+        for (phase, kind), row in self.rows.items():
+            for target in row.leads_to:
+                edges.setdefault((phase.name, target.name), set()).add(kind.__name__)
+        lines = [f"    {a} --> {b}: {', '.join(sorted(kinds))}" for (a, b), kinds in sorted(edges.items())]
+        return "\n".join(["stateDiagram-v2", *lines])

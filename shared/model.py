@@ -1,0 +1,231 @@
+"""What a model is: its signature, its preparation, its variants, and the signed manifest that ties them together.
+
+The manifest is one file of a release (a TUF target). It is JSON, so that a person can read what was signed. The
+preparation of inputs (scale, mean, standard deviation) and the labels travel in it, so that training and serving
+cannot differ.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import msgspec
+
+from shared import limits
+from shared.errors import InvalidValue
+from shared.ids import Digest, FamilyName, ModelVersion, parse_digest, parse_family, parse_version
+
+DType = Literal[
+    "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "fp16", "fp32", "fp64"
+]
+"""Element types, in lower-case Open Inference Protocol names (v2 specification, "Tensor Data Types")."""
+
+ITEM_BYTES: Final[dict[str, int]] = {
+    "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "fp16": 2,
+    "uint32": 4, "int32": 4, "fp32": 4, "uint64": 8, "int64": 8, "fp64": 8,
+}  # fmt: skip
+
+Task = Literal["classification", "raw"]
+"""`classification`: the first output holds class scores, and answers carry label and confidence. `raw`: outputs only."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A declared input or output.
+
+    Attributes:
+        name: as in the model's graph.
+        dtype: element type of what callers send.
+        shape: sizes by axis, outermost first; -1 marks an axis that callers choose (usually the batch).
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class Preparation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an input becomes what the graph eats: `(x * scale - mean) / std`, in float32, broadcast over the last axes.
+
+    Attributes:
+        input: name of the input that it belongs to.
+        mean, std: one value, or one per element of the trailing axes, row-major.
+    """
+
+    input: str
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+class FileRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of a release: its TUF target path, its length in bytes and its SHA-256."""
+
+    path: str
+    length: int
+    digest: Digest
+
+
+class Golden(msgspec.Struct, frozen=True, kw_only=True):
+    """The golden set: inputs with true labels and the fp32 reference's outputs (file format: shared/wire/golden.py).
+
+    Attributes:
+        file: where it is.
+        samples: how many rows it holds.
+        min_agreement: share of rows, 0 to 1, on which a loaded variant must give the variant's recorded label.
+    """
+
+    file: FileRef
+    samples: int
+    min_agreement: float
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """One file that can serve the model.
+
+    Attributes:
+        name: `int8`, `fp32`.
+        runtime: which engine loads it.
+        accuracy: share of golden rows answered right, 0 to 1, measured where it was built.
+        answers: predicted class per golden row, what a device must reproduce (see Golden.min_agreement).
+        ram_bytes: resident size of a process that holds it, measured where it was built; 0 when unknown.
+    """
+
+    name: str
+    runtime: Literal["onnx", "litert"]
+    file: FileRef
+    accuracy: float
+    answers: tuple[int, ...]
+    ram_bytes: int = 0
+
+
+class Lineage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a model comes from; free text, for people and audits."""
+
+    training_data: str = ""
+    parameters: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    parent: str = ""
+    license: str = ""
+    owner: str = ""
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """What callers send and get."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A release: one version of one family, as signed.
+
+    Attributes:
+        release_counter: grows by at least one with each release of the family; orders releases where versions cannot.
+        min_release_counter: the security floor; a device that accepted this release refuses anything below it.
+        variants: in the publisher's order of preference.
+    """
+
+    family: FamilyName
+    version: ModelVersion
+    release_counter: int
+    min_release_counter: int
+    task: Task
+    signature: Signature
+    preparations: tuple[Preparation, ...]
+    labels: tuple[str, ...]
+    golden: Golden
+    variants: tuple[Variant, ...]
+    lineage: Lineage = Lineage()
+    schema: int = 1
+
+
+def target_path(family: FamilyName, version: ModelVersion, file: str) -> str:
+    """The TUF target path of a release's file: `models/digits/1.0.0/int8.onnx`."""
+    return f"models/{family}/{version}/{file}"
+
+
+def manifest_path(family: FamilyName, version: ModelVersion) -> str:
+    """The TUF target path of a release's manifest."""
+    return target_path(family, version, "manifest.json")
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON with sorted keys, so that the same release has the same digest wherever it is written."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Parse and check a manifest; raises InvalidValue naming the field."""
+    if len(data) > limits.MAX_MANIFEST_BYTES:
+        raise InvalidValue(
+            f"manifest of {len(data)} bytes exceeds {limits.MAX_MANIFEST_BYTES}", code="invalid.manifest"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise InvalidValue(f"manifest does not parse: {error}", code="invalid.manifest") from error
+    check_manifest(manifest)
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise InvalidValue unless names, shapes, paths and counts are in bounds and agree with each other."""
+    parse_family(manifest.family)
+    parse_version(manifest.version)
+    if manifest.schema != 1:
+        _refuse(f"schema {manifest.schema} is not known", hint="update the agent")
+    if not 1 <= manifest.release_counter < 2**53 or not 0 <= manifest.min_release_counter <= manifest.release_counter:
+        _refuse("release counters are out of order: 0 <= min_release_counter <= release_counter is required")
+    check_signature(manifest.signature)
+    if len(manifest.labels) > limits.MAX_LABELS:
+        _refuse(f"{len(manifest.labels)} labels exceed {limits.MAX_LABELS}")
+    check_preparations(manifest.signature, manifest.preparations)
+    prefix = target_path(manifest.family, manifest.version, "")
+    names = [variant.name for variant in manifest.variants]
+    if not names or len(set(names)) != len(names):
+        _refuse("variants must be present and have distinct names")
+    for file in (manifest.golden.file, *(variant.file for variant in manifest.variants)):
+        parse_digest(file.digest)
+        if not file.path.startswith(prefix) or "/" in file.path[len(prefix) :] or len(file.path) <= len(prefix):
+            _refuse(f"file {file.path[:120]!r} does not lie in {prefix!r}")
+        if not 0 < file.length <= limits.MAX_MODEL_BYTES:
+            _refuse(f"file {file.path[:120]!r} has a length of {file.length} bytes")
+    if not 0 < manifest.golden.samples <= limits.MAX_GOLDEN_SAMPLES or not 0 <= manifest.golden.min_agreement <= 1:
+        _refuse("golden set is out of bounds")
+    for variant in manifest.variants:
+        if manifest.task == "classification" and len(variant.answers) != manifest.golden.samples:
+            _refuse(
+                f"variant {variant.name!r} records {len(variant.answers)} answers for {manifest.golden.samples} samples"
+            )
+
+
+def check_signature(signature: Signature) -> None:
+    """Raise InvalidValue unless inputs and outputs have distinct names and usable shapes."""
+    for title, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        if not 1 <= len(specs) <= limits.MAX_TENSORS or len({spec.name for spec in specs}) != len(specs):
+            _refuse(f"the signature needs 1 to {limits.MAX_TENSORS} {title}s with distinct names")
+        for spec in specs:
+            if len(spec.shape) > limits.MAX_TENSOR_RANK or any(size == 0 or size < -1 for size in spec.shape):
+                _refuse(f"{title} {spec.name!r} has an unusable shape {list(spec.shape)}")
+
+
+def check_preparations(signature: Signature, preparations: tuple[Preparation, ...]) -> None:
+    """Raise InvalidValue unless each preparation names an input, is finite, and fits the input's trailing axes."""
+    by_name = {spec.name: spec for spec in signature.inputs}
+    for preparation in preparations:
+        spec = by_name.get(preparation.input)
+        if spec is None:
+            _refuse(f"preparation for unknown input {preparation.input!r}")
+            raise AssertionError
+        row = math.prod(size for size in spec.shape[1:] if size > 0)
+        numbers = (preparation.scale, *preparation.mean, *preparation.std)
+        if not all(math.isfinite(number) for number in numbers) or 0.0 in preparation.std:
+            _refuse(f"preparation of {preparation.input!r} holds a number that is not finite, or a zero in std")
+        for values in (preparation.mean, preparation.std):
+            if len(values) != 1 and len(values) != row:
+                _refuse(f"preparation of {preparation.input!r} has {len(values)} values; 1 or {row} are possible")
+
+
+def _refuse(message: str, *, hint: str = "") -> None:
+    raise InvalidValue(message, code="invalid.manifest", hint=hint)

@@ -1,0 +1,66 @@
+"""What a device knows of releases after the trust rules have spoken: values only, no signatures here."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
+from shared.model import FileRef, Manifest
+
+
+class AssignedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One model that a device shall run: which release, by the digest of its manifest."""
+
+    family: FamilyName
+    version: ModelVersion
+    manifest: FileRef
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """The full desired state of one device: never empty, bound to its name, monotone, expiring.
+
+    Attributes:
+        device: the only device that it is for.
+        version: grows by at least one with each assignment for the device.
+        issued_ms, expires_ms: hub's wall clock; expiry stops installing, never serving.
+        models: at least one, one per family.
+        force: families whose quarantine the operator lifts with this assignment.
+    """
+
+    device: DeviceId
+    version: int
+    issued_ms: int
+    expires_ms: int
+    models: tuple[AssignedModel, ...]
+    force: tuple[FamilyName, ...] = ()
+
+
+class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What never goes down on a device, kept apart from the metadata cache so that losing the cache lowers nothing.
+
+    Attributes:
+        assignment_version: newest assignment accepted.
+        roles: newest version accepted by TUF role name (`root`, `timestamp`, `snapshot`, `targets`, `models/digits`).
+        releases: highest `min_release_counter` seen by family.
+        time_ms: the latest moment that signed documents prove has passed.
+    """
+
+    assignment_version: int = 0
+    roles: dict[str, int] = {}
+    releases: dict[str, int] = {}
+    time_ms: int = 0
+
+
+class VerifiedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A release that both signatures agree on: the manifest is signed and the assignment names it."""
+
+    manifest: Manifest
+    manifest_digest: Digest
+
+
+class VerifiedAssignment(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of a verification: what to run, and the floors after it."""
+
+    assignment: Assignment
+    models: tuple[VerifiedModel, ...]
+    floors: Floors

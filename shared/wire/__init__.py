@@ -1,0 +1,1 @@
+"""The only place that knows bytes on the wire: envelope, messages, topics, frames, columns."""

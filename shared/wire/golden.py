@@ -1,0 +1,69 @@
+"""The golden file: the samples that decide whether a model still answers as it did where it was released.
+
+MessagePack: `{"v": 1, "samples": n, "labels": [true class per row], "inputs": [{name, dtype, shape, data}, …]}`.
+Inputs are what callers would send (before preparation), elements little-endian and row-major, row count first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from shared import limits
+from shared.errors import InvalidValue
+from shared.model import ITEM_BYTES, DType, Signature
+
+
+class GoldenTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One input for all samples: `shape[0]` is the number of samples."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class GoldenSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Samples with their true classes; `labels` holds indices into the manifest's labels, -1 where unknown."""
+
+    samples: int
+    labels: tuple[int, ...]
+    inputs: tuple[GoldenTensor, ...]
+    v: int = 1
+
+
+def encode_golden(golden: GoldenSet) -> bytes:
+    """The golden file's bytes."""
+    return msgspec.msgpack.encode(golden)
+
+
+def decode_golden(data: bytes, signature: Signature) -> GoldenSet:
+    """Parse a golden file and check it against the signature; raises InvalidValue saying what does not fit."""
+    if len(data) > limits.MAX_GOLDEN_BYTES:
+        raise InvalidValue(f"golden file of {len(data)} bytes exceeds {limits.MAX_GOLDEN_BYTES}", code="invalid.golden")
+    try:
+        golden = msgspec.msgpack.decode(data, type=GoldenSet)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidValue(f"golden file does not parse: {error}", code="invalid.golden") from error
+    if golden.v != 1 or not 0 < golden.samples <= limits.MAX_GOLDEN_SAMPLES or len(golden.labels) != golden.samples:
+        raise InvalidValue("golden file has an unusable number of samples or labels", code="invalid.golden")
+    specs = {spec.name: spec for spec in signature.inputs}
+    if {tensor.name for tensor in golden.inputs} != set(specs) or len(golden.inputs) != len(specs):
+        raise InvalidValue(f"golden file must hold exactly the inputs {sorted(specs)}", code="invalid.golden")
+    for tensor in golden.inputs:
+        spec = specs[tensor.name]
+        fits = (
+            tensor.dtype == spec.dtype
+            and len(tensor.shape) == len(spec.shape)
+            and tensor.shape[0] == golden.samples
+            and all(want in (-1, got) for want, got in zip(spec.shape[1:], tensor.shape[1:], strict=True))
+            and len(tensor.data) == math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        )
+        if not fits:
+            raise InvalidValue(
+                f"golden input {tensor.name!r} is {tensor.dtype}{list(tensor.shape)} in {len(tensor.data)} bytes, "
+                f"the signature says {spec.dtype}{list(spec.shape)}",
+                code="invalid.golden",
+            )
+    return golden

@@ -1,0 +1,133 @@
+"""The bodies of MQTT messages, one struct per kind, and the registry from kind to struct.
+
+New fields are added with a default and old ones never change their meaning; that is what keeps version 1 one version.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeVar
+
+import msgspec
+
+from shared.errors import ProtocolViolation
+from shared.telemetry import BatchId
+from shared.wire.envelope import Envelope
+
+
+class RunningModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One model slot as the device reports it.
+
+    Attributes:
+        family: which model.
+        phase: the slot machine's phase, lower case (`committed`, `probation`, …).
+        version, variant, digest: what serves now; empty when nothing does.
+        manifest: SHA-256 of the manifest that serves now.
+        candidate: version in progress, if any.
+        error_code, error: why the last attempt ended, until the next one succeeds.
+    """
+
+    family: str
+    phase: str
+    version: str = ""
+    variant: str = ""
+    digest: str = ""
+    manifest: str = ""
+    candidate: str = ""
+    error_code: str = ""
+    error: str = ""
+
+
+class Birth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The device is here. Sent after each connect, before anything else."""
+
+    boot: int
+    epoch: str
+    agent_version: str
+    profile: str
+    assignment_version: int = 0
+    models: tuple[RunningModel, ...] = ()
+    wire: tuple[int, int] = (1, 1)
+
+
+class Death(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The device is gone: the last will, or said on a clean stop. Void when an equal or newer boot was born after."""
+
+    boot: int
+    session: int
+    reason: Literal["lost", "stopped"] = "lost"
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Records first to last of a class, as columns (shared/wire/columns.py)."""
+
+    batch: BatchId
+    columns: bytes
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The hub has committed the batch (or had it already, or will never take it).
+
+    Attributes:
+        status: `stored` and `duplicate` let the device delete; `refused` too, after it kept the reason as an event.
+        code: why it was refused.
+    """
+
+    batch: BatchId
+    status: Literal["stored", "duplicate", "refused"]
+    code: str = ""
+
+
+class Reported(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The device's state; the newest (boot, revision) wins."""
+
+    revision: int
+    assignment_version: int
+    models: tuple[RunningModel, ...]
+    queue_records: int = 0
+    queue_bytes: int = 0
+
+
+class Assign(msgspec.Struct, frozen=True, kw_only=True):
+    """A signed assignment (shared/trust/assignment.py), byte for byte as signed."""
+
+    document: bytes
+
+
+Message = Birth | Death | Batch | Ack | Reported | Assign
+
+KINDS: Final[dict[str, type[Message]]] = {
+    "birth": Birth,
+    "death": Death,
+    "batch": Batch,
+    "ack": Ack,
+    "reported": Reported,
+    "assign": Assign,
+}
+KIND_OF: Final[dict[type[Message], str]] = {struct: kind for kind, struct in KINDS.items()}
+
+_Body = TypeVar("_Body", Birth, Death, Batch, Ack, Reported, Assign)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_body(message: Message) -> msgspec.Raw:
+    """The body's bytes for an envelope."""
+    return msgspec.Raw(_encoder.encode(message))
+
+
+def decode_body(envelope: Envelope) -> Message:
+    """The envelope's body, by its kind; raises ProtocolViolation when kind or body is not understood."""
+    struct = KINDS.get(envelope.kind)
+    if struct is None:
+        raise ProtocolViolation(f"unknown kind {envelope.kind!r}", code="protocol.kind")
+    try:
+        return msgspec.msgpack.decode(envelope.body, type=struct)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ProtocolViolation(f"body of {envelope.kind!r}: {error}", code="protocol.body") from error
+
+
+def expect(envelope: Envelope, struct: type[_Body]) -> _Body:
+    """The envelope's body, which must be of this type."""
+    message = decode_body(envelope)
+    if not isinstance(message, struct):
+        raise ProtocolViolation(f"expected {KIND_OF[struct]!r}, got {envelope.kind!r}", code="protocol.kind")
+    return message
