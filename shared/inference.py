@@ -188,8 +188,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 Reply = Answer | Done | Refusal | Description | AgentState
 
-_request_decoder = msgspec.msgpack.Decoder(Request)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _encoder = msgspec.msgpack.Encoder()
 
 

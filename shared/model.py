@@ -27,7 +27,7 @@ ITEM_BYTES: Final[dict[str, int]] = {
 }  # fmt: skip
 
 Task = Literal["classification", "raw"]
-"""`classification`: the first output holds class scores, and answers carry label and confidence. `raw`: outputs only."""
+"""`classification`: the first output holds class scores, answers carry label and confidence. `raw`: outputs only."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
