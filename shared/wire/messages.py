@@ -38,7 +38,11 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Birth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The device is here. Sent after each connect, before anything else."""
+    """The device is here. Sent after each connect, before anything else.
+
+    Attributes:
+        session: counts the connects of this boot from 1, as in the last will of the same connect.
+    """
 
     boot: int
     epoch: str
@@ -46,11 +50,12 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     profile: str
     assignment_version: int = 0
     models: tuple[RunningModel, ...] = ()
+    session: int = 0
     wire: tuple[int, int] = (1, 1)
 
 
 class Death(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The device is gone: the last will, or said on a clean stop. Void when an equal or newer boot was born after."""
+    """The device is gone: the last will, or said on a clean stop. Void when a newer (boot, session) was born."""
 
     boot: int
     session: int
