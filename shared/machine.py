@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from shared.errors import OutriderError
 
@@ -37,16 +37,17 @@ class Decision(Generic[State, Effect]):
 
 
 @dataclass(frozen=True, slots=True)
-class Row(Generic[Phase, State, Event, Effect]):
+class Row(Generic[Phase, State, Effect]):
     """One cell of a table.
 
     Attributes:
         leads_to: every phase that the step may end in; checked after each step and drawn in the docs.
-        step: the pure function that decides.
+        step: the pure function that decides. Its event's type is the one that the row is filed under, which the
+            table looks up; the type checker cannot follow that, hence Any.
     """
 
     leads_to: tuple[Phase, ...]
-    step: Callable[[State, Event], Decision[State, Effect]]
+    step: Callable[[State, Any], Decision[State, Effect]]
 
 
 class Table(Generic[Phase, State, Event, Effect]):
@@ -57,7 +58,7 @@ class Table(Generic[Phase, State, Event, Effect]):
         name: str,
         *,
         phase_of: Callable[[State], Phase],
-        rows: Mapping[tuple[Phase, type[Event]], Row[Phase, State, Event, Effect]],
+        rows: Mapping[tuple[Phase, type[Event]], Row[Phase, State, Effect]],
     ) -> None:
         self.name = name
         self._phase_of = phase_of

@@ -1,0 +1,167 @@
+"""What to do with assignments that arrive: verify one at a time, the newest next, and never lose one to a bad link.
+
+Rules of this file:
+1. At most one verification runs; of those that arrive meanwhile only the last one waits, because an assignment is
+   the full desired state and a newer one replaces all before it.
+2. A verification that could not get its files is repeated with growing pauses; one that was refused is not.
+
+Signatures and versions are not judged here (shared/trust does, in the verifier child), nor is anything saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Final
+
+from shared.machine import Decision, Row, Table
+from shared.release import VerifiedAssignment
+
+FIRST_PAUSE_MS: Final = 1_000
+LONGEST_PAUSE_MS: Final = 300_000
+
+
+class IntakePhase(Enum):
+    """RESTING: nothing to do. VERIFYING: a child is at it. PAUSING: its files could not be had; waiting to try again."""
+
+    RESTING = auto()
+    VERIFYING = auto()
+    PAUSING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """`document` is being verified or waits to be; `waiting` is a newer one; `failures` counts tries without files."""
+
+    phase: IntakePhase = IntakePhase.RESTING
+    document: bytes = b""
+    waiting: bytes | None = None
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The hub sent an assignment; not yet trusted in anything."""
+
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Both signatures agree, and what they agreed on is on disk."""
+
+    verified: VerifiedAssignment
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The trust rules said no; `code` names the attack that this stops."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """The metadata could not be fetched, or the verifier itself could not run."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PauseOver:
+    """The timer of PAUSING fired, or the link came back."""
+
+
+IntakeEvent = Arrived | Accepted | Refused | Unavailable | PauseOver
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Start a verifier for this document."""
+
+    document: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OfferModels:
+    """Offer each model of the assignment to its slot."""
+
+    verified: VerifiedAssignment
+
+
+@dataclass(frozen=True, slots=True)
+class NoteRefusal:
+    """Keep an event for the hub, and show the refusal in the status."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Fire PauseOver after this many milliseconds."""
+
+    delay_ms: int
+
+
+IntakeEffect = Verify | OfferModels | NoteRefusal | Pause
+_Decision = Decision[Intake, IntakeEffect]
+
+
+def _start(_: Intake, event: Arrived) -> _Decision:
+    return Decision(Intake(phase=IntakePhase.VERIFYING, document=event.document), (Verify(event.document),))
+
+
+def _remember(state: Intake, event: Arrived) -> _Decision:
+    return Decision(replace(state, waiting=event.document))
+
+
+def _next(state: Intake, *effects: IntakeEffect) -> _Decision:
+    if state.waiting is None:
+        return Decision(Intake(), effects)
+    return Decision(Intake(phase=IntakePhase.VERIFYING, document=state.waiting), (*effects, Verify(state.waiting)))
+
+
+def _accepted(state: Intake, event: Accepted) -> _Decision:
+    return _next(state, OfferModels(event.verified))
+
+
+def _refused(state: Intake, event: Refused) -> _Decision:
+    return _next(state, NoteRefusal(event.code, event.message))
+
+
+def _unavailable(state: Intake, _: Unavailable) -> _Decision:
+    failures = state.failures + 1
+    delay_ms = min(FIRST_PAUSE_MS * 2 ** min(failures - 1, 16), LONGEST_PAUSE_MS)
+    newest = state.document if state.waiting is None else state.waiting
+    return Decision(Intake(phase=IntakePhase.PAUSING, document=newest, failures=failures), (Pause(delay_ms),))
+
+
+def _again(state: Intake, _: PauseOver) -> _Decision:
+    return Decision(replace(state, phase=IntakePhase.VERIFYING), (Verify(state.document),))
+
+
+def _stale(state: Intake, _: PauseOver) -> _Decision:
+    return Decision(state)
+
+
+_R, _V, _P = IntakePhase.RESTING, IntakePhase.VERIFYING, IntakePhase.PAUSING
+
+INTAKE: Final[Table[IntakePhase, Intake, IntakeEvent, IntakeEffect]] = Table(
+    "intake",
+    phase_of=lambda state: state.phase,
+    rows={
+        (_R, Arrived): Row((_V,), _start),
+        (_V, Arrived): Row((_V,), _remember),
+        # A newer document may name files that can be had; its arrival also proves that the link is back.
+        (_P, Arrived): Row((_V,), _start),
+        (_V, Accepted): Row((_R, _V), _accepted),
+        (_V, Refused): Row((_R, _V), _refused),
+        (_V, Unavailable): Row((_P,), _unavailable),
+        (_P, PauseOver): Row((_V,), _again),
+        # The timer of a pause that an arrival ended may still fire.
+        (_V, PauseOver): Row((_V,), _stale),
+        (_R, PauseOver): Row((_R,), _stale),
+    },
+)
