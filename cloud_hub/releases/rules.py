@@ -1,0 +1,293 @@
+"""What may become a release and who may be told to run it: decisions only, over plain values.
+
+The rule of the gate: a variant is released when the *measured* drop of accuracy on the golden set, against the
+uploaded fp32 model on the same rows, is at most `max_drop_pt` points, and its accuracy at least `min_accuracy` where
+that is given. The upper bound of the drop (paired bootstrap, one-sided 95 %) is reported beside it and decides
+nothing: a few hundred samples cannot prove half a point, and a gate that asked for proof would refuse every model.
+A variant that fails is left out and the report says why; a model of which no variant passes is rejected.
+
+Not here: signatures and thresholds of metadata (shared/trust/repository.py), measuring (builder.py), storage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+
+from shared import limits
+from shared.errors import Conflict, InvalidValue, TrustError
+from shared.ids import DeviceId, Digest, FamilyName, ModelVersion, parse_digest, parse_family, parse_version
+from shared.model import (
+    FileRef,
+    Lineage,
+    Preparation,
+    Signature,
+    Task,
+    check_preparations,
+    check_signature,
+    manifest_path,
+    target_path,
+)
+from shared.release import AssignedModel
+
+State = Literal["building", "ready", "rejected"]
+"""`building` until the child has reported; `ready` has a manifest, `rejected` a reason. Published is its own fact."""
+
+MAX_LABEL_CHARS: Final = 200
+MAX_COUNTER: Final = 2**53 - 1
+DROP_SLACK_PT: Final = 1e-9
+"""Below any difference that two counts of samples can make; absorbs rounding only."""
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a variant must reach.
+
+    Attributes:
+        max_drop_pt: how many points (percent) of accuracy it may lose against fp32 on the golden set.
+        min_accuracy: share of labelled golden rows, 0 to 1, that it must get right; None asks nothing.
+        min_agreement: goes into the manifest: share of rows on which a device must get the recorded answer.
+    """
+
+    max_drop_pt: float = 1.0
+    min_accuracy: float | None = None
+    min_agreement: float = 0.98
+
+
+class Push(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request to make a release of an uploaded model.
+
+    Attributes:
+        model: digest of the uploaded fp32 ONNX file.
+        golden: digest of the uploaded golden file.
+        calibration: digest of an uploaded file in the golden format that calibrates int8; None takes the golden
+            set, and the report warns that the gate then measures on rows the quantizer has seen.
+        signature: what callers send and get; None takes it from the graph.
+        min_release_counter: the security floor that the release carries; None keeps the family's present one.
+    """
+
+    family: FamilyName
+    version: ModelVersion
+    model: Digest
+    golden: Digest
+    calibration: Digest | None = None
+    labels: tuple[str, ...] = ()
+    task: Task = "classification"
+    signature: Signature | None = None
+    preparations: tuple[Preparation, ...] = ()
+    lineage: Lineage = Lineage()
+    gate: Gate = Gate()
+    min_release_counter: int | None = None
+
+
+class VariantReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of a variant.
+
+    Attributes:
+        released: whether it passed its gate; `reason` says why not.
+        accuracy: share of labelled golden rows answered right (`raw` models: rows within tolerance of fp32).
+        drop_pt, drop_bound_pt: points lost against fp32, and the bootstrap's upper bound of that.
+        agreement: share of all golden rows with the same answer as fp32.
+        p50_us: median time of one row, one thread, on the hub.
+        ram_bytes: resident size of a process that holds it.
+        file: its name in the build's folder; empty when there is none.
+    """
+
+    name: str
+    released: bool
+    reason: str = ""
+    accuracy: float = 0.0
+    drop_pt: float = 0.0
+    drop_bound_pt: float = 0.0
+    agreement: float = 0.0
+    p50_us: int = 0
+    ram_bytes: int = 0
+    file: str = ""
+    length: int = 0
+    answers: tuple[int, ...] = ()
+
+
+class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How a build ended. `code` and `reason` are empty when at least one variant passed."""
+
+    code: str = ""
+    reason: str = ""
+    hint: str = ""
+    signature: Signature | None = None
+    samples: int = 0
+    labelled: int = 0
+    variants: tuple[VariantReport, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A file as signed metadata lists it."""
+
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device that an assignment could be for."""
+
+    device: DeviceId
+    labels: Mapping[str, str]
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A device that an assignment is not for, and why."""
+
+    device: str
+    reason: str
+
+
+class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which release goes to which devices: exactly one of `devices`, `labels` and `all` is given."""
+
+    family: FamilyName
+    version: ModelVersion
+    devices: tuple[str, ...] | None = None
+    labels: dict[str, str] | None = None
+    all: bool = False
+    force: bool = False
+
+
+def check_push(push: Push) -> None:
+    """Raise InvalidValue naming the field unless the request could become a release."""
+    parse_family(push.family)
+    parse_version(push.version)
+    for digest in (push.model, push.golden, push.calibration):
+        if digest is not None:
+            parse_digest(digest)
+    if len(push.labels) > limits.MAX_LABELS or len(set(push.labels)) != len(push.labels):
+        _refuse("labels", f"give at most {limits.MAX_LABELS} distinct labels")
+    if any(not 0 < len(label) <= MAX_LABEL_CHARS for label in push.labels):
+        _refuse("labels", f"a label has 1 to {MAX_LABEL_CHARS} characters")
+    if push.task == "classification" and len(push.labels) < 2:
+        _refuse("labels", "a classification model needs at least two labels, in the order of its output")
+    if push.signature is not None:
+        check_signature(push.signature)
+        check_preparations(push.signature, push.preparations)
+    gate = push.gate
+    if not (math.isfinite(gate.max_drop_pt) and 0 <= gate.max_drop_pt <= 100):
+        _refuse("gate.max_drop_pt", "give points between 0 and 100")
+    for name, share in (("min_accuracy", gate.min_accuracy), ("min_agreement", gate.min_agreement)):
+        if share is not None and not 0 <= share <= 1:
+            _refuse(f"gate.{name}", "give a share between 0 and 1")
+    if push.min_release_counter is not None and not 0 <= push.min_release_counter <= MAX_COUNTER:
+        _refuse("min_release_counter", "give a whole number that is not negative")
+
+
+def next_counter(counters: Iterable[int]) -> int:
+    """The release counter after those of the family so far; raises Conflict when none is left."""
+    following = max(counters, default=0) + 1
+    if following > MAX_COUNTER:
+        raise Conflict("the family's release counter is used up", code="conflict.counter")
+    return following
+
+
+def release_floor(*, wanted: int | None, present: int, counter: int) -> int:
+    """The `min_release_counter` of a new release: what was asked for, else the family's present floor.
+
+    Raises:
+        InvalidValue: the floor would lie above the release itself.
+    """
+    floor = present if wanted is None else wanted
+    if floor > counter:
+        raise InvalidValue(
+            f"min_release_counter {floor} lies above the release's own counter {counter}",
+            code="invalid.min_release_counter",
+            hint=f"give at most {counter}",
+        )
+    return floor
+
+
+def gate_verdict(gate: Gate, *, accuracy: float, drop_pt: float) -> str:
+    """Why a variant fails its gate, in words; empty when it passes."""
+    if drop_pt > gate.max_drop_pt + DROP_SLACK_PT:
+        return f"accuracy drops by {drop_pt:.2f} points, the gate allows {gate.max_drop_pt:.2f}"
+    if gate.min_accuracy is not None and accuracy < gate.min_accuracy:
+        return f"accuracy is {accuracy:.4f}, the gate asks for {gate.min_accuracy:.4f}"
+    return ""
+
+
+def release_files(
+    family: FamilyName, version: ModelVersion, *, manifest: FileRef, golden: FileRef, variants: Iterable[FileRef]
+) -> tuple[FileRef, ...]:
+    """All files of a release, the manifest first; raises InvalidValue when a path is not the release's own."""
+    files = (manifest, golden, *variants)
+    prefix = target_path(family, version, "")
+    if manifest.path != manifest_path(family, version) or any(not file.path.startswith(prefix) for file in files):
+        raise InvalidValue(f"a file does not lie in {prefix!r}", code="invalid.manifest")
+    return files
+
+
+def check_additions(
+    old: Mapping[str, TargetFile], new: Mapping[str, TargetFile], *, release: Sequence[FileRef]
+) -> None:
+    """Raise TrustError unless `new` is `old` plus exactly the release's files.
+
+    What was released stays released and unchanged: devices in the field may still be fetching it.
+    """
+    wanted = {file.path: TargetFile(file.length, file.digest) for file in release}
+    for path, file in old.items():
+        if new.get(path) != file:
+            _distrust(f"{path!r} is released already and would be removed or changed", code="trust.target_changed")
+    for path, file in wanted.items():
+        if path not in new:
+            _distrust(f"{path!r} of the release is not listed", code="trust.unknown_target")
+        if new[path] != file:
+            _distrust(f"{path!r} is listed with another length or digest than was built", code="trust.digest")
+    extra = sorted(set(new) - set(old) - set(wanted))
+    if extra:
+        _distrust(f"{extra[0]!r} is not part of the release", code="trust.unknown_target")
+
+
+def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[DeviceId, ...], tuple[Skipped, ...]]:
+    """The devices that a selector means, and those it names but cannot have, with the reason."""
+    given = (selector.devices is not None) + (selector.labels is not None) + selector.all
+    if given != 1 or selector.devices == () or selector.labels == {}:
+        raise InvalidValue("give exactly one of devices, labels and all", code="invalid.selector")
+    by_name = {candidate.device: candidate for candidate in candidates}
+    skipped: list[Skipped] = []
+    if selector.devices is not None:
+        names = dict.fromkeys(selector.devices)
+        skipped += [Skipped(name, "unknown") for name in names if name not in by_name]
+        meant = [by_name[DeviceId(name)] for name in names if name in by_name]
+    else:
+        wanted = (selector.labels or {}).items()
+        meant = [candidate for candidate in candidates if wanted <= candidate.labels.items()]
+    skipped += [Skipped(candidate.device, "revoked") for candidate in meant if candidate.revoked]
+    return tuple(candidate.device for candidate in meant if not candidate.revoked), tuple(skipped)
+
+
+def merge(current: Sequence[AssignedModel], wanted: AssignedModel) -> tuple[AssignedModel, ...] | None:
+    """A device's full desired state with one family set; None when it would hold more models than a device may."""
+    models = {model.family: model for model in current}
+    models[wanted.family] = wanted
+    if len(models) > limits.MAX_MODELS_PER_DEVICE:
+        return None
+    return tuple(models[family] for family in sorted(models))
+
+
+def is_due(*, issued_ms: int, expires_ms: int, now_ms: int) -> bool:
+    """Whether a signed document has lived half its life, so that it is time for the next one.
+
+    A clock that stands before the issue (it was set back) also makes it due: what it says of expiry is worth nothing.
+    """
+    return now_ms < issued_ms or now_ms - issued_ms >= (expires_ms - issued_ms) // 2
+
+
+def _refuse(field: str, message: str) -> None:
+    raise InvalidValue(f"{field}: {message}", code="invalid.push")
+
+
+def _distrust(message: str, *, code: str) -> None:
+    raise TrustError(message, code=code, hint="fetch the proposal again and sign that")
