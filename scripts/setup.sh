@@ -102,7 +102,7 @@ _outrider_install() {
     if command -v uv >/dev/null; then
         _outrider_leashed uv pip install --quiet --compile-bytecode --python "$OUTRIDER_PYTHON" "$@"
     else
-        _outrider_leashed "$OUTRIDER_PYTHON" -m pip install --quiet "$@"
+        _outrider_leashed "$OUTRIDER_PYTHON" -m pip install -qq "$@"
     fi
 }
 
