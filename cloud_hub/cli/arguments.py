@@ -1,0 +1,169 @@
+"""The tree of commands and their options. Nothing heavy is imported here: help and completion have to be instant.
+
+Each leaf names the function that runs it as `module:function`; `__main__` imports that module only when it is wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final, NoReturn
+
+PACKAGE: Final = "cloud_hub.cli"
+LISTINGS: Final = ("devices", "models", "releases", "assignments")
+THINGS: Final = ("device", "model", "release")
+
+_Leaves = argparse._SubParsersAction  # the only name that argparse has for it
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our error format and without abbreviations, which would break scripts when options are added."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and end with 2."""
+        self.exit(2, f"error: {message}\ncode: usage\ntry: {self.prog} --help\n")
+
+
+def build() -> Parser:
+    """The whole tree."""
+    parser = Parser(prog="outrider", description="Operate a fleet: devices, models, signed releases.")
+    parser.add_argument("--version", dest="show_version", action="store_true", help="print the version and end")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    _login(commands)
+    _look(commands)
+    _device(commands)
+    _model(commands)
+    _release(commands)
+    leaf = _leaf(commands, "audit", "list who did what, oldest first", run="fleet:audit")
+    leaf.add_argument("--after", type=int, default=0, metavar="SEQ", help="start behind this row")
+    leaf.add_argument("--limit", type=_count, default=200, metavar="N", help="at most this many rows (default 200)")
+    completion = commands.add_parser("completion", help="print shell completion", description="Print shell completion.")
+    completion.add_argument("shell", choices=["bash"])
+    completion.set_defaults(run="completion:run", json=False)
+    return parser
+
+
+def _leaf(commands: _Leaves[Parser], name: str, summary: str, *, run: str) -> Parser:
+    leaf: Parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    leaf.add_argument("--json", action="store_true", help="print one JSON document")
+    leaf.add_argument("--context", metavar="NAME", help="use this saved hub instead of the current one")
+    leaf.set_defaults(run=run)
+    return leaf
+
+
+def _group(commands: _Leaves[Parser], name: str, summary: str) -> _Leaves[Parser]:
+    group: Parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    leaves: _Leaves[Parser] = group.add_subparsers(title="commands", metavar="COMMAND", dest=f"{name}_command")
+    leaves.required = True
+    return leaves
+
+
+def _login(commands: _Leaves[Parser]) -> None:
+    leaf = _leaf(commands, "login", "save how to reach a hub, pinning its CA", run="login:run")
+    leaf.add_argument("url", metavar="URL", help="https://HOST:PORT of the hub")
+    token = leaf.add_mutually_exclusive_group(required=True)
+    token.add_argument("--token", metavar="TOKEN", help="API token; a file is safer, other users see arguments")
+    token.add_argument("--token-file", metavar="FILE", help="file that holds the API token; - reads standard input")
+    pin = leaf.add_mutually_exclusive_group()
+    pin.add_argument("--ca", metavar="FILE", help="the hub's CA certificate (PEM)")
+    pin.add_argument("--fingerprint", metavar="HEX", help="SHA-256 of the CA, as `outrider-hub ca show` prints it")
+
+
+def _look(commands: _Leaves[Parser]) -> None:
+    leaf = _leaf(commands, "ls", "list devices, models, releases or assignments", run="fleet:ls")
+    leaf.add_argument("what", choices=LISTINGS, metavar="|".join(LISTINGS))
+    leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
+    leaf = _leaf(commands, "get", "show one device, model or release", run="fleet:get")
+    leaf.add_argument("what", choices=THINGS, metavar="|".join(THINGS))
+    leaf.add_argument("name", metavar="NAME", help="a device's name, or FAMILY/VERSION")
+
+
+def _device(commands: _Leaves[Parser]) -> None:
+    leaves = _group(commands, "device", "change a device")
+    leaf = _leaf(leaves, "label", "set and remove labels", run="fleet:label")
+    leaf.add_argument("name", metavar="NAME")
+    leaf.add_argument("changes", nargs="+", metavar="KEY=VALUE|KEY-", help="set a label, or remove it")
+
+
+def _model(commands: _Leaves[Parser]) -> None:
+    leaves = _group(commands, "model", "upload and inspect models")
+    _push(_leaf(leaves, "push", "upload an ONNX model; the hub builds and measures its variants", run="models:push"))
+    leaf = _leaf(leaves, "ls", "list models", run="models:ls")
+    leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
+    leaf = _leaf(leaves, "show", "show one model and what was measured of it", run="models:show")
+    leaf.add_argument("name", metavar="FAMILY/VERSION")
+    leaf = _leaf(
+        leaves, "verify", "fetch every file of a model, hash it and run the golden samples", run="models:verify"
+    )
+    leaf.add_argument("name", metavar="FAMILY/VERSION")
+
+
+def _push(leaf: Parser) -> None:
+    add = leaf.add_argument
+    add("file", metavar="FILE.onnx")
+    add("--family", required=True, metavar="NAME", help="the model's family, for example digits")
+    add("--version", required=True, metavar="X.Y.Z", help="semantic version of this model")
+    add("--golden", required=True, metavar="FILE.npz", help="samples: an array per input, and `labels`")
+    add("--calibration", metavar="FILE.npz", help="other samples that set the int8 ranges (default: the golden ones)")
+    add("--labels", metavar="FILE|A,B,C", help="class names in the order of the output: a file of lines, or a list")
+    add("--task", choices=["classification", "raw"], default="classification")
+    add("--signature", metavar="FILE.json", help="inputs and outputs (default: from the graph)")
+    add("--input-scale", type=_number, metavar="X", help="the input is multiplied by this first")
+    add("--input-mean", type=_numbers, metavar="X[,X…]", help="then this is subtracted")
+    add("--input-std", type=_numbers, metavar="X[,X…]", help="then it is divided by this")
+    add("--max-drop", type=_number, metavar="POINTS", help="accuracy that a variant may lose (default 1)")
+    add("--min-accuracy", type=_number, metavar="SHARE", help="accuracy that a variant must reach, 0 to 1")
+    add("--min-release-counter", type=int, metavar="N", help="devices that take this release refuse any below N")
+    add("--data-tag", default="", metavar="TEXT", help="what it was trained on")
+    add("--license", default="", metavar="TEXT")
+    add("--owner", default="", metavar="TEXT")
+    add("--parent", default="", metavar="FAMILY/VERSION", help="what it was derived from")
+    add("--param", action="append", default=[], metavar="KEY=VALUE", help="a training parameter; may be repeated")
+    add("--wait", action="store_true", help="wait until the hub has built and measured it")
+    add("--wait-s", type=_count, default=300, metavar="SECONDS", help="how long --wait waits (default 300)")
+
+
+def _release(commands: _Leaves[Parser]) -> None:
+    leaves = _group(commands, "release", "sign and publish releases")
+    leaf = _leaf(leaves, "sign", "check what the hub built and sign it with the offline keys", run="signing:sign")
+    leaf.add_argument("name", metavar="FAMILY/VERSION")
+    leaf.add_argument("--keys", required=True, metavar="DIR", help="folder with release.key (and targets.key)")
+    leaf.add_argument("--out", metavar="FILE", help="where to write (default ./FAMILY-VERSION.release.json)")
+    leaf.add_argument("--expires-days", type=_count, default=365, metavar="N", help="signature's life (default 365)")
+    leaf.add_argument("--yes", action="store_true", help="sign without asking")
+    leaf = _leaf(leaves, "publish", "send a signed release to the hub and assign it", run="releases:publish")
+    leaf.add_argument("bundle", metavar="BUNDLE|FAMILY/VERSION", help="a signed bundle, or a published release")
+    target = leaf.add_mutually_exclusive_group()
+    target.add_argument("--assign", metavar="all|KEY=VALUE[,…]", help="assign it to these devices")
+    target.add_argument("--device", action="append", metavar="NAME", help="assign it to this device; may be repeated")
+    leaf.add_argument("--force", action="store_true", help="also where the device has quarantined it")
+    leaf = _leaf(leaves, "ls", "list releases", run="releases:ls")
+    leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
+    leaf = _leaf(leaves, "show", "show one release and its files", run="releases:show")
+    leaf.add_argument("name", metavar="FAMILY/VERSION")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
