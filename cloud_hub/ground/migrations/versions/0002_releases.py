@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("step", sa.String(64), nullable=False),
         sa.Column("push", sa.Text, nullable=False),
         sa.Column("build", sa.Integer, nullable=False),
+        sa.Column("restarts", sa.Integer, nullable=False),
         sa.Column("created_ms", sa.BigInteger, nullable=False),
         sa.Column("created_by", sa.String(160), nullable=False),
         sa.Column("finished_ms", sa.BigInteger, nullable=True),

@@ -1,0 +1,285 @@
+"""The hub's own certificate authority: one P-256 key that signs the hub's servers, the hub's client and the devices.
+
+Rules:
+1. A device's common name is the one that the hub assigned; nothing of the request but the public key is used.
+2. A device's certificate can only be a client's (EKU clientAuth, no CA); a server's can only be a server's.
+3. Certificates begin an hour before they are made, because clocks differ.
+
+Values and bytes only: who keeps them in which file is `cloud_hub/hubfiles.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from shared import limits
+from shared.errors import ConfigError, InvalidValue
+from shared.ids import DeviceId
+
+CA_DAYS: Final = 3650
+BACKDATE: Final = timedelta(hours=1)
+HUB_NAME: Final = "hub"
+"""Common name of the hub's own MQTT client, and its user name on the broker."""
+
+_CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedPair:
+    """A new certificate with its key, both PEM; the key is PKCS8 without a password."""
+
+    certificate_pem: bytes
+    key_pem: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCertificate:
+    """A certificate for a device's key; `fingerprint` is SHA-256 of its DER, hex."""
+
+    pem: str
+    fingerprint: str
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCertificate:
+    """A client certificate that this CA signed and that is within its time."""
+
+    name: str
+    fingerprint: str
+
+
+class Authority:
+    """The CA's certificate and key.
+
+    Args:
+        certificate_pem: as made by `make_ca`.
+        key_pem: its key.
+
+    Raises:
+        ConfigError: they do not parse or do not belong together.
+    """
+
+    def __init__(self, certificate_pem: bytes, key_pem: bytes) -> None:
+        try:
+            self._certificate = x509.load_pem_x509_certificate(certificate_pem)
+            key = serialization.load_pem_private_key(key_pem, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ConfigError(
+                f"the CA's files do not parse: {error}", code="config.ca", hint="restore ca/ from the backup"
+            ) from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != self._certificate.public_key():
+            raise ConfigError(
+                "ca/ca.key does not belong to ca/ca.pem", code="config.ca", hint="restore ca/ from the backup"
+            )
+        self._key = key
+        self.pem = certificate_pem.decode()
+        self.fingerprint = fingerprint(self._certificate)
+
+    @property
+    def expires_ms(self) -> int:
+        """When the CA's own certificate ends."""
+        return _to_ms(self._certificate.not_valid_after_utc)
+
+    def issue_server(self, names: Sequence[str], *, now_ms: int, days: int) -> IssuedPair:
+        """A server certificate for these host names and addresses, the first of them as common name."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(
+            key.public_key(),
+            name=names[0],
+            now_ms=now_ms,
+            days=days,
+            usage=ExtendedKeyUsageOID.SERVER_AUTH,
+            alternatives=[_general_name(name) for name in names],
+        )
+        return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
+
+    def issue_client(self, name: str, *, now_ms: int, days: int) -> IssuedPair:
+        """A client certificate with a key of our making: the hub's own link to the broker."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(
+            key.public_key(), name=name, now_ms=now_ms, days=days, usage=ExtendedKeyUsageOID.CLIENT_AUTH
+        )
+        return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
+
+    def issue_device(self, csr_pem: str, *, device: DeviceId, now_ms: int, days: int) -> DeviceCertificate:
+        """A client certificate for the key in a checked request; raises InvalidValue as `check_csr` does."""
+        certificate = self._sign(
+            check_csr(csr_pem),
+            name=device,
+            now_ms=now_ms,
+            days=days,
+            usage=ExtendedKeyUsageOID.CLIENT_AUTH,
+            alternatives=[x509.UniformResourceIdentifier(f"spiffe://outrider/{device}")],
+        )
+        return DeviceCertificate(
+            pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            fingerprint=fingerprint(certificate),
+            expires_ms=_to_ms(certificate.not_valid_after_utc),
+        )
+
+    def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:
+        """What a client certificate says, or None when this CA did not sign it, or not for a client, or not for now."""
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+            certificate.verify_directly_issued_by(self._certificate)
+            usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+            names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+            return None
+        now = _to_time(now_ms)
+        in_time = certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
+        if not in_time or list(usage) != [ExtendedKeyUsageOID.CLIENT_AUTH] or len(names) != 1:
+            return None
+        return PeerCertificate(name=str(names[0].value), fingerprint=fingerprint(certificate))
+
+    def _sign(
+        self,
+        key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
+        *,
+        name: str,
+        now_ms: int,
+        days: int,
+        usage: x509.ObjectIdentifier,
+        alternatives: Sequence[x509.GeneralName] = (),
+    ) -> x509.Certificate:
+        now = _to_time(now_ms)
+        ends = min(now + timedelta(days=days), self._certificate.not_valid_after_utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(_common_name(name))
+            .issuer_name(self._certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - BACKDATE)
+            .not_valid_after(ends)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        if alternatives:
+            builder = builder.add_extension(x509.SubjectAlternativeName(list(alternatives)), critical=False)
+        return builder.sign(self._key, hashes.SHA256())
+
+
+def make_ca(*, now_ms: int, label: str, days: int = CA_DAYS) -> IssuedPair:
+    """A new self-signed CA; `label` tells hubs apart for people who look at certificates."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _common_name(f"Outrider CA {label}"[:64])
+    now = _to_time(now_ms)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
+
+
+def check_csr(csr_pem: str) -> ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey:
+    """The public key of a certificate request; raises InvalidValue when it is too large, unproven or of a wrong kind.
+
+    The request's signature proves that whoever sends it holds the private key.
+    """
+    code = "enrol.csr"
+    if len(csr_pem) > limits.MAX_CSR_BYTES:
+        raise InvalidValue(f"the certificate request exceeds {limits.MAX_CSR_BYTES} bytes", code=code)
+    try:
+        csr = x509.load_pem_x509_csr(csr_pem.encode())
+        proven = csr.is_signature_valid
+        key = csr.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise InvalidValue(
+            "the certificate request does not parse", code=code, hint="send a PKCS#10 request in PEM"
+        ) from error
+    if not proven:
+        raise InvalidValue("the certificate request is not signed by its own key", code=code)
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES):
+        return key
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return key
+    raise InvalidValue(
+        "keys of this kind are not taken", code=code, hint="make a P-256, P-384 or Ed25519 key (RSA is not accepted)"
+    )
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of the DER form, hex: how a CA is pinned and a certificate is looked up."""
+    return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
+
+
+def needs_renewal(certificate_pem: bytes, *, names: Sequence[str], now_ms: int) -> bool:
+    """Whether less than a third of a certificate's life is left, or its names are not exactly these (none: any)."""
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+    except ValueError:
+        return True
+    begin, end = _to_ms(certificate.not_valid_before_utc), _to_ms(certificate.not_valid_after_utc)
+    if end - now_ms < (end - begin) / 3 or now_ms < begin:
+        return True
+    if not names:
+        return False
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return True
+    return {str(name.value) for name in found} != set(names)
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _to_time(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms // 1000, UTC)
+
+
+def _to_ms(moment: datetime) -> int:
+    return int(moment.timestamp()) * 1000

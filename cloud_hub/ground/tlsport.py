@@ -1,0 +1,138 @@
+"""The HTTPS port: uvicorn inside our own loop, with the client's certificate handed to the application.
+
+uvicorn does not put the peer's certificate into the ASGI scope, so a small subclass of its protocol does, under
+`extensions[auth.PEER_CERTIFICATE]`. The TLS layer asks for a certificate, takes none, and refuses a wrong one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cloud_hub.ground.auth import PEER_CERTIFICATE
+from shared.errors import ConfigError
+
+_GRACE_S: Final = 5
+_KEEP_ALIVE_S: Final = 30
+
+
+class CertifiedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose scopes carry the client certificate of their connection (DER, or None)."""
+
+    _certificate: bytes | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Remember what the handshake verified."""
+        super().connection_made(transport)
+        secured = transport.get_extra_info("ssl_object")
+        self._certificate = secured.getpeercert(binary_form=True) if secured is not None else None
+
+    def on_message_begin(self) -> None:
+        """Hand it on with each request."""
+        super().on_message_begin()
+        scope: Any = self.scope
+        scope["extensions"] = {PEER_CERTIFICATE: self._certificate}
+
+
+class HttpsServer(uvicorn.Server):
+    """A uvicorn server that leaves signals to the process that owns it.
+
+    Args:
+        app: the ASGI application.
+        certificate, key, ca: PEM files; client certificates are verified against `ca`.
+        ready: set once it accepts requests.
+    """
+
+    def __init__(self, app: Any, *, certificate: Path, key: Path, ca: Path, ready: asyncio.Event) -> None:
+        config = uvicorn.Config(
+            app,
+            http=CertifiedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_GRACE_S,
+            ssl_context_factory=_context_factory(certificate=certificate, key=key, ca=ca),
+        )
+        super().__init__(config)
+        self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take no signal: the composition root has them."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and say so."""
+        await super().startup(sockets=sockets)
+        self._ready.set()
+
+    async def run_on(self, listener: socket.socket) -> None:
+        """Serve on a bound socket until cancelled; running requests then have a grace to finish."""
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(self.serve(sockets=[listener]))
+            try:
+                # Shielded: uvicorn ends in order by its flag, and not at all in order when cancelled.
+                await asyncio.shield(serving)
+            except asyncio.CancelledError:
+                self.should_exit = True
+                await asyncio.wait([serving], timeout=_GRACE_S + 2)
+                raise
+
+
+def bind(host: str, port: int, *, key: str) -> socket.socket:
+    """A listening socket; raises ConfigError that names the port and the configuration key when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise port_error(error, host=host, port=port, key=key) from error
+    listener.setblocking(False)
+    return listener
+
+
+def port_error(error: OSError, *, host: str, port: int, key: str) -> ConfigError:
+    """The ConfigError for a port that could not be had."""
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"port {port} on {host} is taken by another process",
+            code="config.port_busy",
+            hint=f"stop what listens there (`ss -ltnp 'sport = :{port}'` names it), or set {key} to a free port",
+        )
+    if error.errno == errno.EACCES:
+        return ConfigError(
+            f"port {port} on {host} needs more rights",
+            code="config.port_denied",
+            hint=f"set {key} to a port above 1023",
+        )
+    return ConfigError(
+        f"{host}:{port} cannot be listened on: {error.strerror or error}", code="config.port", hint=f"check {key}"
+    )
+
+
+def _context_factory(*, certificate: Path, key: Path, ca: Path) -> Callable[[Any, Any], ssl.SSLContext]:
+    def make(_config: Any, _default: Any) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(cafile=ca)
+        context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+    return make
