@@ -1,0 +1,188 @@
+"""The link machine: when to connect, and how long to wait after it did not work.
+
+    decision = decide(link, event)         nothing is saved: a link starts anew with the process
+
+Rules of this file:
+1. Waiting is exponential with full jitter (0.5 s doubling to 60 s), so that a fleet does not come back in step; the
+   driver draws the jitter and hands it in.
+2. Only a link that held for 30 s counts as good again; one that is lost at once keeps waiting longer.
+
+There is one timer. Not here: the courier, presence, what is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+from shared.machine import Decision, Row, Table
+
+FIRST_WINDOW_MS: Final = 500
+LONGEST_WINDOW_MS: Final = 60_000
+SHORTEST_WAIT_MS: Final = 50
+STEADY_MS: Final = 30_000
+
+
+class LinkPhase(Enum):
+    """OFFLINE: stopped, or waiting for the timer. The values are those of `AgentState.link`."""
+
+    OFFLINE = "offline"
+    CONNECTING = "connecting"
+    ONLINE = "online"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`wanted` is False while stopped; `failures` counts since the link last held; `detail` says why it is not up."""
+
+    phase: LinkPhase = LinkPhase.OFFLINE
+    wanted: bool = False
+    failures: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StartLink:
+    """The link is wanted, now; while waiting, this cuts the waiting short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The courier is connected and subscribed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectFailed:
+    """The courier could not connect. `jitter` is drawn from 0 to 1; `retry_after_ms` is what the server asked for."""
+
+    reason: str
+    jitter: float
+    retry_after_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """The connection broke. `jitter` is drawn from 0 to 1."""
+
+    reason: str
+    jitter: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The link's timer."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopLink:
+    """The link is no longer wanted."""
+
+
+LinkEvent = StartLink | Connected | ConnectFailed | Lost | TimerFired | StopLink
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Let the courier connect; answered by Connected or ConnectFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Leave without triggering the last will; also ends an attempt under way. Not answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Say TimerFired after this time; replaces the one that runs."""
+
+    delay_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimer:
+    """Forget the timer."""
+
+
+LinkEffect = Connect | Disconnect | StartTimer | StopTimer
+_Step = Decision[Link, LinkEffect]
+
+
+def decide(link: Link, event: LinkEvent) -> _Step:
+    """The link after this event, and what to do."""
+    return LINK.decide(link, event)
+
+
+def wait_ms(failures: int, *, jitter: float) -> int:
+    """Full jitter over a window that doubles with each failure (AWS Architecture Blog, "Exponential Backoff")."""
+    window_ms = min(LONGEST_WINDOW_MS, FIRST_WINDOW_MS << min(max(failures, 1) - 1, 20))
+    return max(SHORTEST_WAIT_MS, int(window_ms * min(max(jitter, 0.0), 1.0)))
+
+
+def _connect(link: Link, _: StartLink) -> _Step:
+    return Decision(replace(link, phase=LinkPhase.CONNECTING, wanted=True), (StopTimer(), Connect()))
+
+
+def _timer(link: Link, _: TimerFired) -> _Step:
+    if not link.wanted:
+        return Decision(link)
+    return Decision(replace(link, phase=LinkPhase.CONNECTING), (Connect(),))
+
+
+def _connected(link: Link, _: Connected) -> _Step:
+    return Decision(replace(link, phase=LinkPhase.ONLINE, detail=""), (StartTimer(STEADY_MS),))
+
+
+def _stray(link: Link, _: Connected) -> _Step:
+    return Decision(link, (Disconnect(),))
+
+
+def _failed(link: Link, event: ConnectFailed | Lost) -> _Step:
+    failures = link.failures + 1
+    delay_ms = wait_ms(failures, jitter=event.jitter)
+    if isinstance(event, ConnectFailed) and event.retry_after_ms is not None:
+        delay_ms = max(delay_ms, min(event.retry_after_ms, LONGEST_WINDOW_MS))
+    after = replace(link, phase=LinkPhase.OFFLINE, failures=failures, detail=event.reason)
+    return Decision(after, (StartTimer(delay_ms),))
+
+
+def _steady(link: Link, _: TimerFired) -> _Step:
+    return Decision(replace(link, failures=0))
+
+
+def _stop(_link: Link, _: StopLink) -> _Step:
+    return Decision(Link(detail="stopped"), (StopTimer(), Disconnect()))
+
+
+def _stay(link: Link, _: LinkEvent) -> _Step:
+    return Decision(link)
+
+
+_OFF, _TRY, _ON = LinkPhase.OFFLINE, LinkPhase.CONNECTING, LinkPhase.ONLINE
+
+LINK: Final[Table[LinkPhase, Link, LinkEvent, LinkEffect]] = Table(
+    "link",
+    phase_of=lambda link: link.phase,
+    rows={
+        (_OFF, StartLink): Row((_TRY,), _connect),
+        (_TRY, StartLink): Row((_TRY,), _stay),
+        (_ON, StartLink): Row((_ON,), _stay),
+        (_TRY, Connected): Row((_ON,), _connected),
+        # Connected just as it was stopped or had been given up: nobody wants this connection.
+        (_OFF, Connected): Row((_OFF,), _stray),
+        (_ON, Connected): Row((_ON,), _stay),
+        (_TRY, ConnectFailed): Row((_OFF,), _failed),
+        # Late answers of an attempt that was ended.
+        (_OFF, ConnectFailed): Row((_OFF,), _stay),
+        (_ON, ConnectFailed): Row((_ON,), _stay),
+        (_ON, Lost): Row((_OFF,), _failed),
+        (_TRY, Lost): Row((_OFF,), _failed),
+        (_OFF, Lost): Row((_OFF,), _stay),
+        (_OFF, TimerFired): Row((_OFF, _TRY), _timer),
+        (_TRY, TimerFired): Row((_TRY,), _stay),
+        (_ON, TimerFired): Row((_ON,), _steady),
+        (_OFF, StopLink): Row((_OFF,), _stop),
+        (_TRY, StopLink): Row((_OFF,), _stop),
+        (_ON, StopLink): Row((_OFF,), _stop),
+    },
+)

@@ -1,0 +1,414 @@
+"""The words of the slot machine: phases, the persisted state, events, effects, and the state's bytes.
+
+Rules of this file:
+1. `active` is a committed release or None; a candidate becomes active by committing and in no other way.
+2. Every event about work on a release carries that release's `key`, so that what comes late, from work that was
+   given up meanwhile, is recognised and ignored.
+3. Every effect can be carried out twice with the same result as once: after a crash it may well be.
+
+Not here: what leads to what (edge_agent/core/slots.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from shared.errors import StorageError
+from shared.ids import Digest, FamilyName
+from shared.model import FileRef, Manifest, Variant
+from shared.profile import Probation
+from shared.release import VerifiedModel
+
+STATE_SCHEMA: Final = 1
+MAX_LOADS: Final = 4
+"""How often a candidate is loaded before it is given up; counted before each load, so that a power cut counts."""
+MAX_TRANSITIONS: Final = 28
+"""Steps a candidate may take in all; what needs more runs in a circle."""
+MAX_QUARANTINED: Final = 64
+MAX_EXTENSIONS: Final = 10
+"""How often probation is prolonged for want of answers before the release is given up."""
+EXTENSION_MS: Final = 2_000
+MAX_ROLLBACK_STARTS: Final = 3
+CRASH_LOOP: Final = 5
+"""Crashes of the active host without a good answer in between from which on the model counts as degraded."""
+FIRST_DELAY_MS: Final = 1_000
+MAX_FETCH_DELAY_MS: Final = 300_000
+MAX_RESTART_DELAY_MS: Final = 60_000
+MAX_ERROR_CHARS: Final = 400
+
+
+class Phase(Enum):
+    """Where a slot stands. COMMITTED: the active release serves. IDLE: nothing does. All others have a candidate."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    VERIFYING = "verifying"
+    STAGED = "staged"
+    WARMUP = "warmup"
+    PROBATION = "probation"
+    COMMITTED = "committed"
+    ROLLING_BACK = "rolling_back"
+
+
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """A verified release and the variant of it that this device runs."""
+
+    manifest: Manifest
+    manifest_digest: Digest
+    variant: str
+    assignment_version: int
+
+    @property
+    def key(self) -> str:
+        """Names the release: hosts, fetches and late events are told apart by it."""
+        return self.manifest_digest
+
+    @property
+    def served(self) -> Variant:
+        """The variant that is loaded."""
+        return next(variant for variant in self.manifest.variants if variant.name == self.variant)
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """What must lie on the shelf for it to run: the model's file and the golden set."""
+        return self.served.file, self.manifest.golden.file
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Counters of a probation.
+
+    Attributes:
+        good, failed: answers; `good` stops counting once there are enough.
+        started: how often the candidate was switched to.
+        extensions: how often the time was prolonged for want of answers.
+    """
+
+    good: int = 0
+    failed: int = 0
+    started: int = 0
+    extensions: int = 0
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """The persisted state of one model family.
+
+    Attributes:
+        probation: the profile's policy, as of the last start.
+        active: the committed release that serves, or that is gone back to.
+        previous: the committed release before it, kept for the operator; None when the signed floor forbids it.
+        candidate: the release on its way in; in ROLLING_BACK the one on its way out.
+        tries: loads of the candidate, counted before each.
+        fetch_tries: failed fetches in a row.
+        transitions: steps that the candidate took.
+        crashes: losses of the active host since its last good answer.
+        quarantine: manifest digests that this device will not run again, oldest first.
+        refused: newest assignment version whose quarantined release was refused aloud.
+        error_code, error: why the last attempt ended, until one succeeds.
+        revision: grows with every change that the hub is told of.
+    """
+
+    family: FamilyName
+    probation: Probation
+    phase: Phase = Phase.IDLE
+    active: Installed | None = None
+    previous: Installed | None = None
+    candidate: Installed | None = None
+    tries: int = 0
+    fetch_tries: int = 0
+    transitions: int = 0
+    crashes: int = 0
+    trial: Trial = Trial()
+    quarantine: tuple[Digest, ...] = ()
+    refused: int = 0
+    error_code: str = ""
+    error: str = ""
+    revision: int = 0
+    schema: int = STATE_SCHEMA
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """A verified assignment names this release. `force` lifts its quarantine."""
+
+    model: VerifiedModel
+    variant: str
+    assignment_version: int
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The newest verified assignment no longer names this family."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilesHere:
+    """The fetch has brought all files onto the shelf."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchFailed:
+    """The fetch ended without the files; `retry` is the error's: whether the same can succeed later."""
+
+    key: str
+    code: str
+    message: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDue:
+    """Time to fetch again; also said when the link came back, to cut the waiting short."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilesVerified:
+    """The files on the shelf are what was signed."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesBad:
+    """The files on the shelf are not what was signed: at verification, or when a host was to be started on them."""
+
+    key: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpAllowed:
+    """There is room to load the candidate beside what runs."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpDue:
+    """Time to try loading the candidate again."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostReady:
+    """The host of this release has loaded, warmed up and passed the golden check, or was up already."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFailed:
+    """The host of this release did not come up, failed the golden check (`retry` False), or was lost (`retry` True)."""
+
+    key: str
+    code: str
+    message: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RestartDue:
+    """Time to start the active release's host again."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerGood:
+    """The host answered a request or a probe."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerBad:
+    """The model failed on an acceptable input, or gave a wrong answer to a probe; the host is still there."""
+
+    key: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbationTimedOut:
+    """The probation's time, or its prolongation, is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """The process has started and read this state from disk; no host runs, no timer, no fetch."""
+
+    probation: Probation
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorRollback:
+    """Someone at the device wants the release before."""
+
+
+Event = (
+    Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | WarmUpAllowed | WarmUpDue
+    | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted | OperatorRollback
+)  # fmt: skip
+
+
+# Effects
+
+
+class Timer(Enum):
+    """A slot's timers: at most one of each runs; starting it again replaces it."""
+
+    FETCH = "fetch"
+    WARM_UP = "warm_up"
+    PROBATION = "probation"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch."""
+
+    key: str
+    files: tuple[FileRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyFiles:
+    """Hash the files on the shelf once more and read the golden set; answered by FilesVerified or FilesBad."""
+
+    key: str
+    files: tuple[FileRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestWarmUp:
+    """Answer WarmUpAllowed as soon as no other slot is in WARMUP, so that at most one host is loaded on top."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelWork:
+    """Stop this release's fetch, verification, warm-up request and probes; nothing need be answered."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartHost:
+    """See that the release's host runs; answered by HostReady (at once when it is up), HostFailed or FilesBad.
+
+    FilesBad is the answer when the shelf finds that a file has changed since it was verified (TransferCorrupt).
+    """
+
+    release: Installed
+
+
+@dataclass(frozen=True, slots=True)
+class StopHost:
+    """Drain, then end the release's host, if it runs."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchTo:
+    """New requests go to this release's host, and are refused with `retry` while it is not up; None serves nothing."""
+
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Run that many golden samples on the candidate's host; each is answered by AnswerGood or AnswerBad."""
+
+    key: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """After this time, say the timer's event (`timer_event`)."""
+
+    timer: Timer
+    delay_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimer:
+    """Forget this timer."""
+
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the hub the device's state soon; several may be merged into one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Put a DeviceEvent into the outbox, class 0. Lost if the power goes right before; `Report` makes up for it."""
+
+    name: str
+    detail: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectGarbage:
+    """Let the shelf drop every file that no slot keeps (`slots.files_to_keep` over all slots)."""
+
+
+Effect = (
+    Fetch | VerifyFiles | RequestWarmUp | CancelWork | StartHost | StopHost | SwitchTo | Probe | StartTimer | StopTimer
+    | Report | Note | CollectGarbage
+)  # fmt: skip
+
+
+def timer_event(timer: Timer) -> Event:
+    """The event to say when this timer fires."""
+    match timer:
+        case Timer.FETCH:
+            return FetchDue()
+        case Timer.WARM_UP:
+            return WarmUpDue()
+        case Timer.PROBATION:
+            return ProbationTimedOut()
+        case Timer.RESTART:
+            return RestartDue()
+
+
+def backoff_ms(tries: int, *, most_ms: int) -> int:
+    """1 s after the first failure, twice as long after each further one, at most `most_ms`."""
+    return min(most_ms, FIRST_DELAY_MS << min(max(tries, 1) - 1, 20))
+
+
+class _Head(msgspec.Struct):
+    schema: int
+
+
+def encode_state(state: Slot) -> bytes:
+    """The state's bytes for the ledger."""
+    return msgspec.msgpack.encode(state)
+
+
+def decode_state(data: bytes) -> Slot:
+    """The state in these bytes; raises StorageError when they are damaged or from an agent that is newer than this."""
+    try:
+        schema = msgspec.msgpack.decode(data, type=_Head).schema
+        if schema != STATE_SCHEMA:
+            raise StorageError(
+                f"slot state has schema {schema}, this agent knows {STATE_SCHEMA}",
+                code="storage.schema",
+                hint="run the agent version that wrote the state directory, or a newer one",
+            )
+        return msgspec.msgpack.decode(data, type=Slot)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StorageError(f"slot state cannot be read: {error}", code="storage.slot") from error

@@ -1,0 +1,223 @@
+"""The slot machine: how a signed release of one model family comes to serve on this device, or goes away again.
+
+    decision = decide(state, event)        save decision.state, then carry out decision.effects in order
+
+The driver's part: keep one `Slot` per family; save it with `encode_state` before the effects unless
+`decision.state is state`; answer effects with events; at the start decode each slot, say `Restarted`, then offer what
+the newest verified assignment names. Handing in an event twice, or late, does no harm.
+
+Rules of this file:
+1. What serves was verified: a release is switched to only after its files were verified and its host has passed the
+   golden check in this life of the process.
+2. `active` is never provisional. Until a release has committed, the one before it is what every failure leads back to.
+3. Loads are counted before they happen and steps have a budget, so that no crash and no power cut can make a loop.
+4. A release that failed by its own fault is quarantined by its manifest's digest; one that could not be fetched is not.
+5. Every pair of phase and event is in the table; what may come late is listed there as ignored.
+
+Not here: timers, hosts, files, the outbox (edge_agent/driver.py); whether a release may be trusted (shared/trust).
+The drawing in docs/slots.md is made from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from edge_agent.core import slot_steps as steps
+from edge_agent.core.slot_steps import Step
+from edge_agent.core.slot_values import (
+    AnswerBad,
+    AnswerGood,
+    Effect,
+    Event,
+    FetchDue,
+    FetchFailed,
+    FilesBad,
+    FilesHere,
+    FilesVerified,
+    HostFailed,
+    HostReady,
+    Installed,
+    Offered,
+    OperatorRollback,
+    Phase,
+    ProbationTimedOut,
+    Report,
+    RestartDue,
+    Restarted,
+    Slot,
+    WarmUpAllowed,
+    WarmUpDue,
+    Withdrawn,
+)
+from shared.ids import Digest, FamilyName
+from shared.machine import Decision, Row, Table
+from shared.profile import Probation
+
+Rows = dict[tuple[Phase, type[Event]], Row[Phase, Slot, Effect]]
+
+
+def new_slot(family: FamilyName, *, probation: Probation) -> Slot:
+    """A slot in which nothing was ever installed."""
+    return Slot(family=family, probation=probation)
+
+
+def decide(state: Slot, event: Event) -> Step:
+    """What to save and what to do about this event; `decision.state is state` means that nothing has changed."""
+    decision = TABLE.decide(state, event)
+    after = decision.state
+    if after is state or _shown(after) == _shown(state):
+        return decision
+    return Decision(replace(after, revision=state.revision + 1), (*decision.effects, Report()))
+
+
+def serving(state: Slot) -> Installed | None:
+    """The release whose host requests go to."""
+    return state.candidate if state.phase is Phase.PROBATION else state.active
+
+
+def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
+    """Digests of every file that some slot runs, may go back to, or is bringing in."""
+    return frozenset(
+        file.digest
+        for state in states
+        for release in (state.active, state.previous, state.candidate)
+        if release is not None
+        for file in release.files
+    )
+
+
+def can_roll_back(state: Slot) -> bool:
+    """Whether OperatorRollback would change anything."""
+    if state.phase is Phase.COMMITTED:
+        return state.previous is not None
+    return state.phase not in (Phase.IDLE, Phase.ROLLING_BACK)
+
+
+def _shown(state: Slot) -> tuple[object, ...]:
+    """What the hub is told of a slot."""
+    active, candidate = state.active, state.candidate
+    return state.phase, active and active.key, candidate and candidate.key, state.error_code, state.error
+
+
+# The table
+
+_IDLE, _FETCHING, _VERIFYING, _STAGED = Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.STAGED
+_WARMUP, _PROBATION, _COMMITTED, _BACK = Phase.WARMUP, Phase.PROBATION, Phase.COMMITTED, Phase.ROLLING_BACK
+_ENDS: Final = (_IDLE, _COMMITTED)
+_ON_THE_WAY: Final = (_FETCHING, _VERIFYING, _STAGED, _WARMUP, _PROBATION)
+
+
+def _rows(
+    kind: type[Event], step: Callable[[Slot, Any], Step], leads: dict[Phase, tuple[Phase, ...]], *, stays: str = ""
+) -> Rows:
+    """The row of one event in every phase: `leads` says where it moves; elsewhere it stays, for the reason given."""
+    staying = [phase for phase in Phase if phase not in leads]
+    assert not staying or stays, f"{kind.__name__} has no row in {staying} and no reason why"
+    moving: Rows = {(phase, kind): Row(leads_to=targets, step=step) for phase, targets in leads.items()}
+    return moving | {(phase, kind): Row(leads_to=(phase,), step=_stay) for phase in staying}
+
+
+def _stay(state: Slot, _: Event) -> Step:
+    return Decision(state)
+
+
+_TABLE_ROWS: Final[tuple[Rows, ...]] = (
+    _rows(
+        Offered,
+        steps.offered,
+        {phase: (phase, _FETCHING, _COMMITTED) for phase in _ON_THE_WAY}
+        | {_IDLE: (_IDLE, _FETCHING), _COMMITTED: (_COMMITTED, _FETCHING), _BACK: (_BACK, _FETCHING)},
+    ),
+    _rows(Withdrawn, steps.withdrawn, dict.fromkeys(Phase, (_IDLE,))),
+    _rows(FilesHere, steps.files_here, {_FETCHING: (_FETCHING, _VERIFYING)}, stays="late: the fetch was given up"),
+    _rows(FetchFailed, steps.fetch_failed, {_FETCHING: (_FETCHING, *_ENDS)}, stays="late: the fetch was given up"),
+    _rows(FetchDue, steps.fetch_due, {_FETCHING: (_FETCHING,)}, stays="late, or the link came back: nothing waits"),
+    _rows(FilesVerified, steps.files_verified, {_VERIFYING: (_VERIFYING, _STAGED)}, stays="late"),
+    _rows(
+        FilesBad,
+        steps.files_bad,
+        {
+            _FETCHING: (_FETCHING,),
+            _VERIFYING: (_VERIFYING, *_ENDS),
+            _STAGED: (_STAGED,),
+            _WARMUP: (_WARMUP, _FETCHING, *_ENDS),
+            _PROBATION: (_PROBATION,),
+            _COMMITTED: (_COMMITTED, _FETCHING),
+            _BACK: (_BACK, _FETCHING),
+        },
+        stays="late: nothing is installed",
+    ),
+    _rows(WarmUpAllowed, steps.warm_up_allowed, {_STAGED: (_STAGED, _WARMUP, *_ENDS)}, stays="late"),
+    _rows(WarmUpDue, steps.warm_up_due, {_STAGED: (_STAGED,)}, stays="late"),
+    _rows(
+        HostReady,
+        steps.host_ready,
+        {phase: (phase,) for phase in Phase} | {_WARMUP: (_WARMUP, _PROBATION), _BACK: (_BACK, _COMMITTED)},
+    ),
+    _rows(
+        HostFailed,
+        steps.host_failed,
+        {phase: (phase,) for phase in Phase}
+        | {
+            _WARMUP: (_WARMUP, _STAGED, *_ENDS),
+            _PROBATION: (_PROBATION, _STAGED, _BACK, _IDLE),
+            _BACK: (_BACK, _COMMITTED),
+        },
+    ),
+    _rows(
+        RestartDue,
+        steps.restart_due,
+        {phase: (phase,) for phase in Phase if phase not in (_IDLE, _PROBATION)},
+        stays="late: the candidate serves, or nothing does",
+    ),
+    _rows(AnswerGood, steps.answer_good, {phase: (phase,) for phase in Phase}),
+    _rows(
+        AnswerBad,
+        steps.answer_bad,
+        {_PROBATION: (_PROBATION, _BACK, _IDLE)},
+        stays="a committed release is not judged by its answers on the device",
+    ),
+    _rows(
+        ProbationTimedOut,
+        steps.probation_timed_out,
+        {_PROBATION: (_PROBATION, _COMMITTED, _BACK, _IDLE)},
+        stays="late",
+    ),
+    _rows(
+        Restarted,
+        steps.restarted,
+        {
+            _IDLE: (_IDLE,),
+            _FETCHING: (_FETCHING,),
+            _VERIFYING: (_VERIFYING, *_ENDS),
+            _STAGED: (_STAGED, *_ENDS),
+            _WARMUP: (_STAGED, *_ENDS),
+            _PROBATION: (_STAGED, _BACK, _IDLE),
+            _COMMITTED: (_COMMITTED,),
+            _BACK: (_BACK,),
+        },
+    ),
+    _rows(
+        OperatorRollback,
+        steps.operator_rollback,
+        dict.fromkeys(_ON_THE_WAY, _ENDS)
+        | {_PROBATION: (_BACK, _IDLE), _COMMITTED: (_COMMITTED, _BACK), _IDLE: (_IDLE,)},
+        stays="a rollback is under way",
+    ),
+)
+
+TABLE: Final[Table[Phase, Slot, Event, Effect]] = Table(
+    "slot", phase_of=lambda state: state.phase, rows={pair: row for rows in _TABLE_ROWS for pair, row in rows.items()}
+)
+
+
+def drawing() -> str:
+    """The table as a Mermaid diagram, without the rows that never leave their phase."""
+    moves = {
+        (phase, kind): Row(leads_to=tuple(target for target in row.leads_to if target is not phase), step=row.step)
+        for (phase, kind), row in TABLE.rows.items()
+    }
+    return Table("slot", phase_of=lambda state: state.phase, rows=moves).mermaid()
