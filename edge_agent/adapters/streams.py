@@ -1,0 +1,136 @@
+"""Frames over asyncio: one class for the door's connections, the pipe to a model host, and the asyncio client.
+
+Rules: a frame is delivered in the call that received its last byte, so that no task has to wake up in between; after
+bytes that are no frame nothing more is delivered, and what still comes is thrown away until the stream ends; nothing
+is sent or delivered after that end, and sending then is not an error, because the news of it is on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from edge_agent.framing import Buffer, FrameReader, build_frame
+from shared.errors import ProtocolViolation
+
+
+class FrameLink(asyncio.BufferedProtocol):
+    """One end of a stream of frames. All callbacks run on the event loop and must not raise."""
+
+    def __init__(
+        self,
+        *,
+        on_frame: Callable[[bytes, bytearray], None],
+        on_refused: Callable[[ProtocolViolation], None],
+        on_end: Callable[[], None],
+        on_clogged: Callable[[bool], None] | None = None,
+    ) -> None:
+        """`on_clogged(True)` says that the other side does not read what was sent, `on_clogged(False)` that it does."""
+        self._on_frame = on_frame
+        self._on_refused = on_refused
+        self._on_end = on_end
+        self._on_clogged = on_clogged
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._refused = False
+        self._paused = False
+        self._discard = memoryview(b"")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the stream has begun and not ended."""
+        return self._transport is not None
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory taken by a payload that is still arriving."""
+        return self._reader.payload_pending
+
+    def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
+        """Send a frame; raises ProtocolViolation, with nothing sent, when it is too large."""
+        parts = build_frame(header, payload)
+        if self._transport is not None and not self._transport.is_closing():
+            for part in parts:
+                self._transport.write(part)
+
+    def limit_unsent(self, high_bytes: int) -> None:
+        """Call `on_clogged` when more than this waits to be read by the other side."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=high_bytes)
+
+    def pause(self) -> None:
+        """Deliver no more frames and read no more bytes for now."""
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Deliver what had arrived and read on."""
+        if not self._paused:
+            return
+        self._paused = False
+        self._deliver()
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def finish(self) -> None:
+        """Send what is unsent and say that no more will come; what still arrives is thrown away."""
+        self._refused = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+            self.resume()
+
+    def close(self) -> None:
+        """End the stream after what is unsent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the stream now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: the stream has begun."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """asyncio: where the next bytes go."""
+        if self._refused:
+            self._discard = self._discard or memoryview(bytearray(65_536))
+            return self._discard
+        return self._reader.buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """asyncio: bytes have arrived."""
+        if not self._refused:
+            self._reader.received(nbytes)
+            self._deliver()
+
+    def pause_writing(self) -> None:
+        """asyncio: the other side is slow."""
+        if self._on_clogged is not None:
+            self._on_clogged(True)
+
+    def resume_writing(self) -> None:
+        """asyncio: the other side has caught up."""
+        if self._on_clogged is not None:
+            self._on_clogged(False)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """asyncio: the stream has ended, whoever ended it."""
+        self._transport = None
+        self._on_end()
+
+    def _deliver(self) -> None:
+        while not self._paused and not self._refused:
+            try:
+                frame = self._reader.next_frame()
+            except ProtocolViolation as error:
+                self._refused = True
+                self._on_refused(error)
+                return
+            if frame is None:
+                return
+            self._on_frame(*frame)
