@@ -1,0 +1,170 @@
+"""Assignments: what one device shall run, signed online by the hub with a key that the root authorises.
+
+    {"signed": {"_type": "assignment", "spec_version": "1", "device": …, "version": …, …}, "signatures": [{keyid, sig}]}
+
+signed over canonical JSON. The root lists the keys in an extension field, so that rotating or revoking them needs the
+offline root keys: `"x-outrider": {"assignment": {"keyids": […], "threshold": 1}}`, the keys among the root's own.
+
+An assignment is bound to the device's name, never empty and monotone: without that, an empty or an old one could be
+shown to any device (Uptane issue 202).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import msgspec
+
+from shared import limits
+from shared.errors import InvalidValue, TrustError
+from shared.ids import DeviceId, parse_device_id, parse_digest, parse_family, parse_version
+from shared.model import manifest_path
+from shared.release import Assignment, Floors
+from shared.trust import strict
+from shared.trust.library import Key, Root, Signature, Signer, encode_canonical
+from shared.trust.metadata import check_threshold, translated
+
+EXTENSION: Final = "x-outrider"
+TYPE: Final = "assignment"
+SPEC_VERSION: Final = "1"
+
+
+def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
+    """The signed document; raises InvalidValue when the assignment breaks its own rules."""
+    try:
+        check_assignment(assignment)
+    except TrustError as error:
+        raise InvalidValue(error.message, code="invalid.assignment") from error
+    signed = {**msgspec.to_builtins(assignment), "_type": TYPE, "spec_version": SPEC_VERSION}
+    signature = signer.sign(_canonical(signed))
+    document = {"signed": signed, "signatures": [{"keyid": signature.keyid, "sig": signature.signature}]}
+    data = json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+    if len(data) > limits.MAX_ASSIGNMENT_BYTES:
+        raise InvalidValue(f"assignment of {len(data)} bytes is too large", code="invalid.assignment")
+    return data
+
+
+def verify_assignment(
+    document: bytes, *, root: Root, device: DeviceId, now_ms: int, floors: Floors, previous: bytes | None = None
+) -> Assignment:
+    """The assignment, if it is for this device, is authorised by the root, has not expired and is not an older one.
+
+    Args:
+        document: as it came.
+        root: the newest verified root.
+        device: the name on this device's own certificate.
+        now_ms: the latest of the clock and the time floor.
+        floors: `assignment_version` is the newest version accepted.
+        previous: the document accepted last. One of the same version is the same only with the same content; without
+            it, the same version is accepted again.
+
+    Raises:
+        TrustError: `trust.malformed`, `.endless_data`, `.signature`, `.wrong_device`, `.rollback`, `.freeze`.
+    """
+    assignment, signed = open_assignment(document, root)
+    if assignment.device != device:
+        raise TrustError(
+            f"the assignment is for {assignment.device!r}, this device is {device!r}",
+            code="trust.wrong_device",
+            hint="someone shows this device what was signed for another one; look at the broker's access rules",
+        )
+    check_assignment(assignment)
+    if assignment.version < floors.assignment_version:
+        raise TrustError(
+            f"assignment {assignment.version} is older than {floors.assignment_version}, which was accepted before",
+            code="trust.rollback",
+            hint="to go back to an older release, assign it again: the new assignment gets a higher version",
+        )
+    if assignment.version == floors.assignment_version and previous is not None:
+        _check_same(assignment, signed, previous)
+    if max(now_ms, assignment.issued_ms) >= assignment.expires_ms:
+        raise TrustError(
+            f"assignment {assignment.version} has expired",
+            code="trust.freeze",
+            hint="check the device's clock; if it is right, let the hub sign the assignment again",
+        )
+    return assignment
+
+
+def open_assignment(document: bytes, root: Root) -> tuple[Assignment, dict[str, Any]]:
+    """Parse and check the signatures only; returns the assignment and its signed part as it was written."""
+    what = "the assignment"
+    envelope = strict.parse_json(document, what=what, max_bytes=limits.MAX_ASSIGNMENT_BYTES)
+    strict.check_metadata(envelope, what=what)
+    signed = envelope["signed"]
+    signatures = {entry["keyid"]: Signature(entry["keyid"], entry["sig"]) for entry in envelope["signatures"]}
+    if len(signatures) != len(envelope["signatures"]):
+        raise strict.malformed(what, "it carries two signatures under one key identifier")
+    keys, threshold = authorised_keys(root)
+    with translated(what):
+        payload = _canonical(signed)
+    check_threshold(keys, threshold=threshold, payload=payload, signatures=signatures, what=what)
+    if signed.get("_type") != TYPE or signed.get("spec_version") != SPEC_VERSION:
+        raise strict.malformed(what, "it is not an assignment of a version that this device knows")
+    try:
+        return msgspec.convert(signed, Assignment), signed
+    except msgspec.ValidationError as error:
+        raise strict.malformed(what, str(error)) from error
+
+
+def check_assignment(assignment: Assignment) -> None:
+    """Raise TrustError `trust.malformed` unless names, versions, times and paths are in bounds and agree."""
+    what = f"assignment {assignment.version}"
+    try:
+        parse_device_id(assignment.device)
+        for model in assignment.models:
+            parse_family(model.family)
+            parse_version(model.version)
+            parse_digest(model.manifest.digest)
+        for family in assignment.force:
+            parse_family(family)
+    except InvalidValue as error:
+        raise strict.malformed(what, error.message) from error
+    families = [model.family for model in assignment.models]
+    if not 1 <= len(families) <= limits.MAX_MODELS_PER_DEVICE or len(set(families)) != len(families):
+        raise strict.malformed(what, f"it names {len(families)} models, one to {limits.MAX_MODELS_PER_DEVICE} may be")
+    if not set(assignment.force) <= set(families):
+        raise strict.malformed(what, "it forces a family that it does not assign")
+    if not 1 <= assignment.version < strict.MAX_INTEGER:
+        raise strict.malformed(what, "its version is out of bounds")
+    if not 0 <= assignment.issued_ms < assignment.expires_ms:
+        raise strict.malformed(what, "it expires before it is issued")
+    for model in assignment.models:
+        if model.manifest.path != manifest_path(model.family, model.version):
+            raise strict.malformed(what, f"{model.manifest.path[:120]!r} is not the manifest of {model.family}")
+        if not 0 < model.manifest.length <= limits.MAX_MANIFEST_BYTES:
+            raise strict.malformed(what, f"the manifest of {model.family} has a length of {model.manifest.length}")
+
+
+def authorised_keys(root: Root) -> tuple[dict[str, Key], int]:
+    """The keys that may sign assignments and how many of them must; raises TrustError when the root names none."""
+    with translated("the root's list of assignment keys"):
+        entry = root.unrecognized_fields[EXTENSION][TYPE]
+        keyids, threshold = entry["keyids"], entry["threshold"]
+        if type(threshold) is not int or threshold < 1 or not isinstance(keyids, list) or not keyids:
+            raise ValueError("keyids and threshold are required")
+        return {keyid: root.keys[keyid] for keyid in keyids}, threshold
+
+
+def _check_same(assignment: Assignment, signed: dict[str, Any], previous: bytes) -> None:
+    """Raise TrustError `trust.rollback` when the accepted document of the same version said something else."""
+    try:
+        stored = strict.parse_json(previous, what="the last assignment", max_bytes=limits.MAX_ASSIGNMENT_BYTES)
+        before = stored["signed"]
+        if before["version"] != assignment.version:
+            return
+    except (TrustError, KeyError, TypeError):
+        return  # damaged on disk: the version floor still stands
+    if before != signed:
+        raise TrustError(
+            f"assignment {assignment.version} differs from the one of the same version that was accepted before",
+            code="trust.rollback",
+            hint="if the hub was restored from a backup, assign again so that its versions pass the older ones",
+        )
+
+
+def _canonical(signed: dict[str, Any]) -> bytes:
+    text = encode_canonical(signed)
+    assert text is not None
+    return text.encode()

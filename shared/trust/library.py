@@ -1,0 +1,52 @@
+"""The parts of python-tuf and securesystemslib that the house uses, imported in this one place.
+
+Both re-export their public classes without saying so in a way that strict type checking accepts.
+"""
+
+from __future__ import annotations
+
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.formats import encode_canonical
+from securesystemslib.signer import (  # type: ignore[attr-defined]
+    CryptoSigner,
+    Key,
+    Signature,
+    Signer,
+    SSlibKey,
+)
+from tuf.api.exceptions import LengthOrHashMismatchError
+from tuf.api.metadata import (  # type: ignore[attr-defined]
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Role,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+__all__ = [
+    "CryptoSigner",
+    "DelegatedRole",
+    "Delegations",
+    "Key",
+    "LengthOrHashMismatchError",
+    "MetaFile",
+    "Metadata",
+    "Role",
+    "Root",
+    "SSlibKey",
+    "Signature",
+    "Signed",
+    "Signer",
+    "Snapshot",
+    "TargetFile",
+    "Targets",
+    "Timestamp",
+    "UnverifiedSignatureError",
+    "encode_canonical",
+]

@@ -1,0 +1,90 @@
+"""What a verification and the one who drives it say to each other. Values only; loads neither tuf nor cryptography.
+
+refresh → driver    Need      answer with the bytes, or None where the hub has no such file
+refresh → driver    Keep      write this to the cache, after removing what it drops; answer with None
+refresh → driver    Accepted  the end: everything holds
+refresh → driver    Refused   the end: a TrustError (or a TransferError for a mandatory file that is missing)
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shared.ids import DeviceId
+from shared.model import FileRef
+from shared.release import Floors, VerifiedAssignment
+
+
+class Need(msgspec.Struct, frozen=True, kw_only=True, tag="need"):
+    """A file of the hub.
+
+    Attributes:
+        name: metadata by its consistent-snapshot name, already percent-encoded (`3.targets.json`,
+            `1.models%2Fdigits.json`); for a release's file, its target path.
+        max_bytes: more than this is an attack; stop reading there.
+        file: set when the file is a release's (fetched by digest), None when it is metadata.
+    """
+
+    name: str
+    max_bytes: int
+    file: FileRef | None = None
+
+
+class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
+    """Metadata of this role was accepted and is worth a place in the cache.
+
+    Attributes:
+        role: its TUF name, not a file name.
+        data: the bytes as they came.
+        drops: roles whose cached metadata goes first, because the keys that signed it were replaced.
+    """
+
+    role: str
+    data: bytes
+    drops: tuple[str, ...] = ()
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
+    """The assignment and every release in it are to be trusted."""
+
+    verified: VerifiedAssignment
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """It is not to be trusted, or cannot be decided for want of a file (`code` starts with `transfer`)."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
+    """What a verification starts from.
+
+    Attributes:
+        document: the assignment as it came.
+        device: the name on this device's own certificate.
+        root: the newest root that this device trusts; the first comes with the enrolment.
+        cache: metadata accepted earlier, by role.
+        previous: the assignment document accepted last, if it is still there.
+        floors: what must not be undercut, whatever the cache holds.
+        wall_ms: this device's clock, right or wrong.
+    """
+
+    document: bytes
+    device: DeviceId
+    root: bytes
+    cache: dict[str, bytes]
+    floors: Floors
+    wall_ms: int
+    previous: bytes | None = None
+
+
+class Fed(msgspec.Struct, frozen=True, kw_only=True, tag="fed"):
+    """The answer to a Need or a Keep."""
+
+    data: bytes | None = None
+
+
+ToVerifier = Job | Fed
+FromVerifier = Need | Keep | Accepted | Refused

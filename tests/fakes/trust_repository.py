@@ -1,0 +1,232 @@
+"""A repository in memory, with all its keys at hand: publishes, assigns, rotates, and answers a refresh.
+
+Tests change `files` (what the hub serves) or the metadata objects and sign again, as an attacker with the keys in
+question would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
+from shared.model import FileRef, Golden, Manifest, Signature, TensorSpec, Variant, encode_manifest, target_path
+from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment
+from shared.trust import refresh
+from shared.trust import repository as repo
+from shared.trust.assignment import sign_assignment
+from shared.trust.library import CryptoSigner, Metadata, Root, Snapshot, Targets, Timestamp
+from shared.trust.roles import family_role, file_name
+from shared.trust.steps import Job, Keep, Need
+
+NOW_MS = 1_795_000_000_000
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+DEVICE = DeviceId("dev-1")
+DIGITS = FamilyName("digits")
+
+
+def make_manifest(
+    version: str = "1.0.0", *, family: str = "digits", counter: int = 1, floor: int = 0, model: bytes = b"int8 model"
+) -> Manifest:
+    """A small valid manifest, whose golden file and one variant have the given bytes."""
+    name, number = FamilyName(family), ModelVersion(version)
+
+    def ref(file: str, data: bytes) -> FileRef:
+        return FileRef(
+            path=target_path(name, number, file), length=len(data), digest=Digest(hashlib.sha256(data).hexdigest())
+        )
+
+    return Manifest(
+        family=name,
+        version=number,
+        release_counter=counter,
+        min_release_counter=floor,
+        task="classification",
+        signature=Signature(
+            inputs=(TensorSpec(name="x", dtype="fp32", shape=(-1, 4)),),
+            outputs=(TensorSpec(name="y", dtype="fp32", shape=(-1, 2)),),
+        ),
+        preparations=(),
+        labels=("no", "yes"),
+        golden=Golden(file=ref("golden.bin", b"golden"), samples=2, min_agreement=1.0),
+        variants=(Variant(name="int8", runtime="onnx", file=ref("int8.onnx", model), accuracy=1.0, answers=(0, 1)),),
+    )
+
+
+class Device:
+    """What a device has on disk: the trusted root, the cache, the last assignment and the floors."""
+
+    def __init__(self, root: bytes, *, name: DeviceId = DEVICE) -> None:
+        self.name = name
+        self.root = root
+        self.cache: dict[str, bytes] = {}
+        self.previous: bytes | None = None
+        self.floors = Floors()
+        self.asked: list[str] = []
+
+    def verify(
+        self, document: bytes, serve: Callable[[Need], bytes | None], *, wall_ms: int = NOW_MS
+    ) -> VerifiedAssignment:
+        """Run a refresh to its end, keeping what it says is worth keeping, as the parent of the verifier does."""
+        job = Job(
+            document=document,
+            device=self.name,
+            root=self.root,
+            cache=dict(self.cache),
+            floors=self.floors,
+            wall_ms=wall_ms,
+            previous=self.previous,
+        )
+        self.asked = []
+        run = refresh.verify(job)
+        answer: bytes | None = None
+        try:
+            while True:
+                step = run.send(answer)
+                answer = None
+                match step:
+                    case Need():
+                        self.asked.append(step.name)
+                        answer = serve(step)
+                    case Keep():
+                        self._keep(step)
+        except StopIteration as end:
+            verified: VerifiedAssignment = end.value
+        self.floors = verified.floors
+        self.previous = document
+        return verified
+
+    def _keep(self, step: Keep) -> None:
+        for role in step.drops:
+            self.cache.pop(role, None)
+        if step.role == "root":
+            self.root = step.data
+        else:
+            self.cache[step.role] = step.data
+
+
+class TrustRepository:
+    """The operators' machine and the hub in one: everything that signs, and everything that is served."""
+
+    def __init__(self, *, now_ms: int = NOW_MS, targets_threshold: int = 1) -> None:
+        self.now_ms = now_ms
+        self.keys: dict[str, list[CryptoSigner]] = {
+            role: [CryptoSigner.generate_ed25519()]
+            for role in ("root", "targets", "snapshot", "timestamp", "assignment", "release")
+        }
+        while len(self.keys["targets"]) < targets_threshold:
+            self.keys["targets"].append(CryptoSigner.generate_ed25519())
+        self.targets_threshold = targets_threshold
+        self.files: dict[str, bytes] = {}
+        self.root: Metadata[Root] = repo.new_root(self.root_keys(), now_ms=now_ms)
+        self.targets: Metadata[Targets] = repo.new_targets(now_ms=now_ms)
+        self.roles: dict[str, Metadata[Targets]] = {}
+        self.snapshot: Metadata[Snapshot] | None = None
+        self.timestamp: Metadata[Timestamp] | None = None
+        self.manifests: dict[tuple[str, str], Manifest] = {}
+        self.assignments = 0
+        self.store_root()
+        self.first_root = self.files["1.root.json"]
+
+    def public(self, role: str) -> repo.RoleKeys:
+        """The role's keys and threshold, as metadata lists them."""
+        threshold = self.targets_threshold if role == "targets" else 1
+        return repo.RoleKeys(keys=tuple(key.public_key for key in self.keys[role]), threshold=threshold)
+
+    def root_keys(self) -> repo.RootKeys:
+        """What a root made now would authorise."""
+        return repo.RootKeys(
+            root=self.public("root"),
+            targets=self.public("targets"),
+            snapshot=self.public("snapshot"),
+            timestamp=self.public("timestamp"),
+            assignment=self.public("assignment"),
+        )
+
+    def store_root(self, *extra: CryptoSigner) -> None:
+        """Sign the root with its keys (and extra ones) and serve it."""
+        self.files[file_name("root", self.root.signed.version)] = repo.sign(self.root, *self.keys["root"], *extra)
+
+    def rotate(self, *roles: str) -> None:
+        """Replace the keys of these roles and publish the next root, signed by old and new root keys."""
+        before = self.keys["root"]
+        for role in roles:
+            self.keys[role] = [CryptoSigner.generate_ed25519() for _ in self.keys[role]]
+        self.root = repo.new_root(self.root_keys(), now_ms=self.now_ms, version=self.root.signed.version + 1)
+        self.store_root(*(before if "root" in roles else ()))
+
+    def release(self, manifest: Manifest) -> None:
+        """Sign a release with the offline keys and publish it."""
+        family = manifest.family
+        role = family_role(family)
+        if not repo.is_delegated(self.targets, family, self.public("release")):
+            self.targets = repo.delegate_family(self.targets, family, self.public("release"), now_ms=self.now_ms)
+        self.roles[role] = repo.add_release(self.roles.get(role), manifest, now_ms=self.now_ms)
+        ref = repo.manifest_ref(manifest)
+        self.files[ref.path] = encode_manifest(manifest)
+        self.manifests[(family, manifest.version)] = manifest
+        self.publish()
+
+    def store(self, role: str, metadata: Metadata[Targets], *signers: CryptoSigner) -> bytes:
+        """Sign targets or a delegated role and serve it."""
+        keys = signers or tuple(self.keys["targets" if role == "targets" else "release"])
+        data = repo.sign(metadata, *keys)
+        self.files[file_name(role, metadata.signed.version)] = data
+        return data
+
+    def publish(self) -> None:
+        """Sign everything below the root again and serve it."""
+        signed = {"targets": self.store("targets", self.targets)}
+        signed.update({role: self.store(role, metadata) for role, metadata in self.roles.items()})
+        self.snapshot = repo.new_snapshot(self.snapshot, signed, now_ms=self.now_ms)
+        self.store_snapshot()
+        self.renew_timestamp()
+
+    def store_snapshot(self) -> None:
+        """Sign the snapshot as it is and serve it."""
+        assert self.snapshot is not None
+        self.files[file_name("snapshot", self.snapshot.signed.version)] = repo.sign(
+            self.snapshot, *self.keys["snapshot"]
+        )
+
+    def renew_timestamp(self) -> None:
+        """Sign the next timestamp for the snapshot that is served."""
+        assert self.snapshot is not None
+        snapshot = self.files[file_name("snapshot", self.snapshot.signed.version)]
+        self.timestamp = repo.new_timestamp(self.timestamp, snapshot, now_ms=self.now_ms)
+        self.store_timestamp()
+
+    def store_timestamp(self) -> None:
+        """Sign the timestamp as it is and serve it."""
+        assert self.timestamp is not None
+        self.files["timestamp.json"] = repo.sign(self.timestamp, *self.keys["timestamp"])
+
+    def assignment(
+        self, *releases: tuple[str, str], device: DeviceId = DEVICE, version: int | None = None
+    ) -> Assignment:
+        """The next assignment of these (family, version), valid for 30 days."""
+        self.assignments += 1
+        return Assignment(
+            device=device,
+            version=self.assignments if version is None else version,
+            issued_ms=self.now_ms,
+            expires_ms=self.now_ms + 30 * DAY_MS,
+            models=tuple(
+                AssignedModel(
+                    family=FamilyName(family),
+                    version=ModelVersion(number),
+                    manifest=repo.manifest_ref(self.manifests[(family, number)]),
+                )
+                for family, number in releases
+            ),
+        )
+
+    def assign(self, *releases: tuple[str, str], device: DeviceId = DEVICE, version: int | None = None) -> bytes:
+        """The same, signed."""
+        return sign_assignment(self.assignment(*releases, device=device, version=version), self.keys["assignment"][0])
+
+    def serve(self, need: Need) -> bytes | None:
+        """What the hub answers, cut off where the client would stop reading plus one byte."""
+        data = self.files.get(need.name)
+        return None if data is None else data[: need.max_bytes + 1]
