@@ -1,18 +1,18 @@
-"""How slots are told to the hub and to the door: conversions only."""
+"""How slots are told to the hub and to the door: conversions only.
+
+`route` is the key of the release that answers now: the one last switched to, if its host is up, else None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from edge_agent.core.slot_values import Phase, Slot
-from edge_agent.core.slots import serving
+from edge_agent.core.slot_values import Installed, Phase, Slot
 from shared.inference import ModelState
-from shared.wire.messages import Reported, RunningModel
+from shared.wire.messages import RunningModel
 
 
-def running_model(slot: Slot) -> RunningModel:
+def running_model(slot: Slot, route: str | None) -> RunningModel:
     """The slot as the hub sees it."""
-    release = serving(slot)
+    release = _answering(slot, route)
     return RunningModel(
         family=slot.family,
         phase=slot.phase.value,
@@ -26,9 +26,9 @@ def running_model(slot: Slot) -> RunningModel:
     )
 
 
-def model_state(slot: Slot) -> ModelState:
+def model_state(slot: Slot, route: str | None) -> ModelState:
     """The slot as applications see it."""
-    release = serving(slot)
+    release = _answering(slot, route)
     if release is None:
         return ModelState(
             family=slot.family,
@@ -51,23 +51,10 @@ def model_state(slot: Slot) -> ModelState:
     )
 
 
-def revision(slots: Iterable[Slot]) -> int:
-    """A number that grows with every reported change of any slot; slots are never removed, so it never goes back."""
-    return sum(slot.revision for slot in slots)
-
-
-def reported(
-    slots: Iterable[Slot], *, assignment_version: int, queue_records: int = 0, queue_bytes: int = 0, beat: int = 0
-) -> Reported:
-    """The device's state for the hub; `beat` counts reports sent for other reasons than a slot's change."""
-    states = sorted(slots, key=lambda slot: slot.family)
-    return Reported(
-        revision=revision(states) + beat,
-        assignment_version=assignment_version,
-        models=tuple(running_model(slot) for slot in states),
-        queue_records=queue_records,
-        queue_bytes=queue_bytes,
-    )
+def _answering(slot: Slot, route: str | None) -> Installed | None:
+    """The release that the route names, if the slot knows it."""
+    known = (slot.candidate, slot.active)
+    return next((release for release in known if release is not None and release.key == route), None)
 
 
 def _candidate(slot: Slot) -> str:

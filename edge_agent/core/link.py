@@ -56,8 +56,8 @@ class Connected:
 class ConnectFailed:
     """The courier could not connect. `jitter` is drawn from 0 to 1; `retry_after_ms` is what the server asked for."""
 
-    reason: str
     jitter: float
+    reason: str = ""
     retry_after_ms: int | None = None
 
 
@@ -65,8 +65,8 @@ class ConnectFailed:
 class Lost:
     """The connection broke. `jitter` is drawn from 0 to 1."""
 
-    reason: str
     jitter: float
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,11 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce:
+    """Say birth and state; then let the pump know that the link is up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnect:
     """Leave without triggering the last will; also ends an attempt under way. Not answered."""
 
@@ -104,7 +109,7 @@ class StopTimer:
     """Forget the timer."""
 
 
-LinkEffect = Connect | Disconnect | StartTimer | StopTimer
+LinkEffect = Connect | Announce | Disconnect | StartTimer | StopTimer
 _Step = Decision[Link, LinkEffect]
 
 
@@ -130,7 +135,7 @@ def _timer(link: Link, _: TimerFired) -> _Step:
 
 
 def _connected(link: Link, _: Connected) -> _Step:
-    return Decision(replace(link, phase=LinkPhase.ONLINE, detail=""), (StartTimer(STEADY_MS),))
+    return Decision(replace(link, phase=LinkPhase.ONLINE, detail=""), (StartTimer(STEADY_MS), Announce()))
 
 
 def _stray(link: Link, _: Connected) -> _Step:

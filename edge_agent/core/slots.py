@@ -89,6 +89,13 @@ def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
     )
 
 
+def counts_answers(state: Slot) -> bool:
+    """Whether a good answer would change anything; while it would not, AnswerGood need not be said."""
+    if state.phase is Phase.PROBATION:
+        return state.trial.good < state.probation.good_answers
+    return state.crashes > 0
+
+
 def can_roll_back(state: Slot) -> bool:
     """Whether OperatorRollback would change anything."""
     if state.phase is Phase.COMMITTED:

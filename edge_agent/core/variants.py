@@ -11,15 +11,13 @@ from shared.profile import DeviceProfile
 
 
 @dataclass(frozen=True, slots=True)
-class NoVariant:
-    """No variant fits; says what stood against each."""
+class Misfit:
+    """No variant fits: what stands against each."""
 
-    code: str
-    message: str
-    hint: str
+    reason: str
 
 
-def choose_variant(manifest: Manifest, *, profile: DeviceProfile, runtimes: Collection[str]) -> Variant | NoVariant:
+def choose(manifest: Manifest, *, profile: DeviceProfile, runtimes: Collection[str]) -> Variant | Misfit:
     """The variant to run: the profile's preference of variants, then of engines, then the publisher's order.
 
     Variants that the profile does not name come after those that it names.
@@ -31,12 +29,7 @@ def choose_variant(manifest: Manifest, *, profile: DeviceProfile, runtimes: Coll
     against = {variant.name: _against(variant, manifest, profile, usable) for variant in manifest.variants}
     fitting = [variant for variant in manifest.variants if not against[variant.name]]
     if not fitting:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in against.items())
-        return NoVariant(
-            code="release.no_variant",
-            message=f"no variant of {manifest.family} {manifest.version} fits this device ({reasons})",
-            hint="publish a smaller variant, install its engine, or give the device another profile",
-        )
+        return Misfit("; ".join(f"{name}: {reason}" for name, reason in against.items()))
     preferred = profile.inference.variants
     return min(
         fitting,
