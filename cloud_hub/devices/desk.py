@@ -1,0 +1,399 @@
+"""The devices room's one public face: joining, certificates, presence, reports, labels.
+
+Every mutation that a person or a device asks for has its audit row in the same transaction. Presence and reports have
+none: they are the device's own word, many a minute, and kept in its row.
+
+Not here: what devices shall run (releases), what they send as records (telemetry).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy.engine import Connection
+
+from cloud_hub.devices import rules, tables
+from cloud_hub.devices.tables import Device
+from cloud_hub.ground import audit
+from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
+from cloud_hub.ground.ca import Authority, check_csr
+from cloud_hub.ground.database import Database
+from cloud_hub.ground.metrics import Metrics
+from cloud_hub.ground.problems import NotAllowed, NotFound
+from shared import join, limits
+from shared.clock import Clock
+from shared.errors import InvalidValue, OutriderError, ProtocolViolation
+from shared.ids import DeviceId, parse_device_id
+from shared.wire.envelope import Envelope
+from shared.wire.messages import Birth, Death, Reported
+
+__all__ = ["BrokerAddress", "Desk", "Device", "EnrolSettings", "Enrolled", "make_join_token"]
+
+_MAX_COUNTER = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where devices reach the broker."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolSettings:
+    """What a device is told when it joins, and how long its certificate lives."""
+
+    hub_url: str
+    broker: BrokerAddress
+    certificate_days: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """A device that has joined; `root` is the TUF root that it shall begin its trust with, JSON text."""
+
+    device: DeviceId
+    certificate_pem: str
+    ca_pem: str
+    hub_url: str
+    broker: BrokerAddress
+    root: str
+
+
+class Desk:
+    """The devices room.
+
+    Args:
+        database: the hub's.
+        clock: for stamps and expiry.
+        authority: signs devices' certificates.
+        bus: hears of births, deaths and reports after they are stored.
+        metrics: counts who is online and who tried to join.
+        settings: what new devices are told.
+        root: the newest TUF root as JSON text (the releases room).
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        authority: Authority,
+        bus: Bus,
+        metrics: Metrics,
+        settings: EnrolSettings,
+        root: Callable[[], Awaitable[str]],
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._authority = authority
+        self._bus = bus
+        self._metrics = metrics
+        self._settings = settings
+        self._root = root
+        self._enrolments = metrics.counter("outrider_hub_enrolments_total", "Tries to enrol.", ("outcome",))
+
+    # Joining
+
+    async def create_join_token(
+        self, *, name: str, device: str | None, profile: str | None, uses: int, ttl_ms: int, actor: str
+    ) -> str:
+        """Make a join token and return its text, which is nowhere stored."""
+        return await self._database.write(
+            lambda conn: make_join_token(
+                conn,
+                hub_url=self._settings.hub_url,
+                ca_fingerprint=self._authority.fingerprint,
+                name=name,
+                device=device,
+                profile=profile,
+                uses=uses,
+                ttl_ms=ttl_ms,
+                at_ms=self._clock.wall_ms(),
+                actor=actor,
+            )
+        )
+
+    async def enroll(self, *, token: str, csr_pem: str, profile: str, name: str | None, address: str) -> Enrolled:
+        """Trade a join token and a certificate request for a device's identity.
+
+        Token, name, device and certificate are one transaction: when anything is wrong, the token keeps its use.
+
+        Raises:
+            NotAllowed: the token is unknown or expired, or bound to another name.
+            Conflict: the token is spent, or the name is taken.
+            InvalidValue: the request, the name or the profile is not usable.
+        """
+        try:
+            secret_sha256 = _secret_sha256(token)
+            check_csr(csr_pem)
+            root = await self._root()
+            enrolled = await self._database.write(
+                lambda conn: self._enroll(
+                    conn, secret_sha256, csr_pem=csr_pem, profile=profile, name=name, address=address, root=root
+                )
+            )
+        except OutriderError as error:
+            await self._note_refusal(error, name=name, address=address)
+            raise
+        self._enrolments.labels("ok").inc()
+        return enrolled
+
+    def _enroll(
+        self,
+        conn: Connection,
+        secret_sha256: str,
+        *,
+        csr_pem: str,
+        profile: str,
+        name: str | None,
+        address: str,
+        root: str,
+    ) -> Enrolled:
+        now_ms = self._clock.wall_ms()
+        grant = rules.check_grant(tables.find_grant(conn, secret_sha256), now_ms=now_ms)
+        device = rules.choose_name(grant, proposed=name, generated=_generated_name())
+        profile = rules.choose_profile(grant, proposed=profile)
+        is_known = tables.device_exists(conn, device)
+        if is_known and grant.device is None:
+            raise rules.name_taken(device)
+        if not tables.spend_grant(conn, secret_sha256, now_ms=now_ms):
+            raise rules.spent()
+        if is_known:
+            tables.reset_device(conn, device, profile=profile, at_ms=now_ms)
+        else:
+            tables.add_device(conn, device, profile=profile, at_ms=now_ms)
+        certificate = self._authority.issue_device(
+            csr_pem, device=device, now_ms=now_ms, days=self._settings.certificate_days
+        )
+        tables.add_certificate(
+            conn, device, fingerprint=certificate.fingerprint, at_ms=now_ms, expires_ms=certificate.expires_ms
+        )
+        audit.record(
+            conn,
+            at_ms=now_ms,
+            actor=f"join-token:{grant.name}",
+            action="device.reenrolled" if is_known else "device.enrolled",
+            subject=f"device:{device}",
+            detail={"profile": profile, "address": address, "certificate": certificate.fingerprint},
+        )
+        return Enrolled(
+            device=device,
+            certificate_pem=certificate.pem,
+            ca_pem=self._authority.pem,
+            hub_url=self._settings.hub_url,
+            broker=self._settings.broker,
+            root=root,
+        )
+
+    async def _note_refusal(self, error: OutriderError, *, name: str | None, address: str) -> None:
+        self._enrolments.labels("refused").inc()
+        if not error.code.startswith("enrol.token"):
+            return
+        # A token that is shown twice, or made up, is worth a look: it may have been stolen.
+        now_ms = self._clock.wall_ms()
+        await self._database.write(
+            lambda conn: audit.record(
+                conn,
+                at_ms=now_ms,
+                actor=f"address:{address[:64]}",
+                action="enrol.refused",
+                subject=f"device:{(name or '')[:63]}",
+                detail={"code": error.code},
+            )
+        )
+
+    async def device_of(self, certificate_der: bytes) -> DeviceId:
+        """The device that a verified client certificate stands for; raises NotAllowed for any other certificate."""
+        peer = self._authority.check_client(certificate_der, now_ms=self._clock.wall_ms())
+        owner = None
+        if peer is not None:
+            fingerprint = peer.fingerprint
+            owner = await self._database.read(lambda conn: tables.certificate_owner(conn, fingerprint))
+        if peer is None or owner is None or owner[0] != peer.name:
+            raise NotAllowed(
+                "the client certificate is not one of this hub's devices, or has expired",
+                code="auth.unknown_certificate",
+                hint="enrol the device again with a new join token",
+            )
+        if owner[1]:
+            raise NotAllowed(
+                "the client certificate was revoked",
+                code="auth.revoked_certificate",
+                hint="the device was enrolled again since; use its new certificate",
+            )
+        return owner[0]
+
+    # Presence and reports
+
+    async def start(self) -> None:
+        """Forget who was online before this start: births tell."""
+        await self._database.write(tables.forget_presence)
+        self._metrics.devices_online.set(0)
+
+    async def born(self, device: DeviceId, _envelope: Envelope, birth: Birth) -> None:
+        """Note a birth and tell the other rooms, unless a newer one is known."""
+        _check_counters(birth.boot, birth.session, birth.assignment_version)
+        now_ms = self._clock.wall_ms()
+
+        def work(conn: Connection) -> bool:
+            known = _known(tables.presence(conn, device), device)
+            if not rules.is_newer_birth(known, epoch=birth.epoch, boot=birth.boot, session=birth.session):
+                return False
+            tables.set_born(conn, device, birth, at_ms=now_ms, is_new_epoch=birth.epoch != known.epoch)
+            self._metrics.devices_online.set(tables.online_count(conn))
+            return True
+
+        if await self._database.write(work):
+            await self._bus.publish(
+                DeviceBorn(device=device, assignment_version=birth.assignment_version, boot=birth.boot)
+            )
+
+    async def died(self, device: DeviceId, _envelope: Envelope, death: Death) -> None:
+        """Note a death and tell the other rooms, unless the device was born again since."""
+        now_ms = self._clock.wall_ms()
+
+        def work(conn: Connection) -> bool:
+            known = _known(tables.presence(conn, device), device)
+            if not known.online or not rules.is_current_death(known, boot=death.boot, session=death.session):
+                return False
+            tables.set_gone(conn, device, at_ms=now_ms)
+            self._metrics.devices_online.set(tables.online_count(conn))
+            return True
+
+        if await self._database.write(work):
+            await self._bus.publish(DeviceDied(device=device, reason=death.reason))
+
+    async def reported(self, device: DeviceId, envelope: Envelope, report: Reported) -> None:
+        """Store a device's state and tell the other rooms, if it is newer than what is stored."""
+        _check_counters(envelope.boot, report.revision, report.assignment_version)
+        now_ms = self._clock.wall_ms()
+
+        def work(conn: Connection) -> bool:
+            mark = tables.report_mark(conn, device)
+            if mark is None:
+                raise _unknown(device)
+            if not rules.is_newer_report(mark, boot=envelope.boot, revision=report.revision):
+                return False
+            tables.set_reported(conn, device, report, boot=envelope.boot, at_ms=now_ms)
+            self._metrics.devices_online.set(tables.online_count(conn))
+            return True
+
+        if await self._database.write(work):
+            await self._bus.publish(
+                DeviceReported(device=device, assignment_version=report.assignment_version, models=report.models)
+            )
+
+    # Looking and labelling
+
+    async def get(self, device: str) -> Device:
+        """One device; raises NotFound."""
+        found = await self._database.read(lambda conn: tables.find_device(conn, device))
+        if found is None:
+            raise _unknown(device)
+        return found
+
+    async def list(
+        self, *, after: str = "", limit: int = limits.MAX_PAGE_ITEMS, labels: Mapping[str, str] | None = None
+    ) -> tuple[Device, ...]:
+        """Devices by name, those after `after` that carry all these labels, at most `limit`."""
+        bounded = max(1, min(limit, limits.MAX_PAGE_ITEMS))
+        return await self._database.read(
+            lambda conn: tables.list_devices(conn, after=after, limit=bounded, labels=labels or {})
+        )
+
+    async def label(self, device: str, *, changes: Mapping[str, str | None], actor: str) -> Device:
+        """Set labels, and remove those whose new value is None; returns the device as it is then."""
+        now_ms = self._clock.wall_ms()
+
+        def work(conn: Connection) -> Device:
+            found = tables.find_device(conn, device)
+            if found is None:
+                raise _unknown(device)
+            merged = {**found.labels, **changes}
+            labels = rules.check_labels({key: value for key, value in merged.items() if value is not None})
+            tables.set_labels(conn, found.id, labels)
+            audit.record(
+                conn,
+                at_ms=now_ms,
+                actor=actor,
+                action="device.labelled",
+                subject=f"device:{device}",
+                detail=dict(changes),
+            )
+            after = tables.find_device(conn, device)
+            assert after is not None
+            return after
+
+        return await self._database.write(work)
+
+
+def make_join_token(
+    conn: Connection,
+    *,
+    hub_url: str,
+    ca_fingerprint: str,
+    name: str,
+    device: str | None,
+    profile: str | None,
+    uses: int,
+    ttl_ms: int,
+    at_ms: int,
+    actor: str,
+) -> str:
+    """Make a join token in the caller's write transaction, with its audit row; returns its text."""
+    rules.check_join_request(uses=uses, ttl_ms=ttl_ms)
+    bound = None if device is None else parse_device_id(device)
+    if bound is not None and uses != 1:
+        raise InvalidValue("a token for one device has one use", code="invalid.uses")
+    if len(name) > 64:
+        raise InvalidValue("a token's name has at most 64 characters", code="invalid.token_name")
+    secret = secrets.token_bytes(join.SECRET_BYTES)
+    digest = hashlib.sha256(secret).hexdigest()
+    label = name or digest[:12]
+    grant = rules.JoinGrant(name=label, device=bound, profile=profile, uses_left=uses, expires_ms=at_ms + ttl_ms)
+    if profile is not None:
+        rules.choose_profile(grant, proposed=profile)
+    tables.add_grant(conn, secret_sha256=digest, grant=grant, at_ms=at_ms, created_by=actor)
+    audit.record(
+        conn,
+        at_ms=at_ms,
+        actor=actor,
+        action="join_token.created",
+        subject=f"join-token:{label}",
+        detail={"device": device, "profile": profile, "uses": uses, "expires_ms": grant.expires_ms},
+    )
+    return join.encode_join_token(join.JoinToken(hub_url=hub_url, ca_fingerprint=ca_fingerprint, secret=secret))
+
+
+def _secret_sha256(token: str) -> str:
+    try:
+        return hashlib.sha256(join.decode_join_token(token).secret).hexdigest()
+    except InvalidValue as error:
+        raise NotAllowed("this is not a join token", code="enrol.token_unknown", hint=error.hint) from error
+
+
+def _generated_name() -> DeviceId:
+    return DeviceId("dev-" + base64.b32encode(secrets.token_bytes(5)).decode().lower())
+
+
+def _known(presence: rules.Presence | None, device: DeviceId) -> rules.Presence:
+    if presence is None:
+        raise _unknown(device)
+    return presence
+
+
+def _unknown(device: str) -> NotFound:
+    return NotFound(
+        f"there is no device {device[:80]!r}", code="not_found.device", hint="`outrider ls` lists the devices"
+    )
+
+
+def _check_counters(*counters: int) -> None:
+    if any(not 0 <= counter < _MAX_COUNTER for counter in counters):
+        raise ProtocolViolation("a counter is out of bounds", code="protocol.counter")

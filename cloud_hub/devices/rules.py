@@ -1,0 +1,151 @@
+"""Decisions of the devices room, over plain values: who may join under which name, and which news is newer.
+
+Presence is ordered by (epoch, boot, session), because messages may arrive late or twice. The epoch changes when the
+device's disk is replaced or emptied; its counters then begin anew, so an unknown epoch is always taken as newer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from cloud_hub.ground.problems import NotAllowed
+from shared.errors import Conflict, InvalidValue, OutriderError
+from shared.ids import DeviceId, parse_device_id
+
+MAX_LABELS: Final = 32
+MAX_LABEL_CHARS: Final = 63
+MAX_USES: Final = 10_000
+MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGrant:
+    """A join token as stored, without its secret.
+
+    Attributes:
+        device: the only name that it gives, None when it gives any free one.
+        profile: the profile that it gives, None when the device says its own.
+    """
+
+    name: str
+    device: DeviceId | None
+    profile: str | None
+    uses_left: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """The newest birth of a device that the hub has seen; zeros before the first."""
+
+    epoch: str
+    boot: int
+    session: int
+    online: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReportMark:
+    """The newest report that the hub has: `boot` and `revision`."""
+
+    boot: int
+    revision: int
+
+
+def check_grant(grant: JoinGrant | None, *, now_ms: int) -> JoinGrant:
+    """The grant, or the reason why it admits nobody: unknown, expired or spent."""
+    if grant is None:
+        raise NotAllowed(
+            "the join token is not known to this hub",
+            code="enrol.token_unknown",
+            hint="make one with `outrider-hub token create --kind join` on this hub and copy all of it",
+        )
+    if now_ms >= grant.expires_ms:
+        raise NotAllowed(
+            "the join token has expired",
+            code="enrol.token_expired",
+            hint="make a new one with `outrider-hub token create --kind join`",
+        )
+    if grant.uses_left < 1:
+        raise spent()
+    return grant
+
+
+def spent() -> OutriderError:
+    """The error for a token that has done its work."""
+    return Conflict(
+        "the join token has been used",
+        code="enrol.token_spent",
+        hint="make a new one with `outrider-hub token create --kind join`; "
+        "if you did not use it, look at `GET /v1/audit` for who did",
+    )
+
+
+def choose_name(grant: JoinGrant, *, proposed: str | None, generated: DeviceId) -> DeviceId:
+    """The name that the device gets if it is free: the token's, else the proposed, else the generated one."""
+    if grant.device is not None:
+        if proposed not in (None, grant.device):
+            raise NotAllowed(
+                f"the join token is for {grant.device!r} only",
+                code="enrol.token_bound",
+                hint=f"enrol as {grant.device}, or make a token without --device",
+            )
+        return grant.device
+    return generated if proposed is None else parse_device_id(proposed)
+
+
+def choose_profile(grant: JoinGrant, *, proposed: str) -> str:
+    """The device's profile: the token's where it has one, else what the device says."""
+    profile = grant.profile or proposed
+    if not 0 < len(profile) <= MAX_LABEL_CHARS or not profile.replace("-", "").replace("_", "").isalnum():
+        raise InvalidValue(f"profile {profile[:80]!r} is not a name", code="invalid.profile")
+    return profile
+
+
+def name_taken(name: DeviceId) -> OutriderError:
+    """The error for a name that another device has."""
+    return Conflict(
+        f"there is a device {name!r} already",
+        code="enrol.name_taken",
+        hint=f"choose another name; to enrol {name} again after a loss, use a token made with --device {name}",
+    )
+
+
+def is_newer_birth(known: Presence, *, epoch: str, boot: int, session: int) -> bool:
+    """Whether a birth is not older than what is known; the same one again counts, and does no harm."""
+    return epoch != known.epoch or (boot, session) >= (known.boot, known.session)
+
+
+def is_current_death(known: Presence, *, boot: int, session: int) -> bool:
+    """Whether a death is of the newest known birth; one of an earlier connection came late and says nothing."""
+    return (boot, session) >= (known.boot, known.session)
+
+
+def is_newer_report(known: ReportMark, *, boot: int, revision: int) -> bool:
+    """Whether a report is newer than the stored one."""
+    return (boot, revision) > (known.boot, known.revision)
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels as they are stored; raises InvalidValue."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidValue(f"a device has at most {MAX_LABELS} labels", code="invalid.labels")
+    for key, value in labels.items():
+        fits = 0 < len(key) <= MAX_LABEL_CHARS and len(value) <= MAX_LABEL_CHARS
+        if not fits or not (key + value).isprintable() or "=" in key or "," in key + value:
+            raise InvalidValue(
+                f"label {key[:40]!r} is not valid",
+                code="invalid.labels",
+                hint=f"keys and values have up to {MAX_LABEL_CHARS} printable characters, no comma; keys no '='",
+            )
+    return dict(labels)
+
+
+def check_join_request(*, uses: int, ttl_ms: int) -> None:
+    """Raise InvalidValue unless a token with these bounds may be made."""
+    if not 1 <= uses <= MAX_USES:
+        raise InvalidValue(f"a join token has 1 to {MAX_USES} uses", code="invalid.uses")
+    if not 0 < ttl_ms <= MAX_TTL_MS:
+        raise InvalidValue("a token lives longer than nothing and at most a year", code="invalid.ttl")
