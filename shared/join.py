@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from typing import Final
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -22,7 +22,7 @@ from shared.ids import parse_digest
 PREFIX: Final = "orj1."
 SECRET_BYTES: Final = 32
 MAX_CHARS: Final = 2048
-_MAX_URL_CHARS: Final = 512
+_URL: Final = re.compile(r"https://([a-z0-9.-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 
 class JoinToken(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +58,8 @@ def decode_join_token(text: str) -> JoinToken:
         data = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         token = msgspec.msgpack.decode(data, type=JoinToken)
         parse_digest(token.ca_fingerprint)
-        url = urlsplit(token.hub_url)
-        if url.scheme != "https" or not url.hostname or url.path.strip("/") or len(token.hub_url) > _MAX_URL_CHARS:
-            raise ValueError("its URL is not an https address")
-        _ = url.port
+        if not _URL.fullmatch(token.hub_url):
+            raise ValueError("its URL is not an https address without a path")
         if len(token.secret) != SECRET_BYTES:
             raise ValueError("its secret has a wrong length")
     except (ValueError, binascii.Error, msgspec.MsgspecError, RecursionError, InvalidValue) as error:

@@ -23,7 +23,7 @@ from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
 from cloud_hub.ground.ca import Authority, check_csr
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.ground.problems import NotAllowed, NotFound
+from cloud_hub.ground.refusals import NotAllowed, NotFound
 from shared import join, limits
 from shared.clock import Clock
 from shared.errors import InvalidValue, OutriderError, ProtocolViolation

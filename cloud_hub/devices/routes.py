@@ -55,7 +55,7 @@ class EnrolledOut(BaseModel):
 class DeviceOut(BaseModel):
     """A device as the hub knows it; times in milliseconds since 1970 by the hub's clock."""
 
-    device: str
+    id: str
     profile: str
     labels: dict[str, str]
     online: bool
@@ -150,7 +150,7 @@ def _labels(pairs: list[str]) -> dict[str, str]:
 
 def _out(device: Device) -> DeviceOut:
     return DeviceOut(
-        device=device.id,
+        id=device.id,
         profile=device.profile,
         labels=dict(device.labels),
         online=device.online,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from cloud_hub.ground.problems import NotAllowed
+from cloud_hub.ground.refusals import NotAllowed
 from shared.errors import Conflict, InvalidValue, OutriderError
 from shared.ids import DeviceId, parse_device_id
 

@@ -17,7 +17,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cloud_hub.ground.refusals import NotAllowed, NotFound, Throttled
 from shared.errors import OutriderError
+
+__all__ = [
+    "MEDIA_TYPE",
+    "STATUS",
+    "NotAllowed",
+    "NotFound",
+    "Throttled",
+    "install",
+    "problem",
+    "problem_of",
+    "status_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,29 +64,6 @@ STATUS: Final[Mapping[str, int]] = {
     "trust": 422,
     "config": 500,
 }
-
-
-class NotFound(OutriderError):
-    """There is nothing of that name."""
-
-    code = "not_found"
-
-
-class NotAllowed(OutriderError):
-    """The caller is not known, or may not do this."""
-
-    code = "auth"
-
-
-class Throttled(OutriderError):
-    """Too many tries; `retry_after_s` says when the next one has a chance."""
-
-    code = "rate"
-    retry = True
-
-    def __init__(self, message: str, *, retry_after_s: int, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.retry_after_s = retry_after_s
 
 
 def status_of(code: str) -> int:

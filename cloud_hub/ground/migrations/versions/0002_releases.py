@@ -60,7 +60,7 @@ def upgrade() -> None:
         sa.Column("device", sa.String(63), nullable=False),
         sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("document", sa.LargeBinary, nullable=False),
-        sa.Column("models", sa.Text, nullable=False),
+        sa.Column("assignment", sa.Text, nullable=False),
         sa.Column("issued_ms", sa.BigInteger, nullable=False),
         sa.Column("expires_ms", sa.BigInteger, nullable=False),
         sa.Column("created_by", sa.String(160), nullable=False),
