@@ -131,7 +131,7 @@ def _release(commands: _Leaves[Parser]) -> None:
     leaf.add_argument("name", metavar="FAMILY/VERSION")
     leaf.add_argument("--keys", required=True, metavar="DIR", help="folder with release.key (and targets.key)")
     leaf.add_argument("--out", metavar="FILE", help="where to write (default ./FAMILY-VERSION.release.json)")
-    leaf.add_argument("--expires-days", type=_count, default=365, metavar="N", help="signature's life (default 365)")
+    leaf.add_argument("--expires-days", type=_count, default=90, metavar="N", help="the signature's life (default 90)")
     leaf.add_argument("--yes", action="store_true", help="sign without asking")
     leaf = _leaf(leaves, "publish", "send a signed release to the hub and assign it", run="releases:publish")
     leaf.add_argument("bundle", metavar="BUNDLE|FAMILY/VERSION", help="a signed bundle, or a published release")

@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
+from cloud_hub.cli import screen
 from cloud_hub.cli.config import Context
 from cloud_hub.cli.exits import CommandFailed, exit_of_status
 from shared.errors import InvalidValue, OutriderError, ProtocolViolation, TransferCorrupt, TrustError, Unreachable
@@ -168,9 +169,16 @@ class Hub:
         if response.status >= 300:
             raise _refusal(response.status, data)
 
-    def blob(self, digest: str, *, length: int) -> bytes:
-        """Fetch a blob and hash it; raises TransferCorrupt unless it has exactly this length and digest."""
-        data = self._request("GET", f"/v1/blobs/{digest}", max_bytes=length)
+    def blob(self, digest: str, *, length: int, title: str = "") -> bytes:
+        """Fetch a blob and hash it; raises TransferCorrupt unless it has exactly this length and digest.
+
+        Args:
+            digest: SHA-256, hex.
+            length: in bytes; more is not read.
+            title: names the progress bar.
+        """
+        progress = screen.Bar(title or digest[:12])
+        data = self._request("GET", f"/v1/blobs/{digest}", max_bytes=length, progress=progress)
         if len(data) != length or hashlib.sha256(data).hexdigest() != digest:
             raise TransferCorrupt(
                 f"the hub sent {len(data)} bytes for blob {digest[:12]}… that are not those it names",
@@ -196,7 +204,13 @@ class Hub:
             raise _strange(path, error) from error
 
     def _request(
-        self, method: str, target: str, *, body: bytes | None = None, max_bytes: int = MAX_ANSWER_BYTES
+        self,
+        method: str,
+        target: str,
+        *,
+        body: bytes | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+        progress: Progress | None = None,
     ) -> bytes:
         headers = self._headers()
         if body is not None:
@@ -206,7 +220,10 @@ class Hub:
             with _foreign_errors(self.url):
                 connection.request(method, target, body=body, headers=headers)
                 response = connection.getresponse()
-                data = _read(response, max_bytes if response.status < 300 else MAX_PROBLEM_BYTES)
+                if response.status < 300:
+                    data = _read(response, max_bytes, progress=progress)
+                else:
+                    data = _read(response, MAX_PROBLEM_BYTES)
         finally:
             connection.close()
         if response.status >= 300:
@@ -252,11 +269,15 @@ class _foreign_errors:
             ) from error
 
 
-def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    data = response.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ProtocolViolation(f"the hub's answer exceeds {max_bytes} bytes", code="protocol.too_large")
-    return data
+def _read(response: http.client.HTTPResponse, max_bytes: int, *, progress: Progress | None = None) -> bytes:
+    data = bytearray()
+    while chunk := response.read(min(_CHUNK_BYTES, max_bytes + 1 - len(data))):
+        data += chunk
+        if len(data) > max_bytes:
+            raise ProtocolViolation(f"the hub's answer exceeds {max_bytes} bytes", code="protocol.too_large")
+        if progress is not None:
+            progress(len(data), max_bytes)
+    return bytes(data)
 
 
 def _refusal(status: int, data: bytes) -> HubRefused:

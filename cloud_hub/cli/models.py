@@ -10,12 +10,13 @@ from typing import Any, Final
 
 import msgspec
 
-from cloud_hub.cli import fleet, screen
+from cloud_hub.cli import screen
 from cloud_hub.cli.answers import Variant, parse_release, read
 from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
 from cloud_hub.cli.goldens import golden_from_npz
 from cloud_hub.cli.hub import Document, Hub
+from cloud_hub.cli.listing import watch
 from cloud_hub.cli.system import SystemClock
 from shared import limits
 from shared.errors import InvalidValue
@@ -66,7 +67,7 @@ def push(arguments: argparse.Namespace) -> Exit:
 
 def ls(arguments: argparse.Namespace) -> Exit:
     """List models."""
-    return fleet.watch(arguments, "models")
+    return watch(arguments, "models")
 
 
 def show(arguments: argparse.Namespace) -> Exit:

@@ -1,0 +1,157 @@
+"""`outrider release publish | ls | show`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cloud_hub.cli import screen
+from cloud_hub.cli.answers import parse_release, read
+from cloud_hub.cli.config import load_context
+from cloud_hub.cli.exits import CommandFailed, Exit
+from cloud_hub.cli.hub import Document, Hub, HubRefused
+from cloud_hub.cli.listing import moment, watch
+from shared.errors import InvalidValue
+from shared.ids import parse_device_id
+from shared.model import FileRef
+
+
+class Assigned(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that got an assignment."""
+
+    device: str
+    version: int
+
+
+class Skipped(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that did not, and why."""
+
+    device: str
+    reason: str
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The hub's answer to an assignment."""
+
+    assigned: list[Assigned]
+    skipped: list[Skipped] = []
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """A published release, as far as this program reads it."""
+
+    family: str
+    version: str
+    release_counter: int | None = None
+    min_release_counter: int | None = None
+    published_ms: int | None = None
+    published_by: str | None = None
+    files: tuple[FileRef, ...] = ()
+
+
+def publish(arguments: argparse.Namespace) -> Exit:
+    """Send a bundle to the hub unless it is published already, then assign it if that was asked for."""
+    selector = _selector(arguments)
+    hub = Hub(load_context(arguments.context))
+    family, version, release = _publish(hub, arguments.bundle)
+    document: dict[str, Any] = {"release": release, "assigned": [], "skipped": []}
+    if not arguments.json:
+        print(f"published {family}/{version}")
+    if selector is None:
+        if arguments.json:
+            screen.show_json(document)
+        else:
+            screen.note(f"next: outrider release publish {family}/{version} --assign all")
+        return Exit.DONE
+    answer = hub.send(
+        "POST",
+        "/v1/assignments",
+        {"family": family, "version": version, "force": arguments.force, **selector},
+        Document,
+    )
+    outcome = read(answer, Outcome, what="assignment")
+    if arguments.json:
+        screen.show_json({**document, **answer})
+    else:
+        for assigned in outcome.assigned:
+            print(f"assigned to {screen.clean(assigned.device)} (assignment {assigned.version})")
+    for skipped in outcome.skipped:
+        screen.note(f"skipped {skipped.device}: {skipped.reason}")
+    if not outcome.assigned:
+        raise CommandFailed(
+            "no device got it", status=Exit.NOT_FOUND, code="not_found.devices", hint="outrider ls devices"
+        )
+    return Exit.DONE
+
+
+def ls(arguments: argparse.Namespace) -> Exit:
+    """List releases."""
+    return watch(arguments, "releases")
+
+
+def show(arguments: argparse.Namespace) -> Exit:
+    """Show one release and its files."""
+    family, version = parse_release(arguments.name)
+    document = Hub(load_context(arguments.context)).get(f"/v1/releases/{family}/{version}", Document)
+    if arguments.json:
+        screen.show_json(document)
+        return Exit.DONE
+    release = read(document, Release, what="release")
+    print(
+        screen.fields(
+            [
+                ("release", f"{release.family}/{release.version}"),
+                ("counter", str(release.release_counter)),
+                ("floor", str(release.min_release_counter)),
+                ("published", f"{moment(release.published_ms)} UTC by {release.published_by or '-'}"),
+            ]
+        )
+    )
+    rows = [[file.path.rpartition("/")[2], screen.size(file.length), file.digest] for file in release.files]
+    screen.show_table(["FILE", "SIZE", "SHA-256"], rows, nothing="no files")
+    return Exit.DONE
+
+
+def _publish(hub: Hub, name: str) -> tuple[str, str, Document]:
+    """Publish what is named: a bundle's file, or FAMILY/VERSION with its bundle here or published before."""
+    from cloud_hub.cli.signing import bundle_name, read_bundle
+
+    path = Path(name)
+    if not path.is_file():
+        family, version = parse_release(name)
+        path = Path(bundle_name(family, version))
+        try:
+            return family, version, hub.get(f"/v1/releases/{family}/{version}", Document)
+        except HubRefused as error:
+            if error.status is not Exit.NOT_FOUND:
+                raise
+            if not path.is_file():
+                raise InvalidValue(
+                    f"{name} is not published, and there is no {path} here",
+                    code="invalid.bundle",
+                    hint=f"outrider release sign {name} --keys DIR",
+                ) from error
+    bundle = read_bundle(path)
+    request = {"family": bundle.family, "version": bundle.version, "role": bundle.role}
+    if bundle.targets is not None:
+        request["targets"] = bundle.targets
+    return bundle.family, bundle.version, hub.send("POST", "/v1/releases", request, Document)
+
+
+def _selector(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.device:
+        return {"devices": [parse_device_id(name) for name in arguments.device]}
+    if arguments.assign is None:
+        return None
+    if arguments.assign == "all":
+        return {"all": True}
+    labels = {}
+    for part in arguments.assign.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InvalidValue(f"--assign {part!r} is neither `all` nor KEY=VALUE", code="invalid.selector")
+        labels[key] = value
+    return {"labels": labels}
