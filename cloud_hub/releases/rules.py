@@ -29,10 +29,8 @@ from shared.model import (
     Task,
     check_preparations,
     check_signature,
-    manifest_path,
-    target_path,
 )
-from shared.release import AssignedModel
+from shared.release import AssignedModel, Assignment
 
 State = Literal["building", "ready", "rejected"]
 """`building` until the child has reported; `ready` has a manifest, `rejected` a reason. Published is its own fact."""
@@ -124,20 +122,17 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class TargetFile:
-    """A file as signed metadata lists it."""
-
-    length: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A device that an assignment could be for."""
+    """A device that an assignment could be for, as the devices room knows it.
+
+    Attributes:
+        assignment_version: the newest assignment that the device says it has.
+    """
 
     device: DeviceId
     labels: Mapping[str, str]
-    revoked: bool
+    online: bool
+    assignment_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,36 +213,18 @@ def gate_verdict(gate: Gate, *, accuracy: float, drop_pt: float) -> str:
     return ""
 
 
-def release_files(
-    family: FamilyName, version: ModelVersion, *, manifest: FileRef, golden: FileRef, variants: Iterable[FileRef]
-) -> tuple[FileRef, ...]:
-    """All files of a release, the manifest first; raises InvalidValue when a path is not the release's own."""
-    files = (manifest, golden, *variants)
-    prefix = target_path(family, version, "")
-    if manifest.path != manifest_path(family, version) or any(not file.path.startswith(prefix) for file in files):
-        raise InvalidValue(f"a file does not lie in {prefix!r}", code="invalid.manifest")
-    return files
-
-
-def check_additions(
-    old: Mapping[str, TargetFile], new: Mapping[str, TargetFile], *, release: Sequence[FileRef]
-) -> None:
-    """Raise TrustError unless `new` is `old` plus exactly the release's files.
-
-    What was released stays released and unchanged: devices in the field may still be fetching it.
-    """
-    wanted = {file.path: TargetFile(file.length, file.digest) for file in release}
-    for path, file in old.items():
-        if new.get(path) != file:
-            _distrust(f"{path!r} is released already and would be removed or changed", code="trust.target_changed")
-    for path, file in wanted.items():
-        if path not in new:
-            _distrust(f"{path!r} of the release is not listed", code="trust.unknown_target")
-        if new[path] != file:
-            _distrust(f"{path!r} is listed with another length or digest than was built", code="trust.digest")
-    extra = sorted(set(new) - set(old) - set(wanted))
-    if extra:
-        _distrust(f"{extra[0]!r} is not part of the release", code="trust.unknown_target")
+def check_listed(listed: Sequence[FileRef], *, release: Sequence[FileRef]) -> None:
+    """Raise TrustError unless what new metadata adds is exactly the release's files, as they were built."""
+    wanted = {file.path: file for file in release}
+    for file in listed:
+        built = wanted.get(file.path)
+        if built is None:
+            raise _distrust(f"{file.path!r} is not part of the release", code="trust.unknown_target")
+        if built != file:
+            raise _distrust(f"{file.path!r} was built with another length or digest", code="trust.digest")
+    missing = sorted(set(wanted) - {file.path for file in listed})
+    if missing:
+        raise _distrust(f"{missing[0]!r} of the release is not listed", code="trust.unknown_target")
 
 
 def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[DeviceId, ...], tuple[Skipped, ...]]:
@@ -264,17 +241,45 @@ def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[D
     else:
         wanted = (selector.labels or {}).items()
         meant = [candidate for candidate in candidates if wanted <= candidate.labels.items()]
-    skipped += [Skipped(candidate.device, "revoked") for candidate in meant if candidate.revoked]
-    return tuple(candidate.device for candidate in meant if not candidate.revoked), tuple(skipped)
+    return tuple(candidate.device for candidate in meant), tuple(skipped)
 
 
-def merge(current: Sequence[AssignedModel], wanted: AssignedModel) -> tuple[AssignedModel, ...] | None:
-    """A device's full desired state with one family set; None when it would hold more models than a device may."""
-    models = {model.family: model for model in current}
-    models[wanted.family] = wanted
-    if len(models) > limits.MAX_MODELS_PER_DEVICE:
+def next_assignment(
+    current: Assignment | None, wanted: AssignedModel | None, *, device: DeviceId, seen: int, force: bool, now_ms: int,
+    ttl_ms: int,
+) -> Assignment | None:  # fmt: skip
+    """The device's next assignment: its full desired state with one family set; or the same again, renewed.
+
+    Its version follows both the last one signed and the newest that the device says it has, so that a hub restored
+    from a backup catches up. A renewal drops what was forced once the device has seen it, because forcing again would
+    lift a quarantine that came later.
+
+    Args:
+        current: the newest one signed, None for a new device.
+        wanted: the release to set; None renews what is there.
+        seen: the newest version that the device says it has; one that no hub can have signed is ignored.
+
+    Returns:
+        None when the device would hold more models than a device may.
+    """
+    models = {model.family: model for model in current.models} if current else {}
+    forced = set(current.force) if current and seen < current.version else set()
+    if wanted is not None:
+        models[wanted.family] = wanted
+        forced.discard(wanted.family)
+        if force:
+            forced.add(wanted.family)
+    if not 1 <= len(models) <= limits.MAX_MODELS_PER_DEVICE:
         return None
-    return tuple(models[family] for family in sorted(models))
+    last = max(current.version if current else 0, seen if seen < MAX_COUNTER else 0)
+    return Assignment(
+        device=device,
+        version=last + 1,
+        issued_ms=now_ms,
+        expires_ms=now_ms + ttl_ms,
+        models=tuple(models[family] for family in sorted(models)),
+        force=tuple(sorted(forced)),
+    )
 
 
 def is_due(*, issued_ms: int, expires_ms: int, now_ms: int) -> bool:
@@ -289,5 +294,5 @@ def _refuse(field: str, message: str) -> None:
     raise InvalidValue(f"{field}: {message}", code="invalid.push")
 
 
-def _distrust(message: str, *, code: str) -> None:
-    raise TrustError(message, code=code, hint="fetch the proposal again and sign that")
+def _distrust(message: str, *, code: str) -> TrustError:
+    return TrustError(message, code=code, hint="fetch the proposal again and sign that")

@@ -14,9 +14,9 @@ from sqlalchemy.engine import Connection, Row
 
 from cloud_hub.ground.schema import metadata
 from cloud_hub.releases.rules import BuildReport, Push, State
-from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
+from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import FileRef
-from shared.release import AssignedModel
+from shared.release import Assignment
 
 models = sa.Table(
     "models",
@@ -27,6 +27,7 @@ models = sa.Table(
     sa.Column("step", sa.String(64), nullable=False),
     sa.Column("push", sa.Text, nullable=False),
     sa.Column("build", sa.Integer, nullable=False),
+    sa.Column("restarts", sa.Integer, nullable=False),
     sa.Column("created_ms", sa.BigInteger, nullable=False),
     sa.Column("created_by", sa.String(160), nullable=False),
     sa.Column("finished_ms", sa.BigInteger, nullable=True),
@@ -66,7 +67,7 @@ assignments = sa.Table(
     sa.Column("device", sa.String(63), primary_key=True),
     sa.Column("version", sa.BigInteger, primary_key=True),
     sa.Column("document", sa.LargeBinary, nullable=False),
-    sa.Column("models", sa.Text, nullable=False),
+    sa.Column("assignment", sa.Text, nullable=False),
     sa.Column("issued_ms", sa.BigInteger, nullable=False),
     sa.Column("expires_ms", sa.BigInteger, nullable=False),
     sa.Column("created_by", sa.String(160), nullable=False),
@@ -78,7 +79,8 @@ class ModelRow:
     """One pushed version of a family.
 
     Attributes:
-        build: grows with each attempt to build it; a result that belongs to an earlier attempt is dropped.
+        build: grows with each push of it; a result that belongs to an earlier one is dropped.
+        restarts: how often the hub stopped during this build.
         files: the manifest first; empty unless the state is `ready`.
     """
 
@@ -88,6 +90,7 @@ class ModelRow:
     step: str
     push: Push
     build: int
+    restarts: int
     created_ms: int
     created_by: str
     finished_ms: int | None
@@ -112,14 +115,10 @@ class MetadataRow:
 
 @dataclass(frozen=True, slots=True)
 class AssignmentRow:
-    """One signed assignment of a device."""
+    """One assignment of a device, and the same as signed."""
 
-    device: DeviceId
-    version: int
+    assignment: Assignment
     document: bytes
-    models: tuple[AssignedModel, ...]
-    issued_ms: int
-    expires_ms: int
     created_by: str
 
 
@@ -130,12 +129,14 @@ def find_model(conn: Connection, family: str, version: str) -> ModelRow | None:
 
 
 def list_models(
-    conn: Connection, *, family: str | None = None, after: tuple[str, str] = ("", ""), limit: int = -1
+    conn: Connection, *, family: str | None, after: tuple[str, str], limit: int, published: bool
 ) -> list[ModelRow]:
-    """Pushed versions in the order of their names, beginning after a (family, version)."""
+    """Pushed (or only published) versions in the order of their names, beginning after a (family, version)."""
     query = sa.select(models).where(sa.tuple_(models.c.family, models.c.version) > sa.tuple_(*map(sa.literal, after)))
     if family is not None:
         query = query.where(models.c.family == family)
+    if published:
+        query = query.where(models.c.published_ms.is_not(None))
     return [_model(conn, row) for row in conn.execute(query.order_by(models.c.family, models.c.version).limit(limit))]
 
 
@@ -156,10 +157,16 @@ def begin_build(conn: Connection, push: Push, *, build: int, at_ms: int, actor: 
             step="waiting",
             push=msgspec.json.encode(push).decode(),
             build=build,
+            restarts=0,
             created_ms=at_ms,
             created_by=actor,
         )
     )
+
+
+def note_restart(conn: Connection, row: ModelRow) -> None:
+    """Count that the hub stopped while this was being built."""
+    conn.execute(models.update().where(*_this_build(row)).values(restarts=row.restarts + 1, step="waiting"))
 
 
 def set_step(conn: Connection, row: ModelRow, step: str) -> None:
@@ -285,12 +292,12 @@ def add_assignment(conn: Connection, row: AssignmentRow) -> None:
     """Store a signed assignment; a version that exists already is refused by the database (Conflict)."""
     conn.execute(
         assignments.insert().values(
-            device=row.device,
-            version=row.version,
+            device=row.assignment.device,
+            version=row.assignment.version,
             document=row.document,
-            models=msgspec.json.encode(row.models).decode(),
-            issued_ms=row.issued_ms,
-            expires_ms=row.expires_ms,
+            assignment=msgspec.json.encode(row.assignment).decode(),
+            issued_ms=row.assignment.issued_ms,
+            expires_ms=row.assignment.expires_ms,
             created_by=row.created_by,
         )
     )
@@ -321,6 +328,7 @@ def _model(conn: Connection, row: Row[tuple[object, ...]]) -> ModelRow:
         step=row.step,
         push=msgspec.json.decode(row.push, type=Push),
         build=row.build,
+        restarts=row.restarts,
         created_ms=row.created_ms,
         created_by=row.created_by,
         finished_ms=row.finished_ms,
@@ -345,11 +353,7 @@ def _metadata(row: Row[tuple[object, ...]]) -> MetadataRow:
 
 def _assignment(row: Row[tuple[object, ...]]) -> AssignmentRow:
     return AssignmentRow(
-        device=DeviceId(row.device),
-        version=row.version,
+        assignment=msgspec.json.decode(row.assignment, type=Assignment),
         document=row.document,
-        models=msgspec.json.decode(row.models, type=tuple[AssignedModel, ...]),
-        issued_ms=row.issued_ms,
-        expires_ms=row.expires_ms,
         created_by=row.created_by,
     )
