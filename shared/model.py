@@ -8,6 +8,7 @@ cannot differ.
 from __future__ import annotations
 
 import math
+import re
 from typing import Final, Literal
 
 import msgspec
@@ -25,6 +26,8 @@ ITEM_BYTES: Final[dict[str, int]] = {
     "bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "fp16": 2,
     "uint32": 4, "int32": 4, "fp32": 4, "uint64": 8, "int64": 8, "fp64": 8,
 }  # fmt: skip
+
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 Task = Literal["classification", "raw"]
 """`classification`: the first output holds class scores, answers carry label and confidence. `raw`: outputs only."""
@@ -163,7 +166,7 @@ def decode_manifest(data: bytes) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidValue(f"manifest does not parse: {error}", code="invalid.manifest") from error
     check_manifest(manifest)
     return manifest
@@ -187,13 +190,17 @@ def check_manifest(manifest: Manifest) -> None:
         _refuse("variants must be present and have distinct names")
     for file in (manifest.golden.file, *(variant.file for variant in manifest.variants)):
         parse_digest(file.digest)
-        if not file.path.startswith(prefix) or "/" in file.path[len(prefix) :] or len(file.path) <= len(prefix):
+        if not file.path.startswith(prefix) or not _FILE_NAME.fullmatch(file.path[len(prefix) :]):
             _refuse(f"file {file.path[:120]!r} does not lie in {prefix!r}")
         if not 0 < file.length <= limits.MAX_MODEL_BYTES:
             _refuse(f"file {file.path[:120]!r} has a length of {file.length} bytes")
+    if manifest.golden.file.length > limits.MAX_GOLDEN_BYTES:
+        _refuse(f"golden file of {manifest.golden.file.length} bytes exceeds {limits.MAX_GOLDEN_BYTES}")
     if not 0 < manifest.golden.samples <= limits.MAX_GOLDEN_SAMPLES or not 0 <= manifest.golden.min_agreement <= 1:
         _refuse("golden set is out of bounds")
     for variant in manifest.variants:
+        if not _FILE_NAME.fullmatch(variant.name) or not 0 <= variant.accuracy <= 1:
+            _refuse(f"variant {variant.name[:80]!r} has an unusable name or an accuracy outside 0 to 1")
         if manifest.task == "classification" and len(variant.answers) != manifest.golden.samples:
             _refuse(
                 f"variant {variant.name!r} records {len(variant.answers)} answers for {manifest.golden.samples} samples"
@@ -213,6 +220,8 @@ def check_signature(signature: Signature) -> None:
 def check_preparations(signature: Signature, preparations: tuple[Preparation, ...]) -> None:
     """Raise InvalidValue unless each preparation names an input, is finite, and fits the input's trailing axes."""
     by_name = {spec.name: spec for spec in signature.inputs}
+    if len({preparation.input for preparation in preparations}) != len(preparations):
+        _refuse("an input has two preparations")
     for preparation in preparations:
         spec = by_name.get(preparation.input)
         if spec is None:

@@ -8,6 +8,7 @@ A text column in which few values repeat often is stored as `{"d": [distinct val
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -55,6 +56,8 @@ def decode_columns(data: bytes) -> list[Record]:
     if len(records) > limits.MAX_BATCH_RECORDS:
         raise ProtocolViolation(f"batch of {len(records)} records", code="protocol.too_large")
     records.sort(key=lambda record: record.seq)
+    if any(one.seq == next_one.seq for one, next_one in pairwise(records)):
+        raise ProtocolViolation("two records of one number", code="protocol.columns")
     return records
 
 

@@ -44,7 +44,7 @@ def decode_golden(data: bytes, signature: Signature) -> GoldenSet:
         raise InvalidValue(f"golden file of {len(data)} bytes exceeds {limits.MAX_GOLDEN_BYTES}", code="invalid.golden")
     try:
         golden = msgspec.msgpack.decode(data, type=GoldenSet)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidValue(f"golden file does not parse: {error}", code="invalid.golden") from error
     if golden.v != 1 or not 0 < golden.samples <= limits.MAX_GOLDEN_SAMPLES or len(golden.labels) != golden.samples:
         raise InvalidValue("golden file has an unusable number of samples or labels", code="invalid.golden")
@@ -55,9 +55,9 @@ def decode_golden(data: bytes, signature: Signature) -> GoldenSet:
         spec = specs[tensor.name]
         fits = (
             tensor.dtype == spec.dtype
-            and len(tensor.shape) == len(spec.shape)
+            and 0 < len(tensor.shape) == len(spec.shape)
             and tensor.shape[0] == golden.samples
-            and all(want in (-1, got) for want, got in zip(spec.shape[1:], tensor.shape[1:], strict=True))
+            and all(got > 0 and want in (-1, got) for want, got in zip(spec.shape[1:], tensor.shape[1:], strict=True))
             and len(tensor.data) == math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         )
         if not fits:

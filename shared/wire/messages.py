@@ -126,7 +126,7 @@ def decode_body(envelope: Envelope) -> Message:
         raise ProtocolViolation(f"unknown kind {envelope.kind!r}", code="protocol.kind")
     try:
         return msgspec.msgpack.decode(envelope.body, type=struct)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolViolation(f"body of {envelope.kind!r}: {error}", code="protocol.body") from error
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from shared.errors import ProtocolViolation
+from shared.errors import InvalidValue, ProtocolViolation
 from shared.ids import DeviceId, parse_device_id
 
 ROOT: Final = "outrider"
@@ -65,7 +65,11 @@ def parse_up(topic: str) -> UpTopic:
         raise ProtocolViolation(f"not a topic that devices send on: {topic[:120]!r}", code="protocol.topic")
     if parts[4] not in UP_LEAVES:
         raise ProtocolViolation(f"unknown leaf {parts[4][:40]!r}", code="protocol.topic")
-    return UpTopic(device=parse_device_id(parts[2]), leaf=parts[4])
+    try:
+        device = parse_device_id(parts[2])
+    except InvalidValue as error:
+        raise ProtocolViolation(f"topic of a device without a usable name: {error}", code="protocol.topic") from error
+    return UpTopic(device=device, leaf=parts[4])
 
 
 def parse_down(topic: str) -> str:
