@@ -1,0 +1,275 @@
+"""HTTPS to the hub with the device's certificate, as `edge_agent.ports.Fetcher`.
+
+Rules of this file:
+1. Only the hub's own CA is trusted; nothing is redirected, decompressed or sent through a proxy.
+2. Every wait ends: connecting and each read have a deadline, and a transfer that brings less than `MIN_PROGRESS`
+   bytes in a stall period is given up, so that a server that drips cannot hold the agent (slow retrieval). What
+   arrived stays on the shelf and the next try resumes there.
+3. No more is read than was promised (endless data).
+
+The standard library's client runs in a thread; on cancellation its socket is shut down, so that the thread ends.
+Not here: trying again (the driver), and judging metadata (the verifier child).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+from edge_agent.identity import check_hub_url
+from edge_agent.ports import Shelf
+from shared.clock import Clock
+from shared.errors import TransferCorrupt, TransferError, TransferRefused, Unreachable
+from shared.limits import KIB
+from shared.model import FileRef
+
+STALL_MS: Final = 15_000
+MIN_PROGRESS: Final = 1 * KIB
+CHUNK_BYTES: Final = 256 * KIB
+
+T = TypeVar("T")
+
+
+def hub_context(ca_path: Path, *, certificate_path: Path | None = None, key_path: Path | None = None) -> ssl.SSLContext:
+    """A TLS context that trusts this CA only and shows the device's certificate; raises TransferRefused."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(cafile=ca_path)
+        if certificate_path is not None:
+            context.load_cert_chain(certificate_path, key_path)
+    except (OSError, ssl.SSLError) as error:
+        raise TransferRefused(
+            f"the certificates beside {ca_path} cannot be used: {error}",
+            code="transfer.identity",
+            hint="run `outrider-agent doctor`",
+        ) from error
+    return context
+
+
+class HubFetcher:
+    """`Fetcher` on `http.client`; one connection per call."""
+
+    def __init__(
+        self, *, hub_url: str, context: ssl.SSLContext, clock: Clock, stall_ms: int = STALL_MS, agent: str = "outrider"
+    ) -> None:
+        self._host, self._port = check_hub_url(hub_url)
+        self._context = context
+        self._clock = clock
+        self._stall_ms = stall_ms
+        self._agent = agent
+
+    async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
+        """A metadata file, None where the hub has none of that name.
+
+        Raises:
+            Unreachable: nobody answered, or too slowly, or the hub has trouble of its own.
+            TransferRefused: the hub said no.
+            TransferCorrupt: `transfer.too_large`, the answer exceeds `max_bytes`.
+        """
+
+        def work(call: _Call) -> bytes | None:
+            response = call.get(f"/v1/metadata/{quote(name, safe='%')}", {})
+            if response.status == 404:
+                return None
+            call.expect(response, 200)
+            data = bytearray()
+            for chunk in call.chunks(response, limit=max_bytes):
+                data += chunk
+            return bytes(data)
+
+        return await self._in_thread(work)
+
+    async def blob(self, file: FileRef, shelf: Shelf) -> None:
+        """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it.
+
+        Raises:
+            Unreachable: the connection broke or stalled; what arrived is kept for the next try.
+            TransferRefused: the hub said no, or has no such file.
+            TransferCorrupt: what arrived is not the file; it is dropped.
+            StorageError, StorageFull: the disk refused.
+        """
+        if shelf.has(file.digest):
+            return
+        await self._in_thread(lambda call: _fetch_blob(call, file, shelf))
+
+    async def _in_thread(self, work: Callable[[_Call], T]) -> T:
+        call = _Call(
+            http.client.HTTPSConnection(self._host, self._port, context=self._context, timeout=self._stall_ms / 1000),
+            clock=self._clock,
+            stall_ms=self._stall_ms,
+            agent=self._agent,
+        )
+        # Headers that drip in byte by byte would pass every single read's deadline; the sum of them has its own.
+        watchdog = asyncio.get_running_loop().call_later(2 * self._stall_ms / 1000, call.abort_unless_answered)
+        try:
+            return await asyncio.to_thread(_guarded, work, call)
+        except asyncio.CancelledError:
+            call.abort()
+            raise
+        finally:
+            watchdog.cancel()
+
+
+class _Call:
+    """One request on one connection, with the deadlines of this file."""
+
+    def __init__(self, connection: http.client.HTTPSConnection, *, clock: Clock, stall_ms: int, agent: str) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._stall_ms = stall_ms
+        self._agent = agent
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._answered = False
+
+    @property
+    def peer(self) -> str:
+        return f"{self._connection.host}:{self._connection.port}"
+
+    def get(self, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        """Send the request and return the response with its body unread."""
+        self._answered = False
+        self._connection.close()
+        self._connection.connect()
+        with self._lock:
+            if self._aborted:
+                raise TimeoutError("given up")
+        fixed = {"Accept-Encoding": "identity", "User-Agent": self._agent}
+        self._connection.request("GET", path, headers={**fixed, **headers})
+        response = self._connection.getresponse()
+        self._answered = True
+        return response
+
+    def expect(self, response: http.client.HTTPResponse, *statuses: int) -> None:
+        """Raise the TransferError that the status stands for, unless it is one of these."""
+        status = response.status
+        if status in statuses:
+            return
+        if status >= 500 or status in (408, 425, 429):
+            raise Unreachable(f"the hub at {self.peer} answered {status}", hint="the agent tries again by itself")
+        if status == 404:
+            raise TransferRefused(f"the hub at {self.peer} has no such file", code="transfer.not_found")
+        hint = "see `outrider-agent doctor`; the device may have been revoked" if status in (401, 403) else ""
+        raise TransferRefused(f"the hub at {self.peer} answered {status}", hint=hint)
+
+    def chunks(self, response: http.client.HTTPResponse, *, limit: int) -> Iterator[bytes]:
+        """The body, at most `limit` bytes of it and never slower than the stall rule allows."""
+        promised = response.length
+        received, window_bytes, window_start = 0, 0, self._clock.mono_ms()
+        while chunk := response.read1(min(CHUNK_BYTES, limit - received + 1)):
+            received += len(chunk)
+            window_bytes += len(chunk)
+            if received > limit:
+                raise TransferCorrupt(
+                    f"the hub at {self.peer} sends more than the promised {limit} bytes", code="transfer.too_large"
+                )
+            yield chunk
+            now = self._clock.mono_ms()
+            if now - window_start >= self._stall_ms:
+                if window_bytes < MIN_PROGRESS:
+                    raise Unreachable(
+                        f"the hub at {self.peer} sent {window_bytes} bytes in {now - window_start} ms",
+                        code="transfer.stalled",
+                    )
+                window_bytes, window_start = 0, now
+        if promised is not None and received < promised:
+            raise Unreachable(f"the connection to {self.peer} broke after {received} of {promised} bytes")
+
+    def abort_unless_answered(self) -> None:
+        """End the call if not even the headers have come."""
+        if not self._answered:
+            self.abort()
+
+    def abort(self) -> None:
+        """Shut the socket down under the thread that waits on it. Safe at any time, from any thread."""
+        with self._lock:
+            self._aborted = True
+            sock = self._connection.sock
+            if isinstance(sock, socket.socket):
+                # The plain socket's method: the TLS one would also take its session away from the other thread.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def _fetch_blob(call: _Call, file: FileRef, shelf: Shelf) -> None:
+    path, etag = f"/v1/blobs/{file.digest}", f'"{file.digest}"'
+    offset = shelf.resume_at(file.digest)
+    if offset >= file.length:
+        offset = _finish_or_restart(file, shelf, offset)
+        if offset < 0:
+            return
+    headers = {"Range": f"bytes={offset}-", "If-Range": etag} if offset else {}
+    response = call.get(path, headers)
+    if response.status == 416:
+        response.read()
+        offset = 0
+        response = call.get(path, {})
+    call.expect(response, 200, 206)
+    if response.status == 200:
+        offset = 0
+    elif not _continues(response, offset=offset, length=file.length):
+        raise TransferCorrupt(f"the hub at {call.peer} sent another range of {file.path} than was asked for")
+    for chunk in call.chunks(response, limit=file.length - offset):
+        shelf.append(file.digest, chunk, offset=offset)
+        offset += len(chunk)
+    if offset < file.length:
+        shelf.append(file.digest, b"", offset=0)
+        raise TransferCorrupt(f"the hub at {call.peer} has {offset} bytes of {file.path}, {file.length} are signed")
+    shelf.publish(file)
+
+
+def _finish_or_restart(file: FileRef, shelf: Shelf, offset: int) -> int:
+    """Publish what is whole already and return -1; 0 to begin again when it is not the file."""
+    if offset == file.length:
+        try:
+            shelf.publish(file)
+        except TransferCorrupt:
+            return 0
+        return -1
+    return 0
+
+
+def _continues(response: http.client.HTTPResponse, *, offset: int, length: int) -> bool:
+    return response.getheader("Content-Range", "").replace(" ", "") == f"bytes{offset}-{length - 1}/{length}"
+
+
+def _guarded(work: Callable[[_Call], T], call: _Call) -> T:
+    """Run the work and translate what the library raises."""
+    try:
+        return work(call)
+    except ssl.SSLCertVerificationError as error:
+        raise TransferRefused(
+            f"the certificate of {call.peer} is not the hub's: {error.verify_message}",
+            code="transfer.hub_certificate",
+            hint="check the hub's address and this machine's clock; enrol again if the hub was set up anew",
+        ) from error
+    except ssl.SSLError as error:
+        raise _refused_or_unreachable(call, error) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise Unreachable(f"the hub at {call.peer} cannot be reached: {reason}") from error
+    finally:
+        call.close()
+
+
+def _refused_or_unreachable(call: _Call, error: ssl.SSLError) -> TransferError:
+    if "ALERT" in (error.reason or ""):
+        return TransferRefused(
+            f"the hub at {call.peer} refused this device's certificate: {error.reason}",
+            code="transfer.device_certificate",
+            hint="run `outrider-agent doctor`; the certificate may have expired",
+        )
+    return Unreachable(f"the hub at {call.peer} cannot be reached: {error.reason or error}")

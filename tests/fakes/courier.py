@@ -1,0 +1,108 @@
+"""The courier in memory, and the broker in memory that it talks to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shared.errors import TransferRefused, Unreachable
+
+
+@dataclass
+class FakeBroker:
+    """Carries messages between couriers on one event loop, confines topics, and can be away or not acknowledge."""
+
+    up: bool = True
+    acknowledges: bool = True
+    clients: dict[str, FakeCourier] = field(default_factory=dict)
+    published: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def route(self, topic: str, payload: bytes) -> None:
+        """Record, and deliver to whoever subscribed; a refused topic never gets here."""
+        self.published.append((topic, payload))
+        for client in list(self.clients.values()):
+            client.deliver(topic, payload)
+
+    def go_down(self) -> None:
+        """Every link breaks and nobody can connect."""
+        self.up = False
+        for client in list(self.clients.values()):
+            client.drop("broker gone")
+
+    def acknowledge(self) -> None:
+        """Let what waits in the windows through."""
+        self.acknowledges = True
+        for client in self.clients.values():
+            client.window = 0
+
+
+class FakeCourier:
+    """`edge_agent.ports.Courier` against a `FakeBroker`; the name is what the certificate would say."""
+
+    WINDOW = 64
+
+    def __init__(
+        self,
+        broker: FakeBroker,
+        *,
+        device: str,
+        on_message: Callable[[str, bytes], None],
+        on_lost: Callable[[str], None],
+        on_refused: Callable[[str, str], None] | None = None,
+        refused: bool = False,
+    ) -> None:
+        self._broker = broker
+        self._device = device
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_refused = on_refused
+        self._refused = refused
+        self._subscribed = ""
+        self._will: tuple[str, bytes] | None = None
+        self.window = 0
+
+    async def connect(self, *, will_topic: str, will_payload: bytes, subscribe: str) -> None:
+        """Join the broker; takes over a link of the same name."""
+        await self.disconnect()
+        if not self._broker.up:
+            raise Unreachable("the broker is away")
+        if self._refused:
+            raise TransferRefused("the broker refuses this device")
+        before = self._broker.clients.get(self._device)
+        if before is not None:
+            before.drop("taken over")
+        self._will, self._subscribed, self.window = (will_topic, will_payload), subscribe, 0
+        self._broker.clients[self._device] = self
+
+    def publish(self, topic: str, payload: bytes) -> bool:
+        """Hand over, or refuse without a link or room."""
+        if self._broker.clients.get(self._device) is not self or self.window >= self.WINDOW:
+            return False
+        loop = asyncio.get_running_loop()
+        if not topic.startswith(f"outrider/1/{self._device}/up/"):
+            if self._on_refused is not None:
+                loop.call_soon(self._on_refused, topic, "Not authorized")
+            return True
+        self.window += 0 if self._broker.acknowledges else 1
+        loop.call_soon(self._broker.route, topic, payload)
+        return True
+
+    async def disconnect(self) -> None:
+        """Leave without the will."""
+        if self._broker.clients.get(self._device) is self:
+            del self._broker.clients[self._device]
+
+    def drop(self, reason: str) -> None:
+        """The link breaks: the will goes out and the owner is told."""
+        del self._broker.clients[self._device]
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._on_lost, reason)
+        if self._will is not None:
+            loop.call_soon(self._broker.route, *self._will)
+
+    def deliver(self, topic: str, payload: bytes) -> None:
+        """Hand a message that matches the subscription (`…/+`) to the owner."""
+        prefix = self._subscribed.removesuffix("+")
+        if self._subscribed and topic.startswith(prefix) and "/" not in topic[len(prefix) :]:
+            asyncio.get_running_loop().call_soon(self._on_message, topic, payload)
