@@ -99,6 +99,10 @@ class Outbox(Protocol):
         """Delete what the hub acknowledged; False when no such batch is open (a late or repeated answer)."""
         ...
 
+    async def drop(self, klass: RecordClass, *, at_ms: int) -> int:
+        """Drop the class's unsealed records at a person's word, leaving a note; returns how many. Not class 0."""
+        ...
+
     def depth(self) -> Depth:
         """How much waits; kept in memory, exact."""
         ...

@@ -1,0 +1,182 @@
+"""The one loop: takes event after event from the inbox and hands each to the part that it is for.
+
+Start: count the boot, read slots and the accepted assignment, open the door, start the link. A device whose hub is
+gone serves before it has tried to connect. End: close the door, record what is left, say goodbye, stop the hosts.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, assert_never
+
+from edge_agent.core import intake, link
+from edge_agent.core.intake import Accepted, Intake, IntakeEvent, PauseOver, Refused, Unavailable
+from edge_agent.core.slot_values import FetchDue
+from edge_agent.driver.events import (
+    ForIntake,
+    ForLink,
+    ForPump,
+    ForSlot,
+    HeartbeatDue,
+    Inward,
+    MessageArrived,
+    Noted,
+    ReconcileDue,
+    ReportDue,
+    Stop,
+)
+from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.models import Models
+from edge_agent.driver.service import Service
+from edge_agent.driver.uplink import Uplink
+from edge_agent.ports import Ledger, Verifier
+from shared.clock import Clock
+from shared.errors import OutriderError, StorageError, StorageFull, TrustError
+from shared.telemetry import DeviceEvent
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_MS: Final = 30_000
+RETRY_MS: Final = 5_000
+RECONCILE_MS: Final = 900_000
+"""How often the accepted assignment is offered again, for slots whose last attempt ended without a fault of its own."""
+
+
+class Agent:
+    """Routes events; owns intake, which is too small for a part of its own."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        inbox: Inbox,
+        works: Works,
+        timers: Timers,
+        ledger: Ledger,
+        verifier: Verifier,
+        models: Models,
+        uplink: Uplink,
+        service: Service,
+        heartbeat_ms: int = HEARTBEAT_MS,
+    ) -> None:
+        self._clock = clock
+        self._inbox = inbox
+        self._works = works
+        self._timers = timers
+        self._ledger = ledger
+        self._verifier = verifier
+        self._models = models
+        self._uplink = uplink
+        self._service = service
+        self._heartbeat_ms = heartbeat_ms
+        self._intake = Intake()
+
+    async def start(self) -> None:
+        """Restore what was, then begin to connect."""
+        await self._models.restore()
+        self._inbox.post(ReconcileDue())
+        self._works.start("record", self._service.record())
+        self._inbox.post(ForLink(link.StartLink()))
+        self._inbox.post(HeartbeatDue())
+
+    async def run(self) -> str:
+        """Handle events until Stop; returns its reason."""
+        while True:
+            event = await self._inbox.next()
+            if isinstance(event, Stop):
+                return event.reason
+            await self._handle(event)
+
+    async def stop(self) -> None:
+        """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
+        self._timers.stop_all()
+        self._works.cancel_all()
+        await self._service.record_rest()
+        await self._uplink.say_goodbye()
+        await self._models.stop()
+
+    async def _handle(self, event: Inward) -> None:
+        try:
+            await self._hand_over(event)
+        except StorageError as error:
+            # Nothing was done yet: a part saves before it acts. Serving goes on while the disk is full.
+            logger.error("state cannot be saved, trying again", extra={"why": error.message})
+            self._timers.start(("again", event), RETRY_MS, event)
+
+    async def _hand_over(self, event: Inward) -> None:
+        match event:
+            case ForSlot(family, slot_event):
+                await self._models.handle(family, slot_event)
+            case ForLink(link_event):
+                await self._on_link(link_event)
+            case ForPump(pump_event):
+                await self._uplink.on_pump(pump_event)
+            case ForIntake(intake_event):
+                await self._on_intake(intake_event)
+            case MessageArrived(topic, payload):
+                self._uplink.on_message(topic, payload)
+            case Noted(name, detail):
+                await self._note(name, detail)
+            case ReconcileDue():
+                await self._reconcile()
+            case ReportDue():
+                self._uplink.report_now()
+            case HeartbeatDue():
+                self._uplink.report_now()
+                self._timers.start("heartbeat", self._heartbeat_ms, HeartbeatDue())
+            case Stop():
+                pass  # taken out of the loop before
+            case _:
+                assert_never(event)
+
+    async def _on_link(self, event: link.LinkEvent) -> None:
+        await self._uplink.on_link(event)
+        if isinstance(event, link.Connected):
+            # What waited for the network need not wait for its timer.
+            self._inbox.post(ForIntake(PauseOver()))
+            for family in self._models.families():
+                self._inbox.post(ForSlot(family, FetchDue()))
+
+    async def _on_intake(self, event: IntakeEvent) -> None:
+        if isinstance(event, Accepted):
+            self._uplink.assignment_version = event.verified.assignment.version
+        decision = intake.INTAKE.decide(self._intake, event)
+        self._intake = decision.state
+        for effect in decision.effects:
+            match effect:
+                case intake.Verify(document):
+                    self._works.start("verify-assignment", self._verify(document))
+                case intake.OfferModels(verified):
+                    await self._models.offer(verified)
+                    self._uplink.report_soon()
+                case intake.NoteRefusal(code, message):
+                    logger.warning("assignment refused", extra={"code": code, "why": message})
+                    self._inbox.post(Noted("release.refused", {"code": code, "message": message[:400]}))
+                case intake.Pause(delay_ms):
+                    self._timers.start("intake", delay_ms, ForIntake(PauseOver()))
+
+    async def _verify(self, document: bytes) -> None:
+        try:
+            floors = await self._ledger.load_floors()
+            verified = await self._verifier.verify(document, floors=floors, wall_ms=self._clock.wall_ms())
+            await self._ledger.save_verified(verified)
+        except TrustError as error:
+            self._inbox.post(ForIntake(Refused(error.code, error.message)))
+        except OutriderError as error:
+            logger.warning("assignment cannot be verified yet", extra={"code": error.code, "why": error.message})
+            self._inbox.post(ForIntake(Unavailable(error.message)))
+        else:
+            self._inbox.post(ForIntake(Accepted(verified)))
+
+    async def _reconcile(self) -> None:
+        verified = await self._ledger.load_verified()
+        if verified is not None:
+            self._uplink.assignment_version = verified.assignment.version
+            await self._models.offer(verified)
+        self._timers.start("reconcile", RECONCILE_MS, ReconcileDue())
+
+    async def _note(self, name: str, detail: dict[str, str]) -> None:
+        try:
+            await self._uplink.keep(DeviceEvent(name=name, detail=detail))
+        except StorageFull as error:
+            logger.error("event not recorded", extra={"event": name, "why": error.message})

@@ -1,0 +1,298 @@
+"""The link to the hub: connects, says birth and state, sends batches, takes acknowledgements and assignments.
+
+Rules of this file:
+1. Birth is the first message after every connect, then the state, then batches.
+2. A batch leaves the outbox because the hub has acknowledged it, never because the broker took it.
+3. What arrives is decoded and checked here and goes into the inbox as an event; what is not understood is logged once
+   per kind and counted, and never stops the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from edge_agent import __version__
+from edge_agent.core import link, pump
+from edge_agent.core.intake import Arrived
+from edge_agent.core.slot_values import Note
+from edge_agent.driver.events import ForIntake, ForLink, ForPump, ReportDue
+from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.ports import Courier, Outbox
+from shared.clock import Clock
+from shared.errors import ProtocolViolation, StorageError, TransferError
+from shared.ids import DeviceId
+from shared.telemetry import CLASS_OF, BatchId, Body, DeviceEvent, RecordClass
+from shared.wire import topics
+from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
+from shared.wire.messages import (
+    KIND_OF,
+    Ack,
+    Assign,
+    Batch,
+    Birth,
+    Death,
+    Message,
+    Reported,
+    RunningModel,
+    decode_body,
+    encode_body,
+)
+
+logger = logging.getLogger(__name__)
+
+STORAGE_REST_S: Final = 10.0
+"""How long a class rests after the disk refused, so that a full disk does not become a busy loop."""
+REPORT_DELAY_MS: Final = 200
+"""Reports asked for within this time become one."""
+
+_LEAF: Final[dict[RecordClass, topics.UpLeaf]] = {
+    RecordClass.EVENT: "event",
+    RecordClass.OUTCOME: "outcome",
+    RecordClass.TELEMETRY: "telemetry",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who speaks: the device, its profile's name, and how often it was started."""
+
+    device: DeviceId
+    profile: str
+    boot: int
+
+
+class Uplink:
+    """The driver's part that talks to the hub."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        clock: Clock,
+        inbox: Inbox,
+        works: Works,
+        timers: Timers,
+        courier: Courier,
+        outbox: Outbox,
+        models: Callable[[], tuple[RunningModel, ...]],
+    ) -> None:
+        self._identity = identity
+        self._clock = clock
+        self._inbox = inbox
+        self._works = works
+        self._timers = timers
+        self._courier = courier
+        self._outbox = outbox
+        self._models = models
+        self._link = link.Link()
+        self._pump = pump.Pump()
+        self._session = 0
+        self._revision = 0
+        self._unknown: set[str] = set()
+        self._resting: set[RecordClass] = set()
+        self.assignment_version = 0
+
+    @property
+    def state(self) -> str:
+        """`online`, `connecting` or `offline`."""
+        return self._link.phase.value
+
+    @property
+    def detail(self) -> str:
+        """Why the link is not up; empty when it is."""
+        return self._link.detail
+
+    @property
+    def online(self) -> bool:
+        """Whether messages reach the broker now."""
+        return self._link.phase is link.LinkPhase.ONLINE
+
+    # Link
+
+    async def on_link(self, event: link.LinkEvent) -> None:
+        """Let the link machine decide and carry out what it says."""
+        before = self._link.phase
+        decision = link.decide(self._link, event)
+        self._link = decision.state
+        for effect in decision.effects:
+            match effect:
+                case link.Connect():
+                    self._works.start("connect", self._connect())
+                case link.Disconnect():
+                    self._works.cancel("connect")
+                    self._works.start("disconnect", self._courier.disconnect())
+                case link.StartTimer(delay_ms):
+                    self._timers.start("link", delay_ms, ForLink(link.TimerFired()))
+                case link.StopTimer():
+                    self._timers.stop("link")
+                case link.Announce():
+                    self._announce()
+        if self._link.phase is before:
+            return
+        if self.online:
+            logger.info("hub link up", extra={"boot": self._identity.boot, "session": self._session})
+        elif before is link.LinkPhase.ONLINE:
+            logger.warning("hub link lost", extra={"why": self._link.detail})
+            self._inbox.post(ForPump(pump.WentOffline()))
+
+    def lost(self, reason: str) -> None:
+        """The courier says that the link is gone."""
+        self._inbox.post(ForLink(link.Lost(reason=reason, jitter=random.random())))
+
+    async def _connect(self) -> None:
+        self._session += 1
+        device = self._identity.device
+        will = Death(boot=self._identity.boot, session=self._session)
+        try:
+            await self._courier.connect(
+                will_topic=topics.up(device, "death"),
+                will_payload=self._pack(will),
+                subscribe=topics.down_filter(device),
+            )
+        except TransferError as error:
+            self._inbox.post(ForLink(link.ConnectFailed(reason=error.message, jitter=random.random())))
+        else:
+            self._inbox.post(ForLink(link.Connected()))
+
+    def _announce(self) -> None:
+        birth = Birth(
+            boot=self._identity.boot,
+            session=self._session,
+            epoch=self._outbox.epoch,
+            agent_version=__version__,
+            profile=self._identity.profile,
+            assignment_version=self.assignment_version,
+            models=self._models(),
+        )
+        self._send("birth", birth)
+        self.report_now()
+        self._inbox.post(ForPump(pump.WentOnline()))
+
+    async def say_goodbye(self) -> None:
+        """Tell the hub that this is a clean stop, then leave without the last will."""
+        if self.online:
+            self._send("death", Death(boot=self._identity.boot, session=self._session, reason="stopped"))
+        await self._courier.disconnect()
+
+    # State reports
+
+    def report_soon(self) -> None:
+        """Tell the hub the device's state soon; repeated calls become one report."""
+        self._timers.start("report", REPORT_DELAY_MS, ReportDue())
+
+    def report_now(self) -> None:
+        """Tell the hub the device's state, if it can be told; it is told anew at every connect."""
+        if not self.online:
+            return
+        depth = self._outbox.depth()
+        self._revision += 1
+        reported = Reported(
+            revision=self._revision,
+            assignment_version=self.assignment_version,
+            models=self._models(),
+            queue_records=sum(depth.records.values()),
+            queue_bytes=depth.bytes,
+        )
+        if not self._send("reported", reported):
+            self.report_soon()
+
+    # Outbox
+
+    async def keep(self, body: Body, *, at_ms: int | None = None) -> int:
+        """Put a record into the outbox and wake the pump; returns its number once it is durable."""
+        number = await self._outbox.put(at_ms=self._clock.wall_ms() if at_ms is None else at_ms, body=body)
+        self._inbox.post(ForPump(pump.RecordsWaiting(CLASS_OF[type(body)])))
+        return number
+
+    async def on_pump(self, event: pump.PumpEvent) -> None:
+        """Let the pump decide and carry out what it says, each effect before the next."""
+        decision = pump.decide(self._pump, event)
+        self._pump = decision.state
+        for effect in decision.effects:
+            match effect:
+                case pump.LoadBatch(klass):
+                    await self._load(klass)
+                case pump.SendBatch(batch):
+                    self._send(_LEAF[RecordClass(batch.batch.klass)], batch)
+                case pump.Settle(batch_id):
+                    await self._settle(batch_id)
+                case pump.StartAckTimer(klass, digest, delay_ms):
+                    self._timers.start(("ack", klass), delay_ms, ForPump(pump.AckTimedOut(klass, digest)))
+                case pump.StopAckTimer(klass):
+                    self._timers.stop(("ack", klass))
+                case Note(name, detail):
+                    await self.keep(DeviceEvent(name=name, detail=detail))
+
+    async def _settle(self, batch: BatchId) -> None:
+        try:
+            await self._outbox.settle(batch)
+        except StorageError as error:
+            # It will be sent once more, and the hub will say that it has it.
+            logger.error("acknowledged records cannot be deleted", extra={"why": error.message})
+            self._resting.add(RecordClass(batch.klass))
+
+    async def _load(self, klass: RecordClass) -> None:
+        if klass in self._resting:
+            self._resting.discard(klass)
+            self._works.start(("load", klass), self._load_later(klass))
+            return
+        try:
+            batch = await self._outbox.next_batch(klass)
+        except StorageError as error:
+            logger.error("records cannot be read", extra={"why": error.message})
+            self._works.start(("load", klass), self._load_later(klass))
+            return
+        self._inbox.post(ForPump(pump.NothingWaiting(klass) if batch is None else pump.BatchReady(batch)))
+
+    async def _load_later(self, klass: RecordClass) -> None:
+        await asyncio.sleep(STORAGE_REST_S)
+        await self._load(klass)
+
+    # Messages
+
+    def on_message(self, topic: str, payload: bytes) -> None:
+        """Take apart what arrived and say it to the part that it is for."""
+        try:
+            message = self._open(topic, payload)
+        except ProtocolViolation as error:
+            if error.code not in self._unknown:
+                self._unknown.add(error.code)
+                logger.warning("message not understood", extra={"code": error.code, "why": error.message})
+            return
+        match message:
+            case Ack():
+                self._inbox.post(ForPump(pump.AckArrived(message)))
+            case Assign():
+                self._inbox.post(ForIntake(Arrived(message.document)))
+            case Birth() | Death() | Batch() | Reported():
+                logger.warning("message for the hub came to the device", extra={"kind": KIND_OF[type(message)]})
+
+    def _open(self, topic: str, payload: bytes) -> Message:
+        topics.parse_down(topic)
+        envelope = decode_envelope(payload)
+        if envelope.device != self._identity.device:
+            raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
+        return decode_body(envelope)
+
+    def _send(self, leaf: topics.UpLeaf, message: Message) -> bool:
+        return self._courier.publish(topics.up(self._identity.device, leaf), self._pack(message))
+
+    def _pack(self, message: Message) -> bytes:
+        return encode_envelope(
+            Envelope(
+                v=WIRE_VERSION,
+                id=secrets.token_hex(8),
+                kind=KIND_OF[type(message)],
+                device=self._identity.device,
+                boot=self._identity.boot,
+                wall_ms=self._clock.wall_ms(),
+                mono_ms=self._clock.mono_ms(),
+                body=encode_body(message),
+            )
+        )
