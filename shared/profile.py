@@ -68,4 +68,14 @@ def parse_profile(document: dict[str, Any], *, source: str) -> DeviceProfile:
         raise ConfigError(
             f"profile {source}: a model host needs at least 32 MiB, one thread and one runtime", code="config.profile"
         )
+    if profile.memory.total_bytes < profile.memory.host_bytes or not profile.inference.variants:
+        raise ConfigError(
+            f"profile {source}: memory.total_bytes must hold a model host, and one variant must be named",
+            code="config.profile",
+        )
+    if min(profile.disk.models_bytes, profile.disk.queue_bytes) < MIB:
+        raise ConfigError(f"profile {source}: the disk budgets need at least 1 MiB each", code="config.profile")
+    trial = profile.probation
+    if trial.duration_ms < 0 or trial.good_answers < 0 or trial.max_failures < 1:
+        raise ConfigError(f"profile {source}: the probation's figures make no sense", code="config.profile")
     return profile
