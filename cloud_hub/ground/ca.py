@@ -5,7 +5,7 @@ Rules:
 2. A device's certificate can only be a client's (EKU clientAuth, no CA); a server's can only be a server's.
 3. Certificates begin an hour before they are made, because clocks differ.
 
-Values and bytes only: who keeps them in which file is `cloud_hub/hubfiles.py`'s business.
+Values and bytes only: `transport.py` keeps them in files.
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""The hub's data directory: which file is where, and how files with secrets are written.
+
+hub.toml              configuration
+hub.db                everything but files
+ca/ca.pem, ca.key     the certificate authority
+tls/server.pem, .key  the HTTPS port
+keys/*.key            online signing keys (cloud_hub/keyring.py)
+broker/               the managed broker's files, and the hub's client certificate
+blobs/ab/<sha256>     models and what belongs to them
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shared.errors import ConfigError, StorageError
+
+
+class DataFolder:
+    """Paths below the data directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.config = self.root / "hub.toml"
+        self.database = self.root / "hub.db"
+        self.ca_certificate = self.root / "ca" / "ca.pem"
+        self.ca_key = self.root / "ca" / "ca.key"
+        self.server_certificate = self.root / "tls" / "server.pem"
+        self.server_key = self.root / "tls" / "server.key"
+        self.keys = self.root / "keys"
+        self.broker = self.root / "broker"
+        self.blobs = self.root / "blobs"
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy's URL of the database."""
+        return f"sqlite:///{self.database}"
+
+    def make(self) -> None:
+        """Make the folders, for their owner only."""
+        for folder in (self.root, self.root / "ca", self.root / "tls", self.keys, self.broker, self.blobs):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"{folder} cannot be made: {error.strerror}", hint="choose a directory that you may write to"
+                ) from error
+
+    def require(self) -> None:
+        """Raise ConfigError unless a hub was made here."""
+        if not self.database.is_file() or not self.ca_certificate.is_file():
+            raise ConfigError(
+                f"there is no hub in {self.root}",
+                code="config.no_hub",
+                hint=f"make one with `outrider-hub init --data {self.root} --offline DIR`, or name another with --data",
+            )
+
+
+def read(path: Path) -> bytes:
+    """A small file's bytes; raises ConfigError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}",
+            code="config.file",
+            hint="restore it from the backup, or check who owns it",
+        ) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file in one step, durably; it is readable by its owner only from its first byte."""
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.unlink(missing_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}", hint="check its owner and space") from error
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

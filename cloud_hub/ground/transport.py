@@ -1,0 +1,77 @@
+"""The certificates of the hub's two ports and of its link to the broker: made, and made anew in time.
+
+A pair is issued again when it is missing, does not fit together, has less than a third of its life left, or does not
+carry the names that are configured now. Each file is replaced in one step; a crash between key and certificate leaves
+a pair that does not fit, and the next start issues it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from cloud_hub.ground import folder as files
+from cloud_hub.ground.ca import HUB_NAME, Authority, IssuedPair, needs_renewal
+from cloud_hub.ground.folder import DataFolder
+
+
+def load_authority(folder: DataFolder) -> Authority:
+    """The CA from its files; raises ConfigError."""
+    return Authority(files.read(folder.ca_certificate), files.read(folder.ca_key))
+
+
+def ensure(
+    folder: DataFolder,
+    authority: Authority,
+    *,
+    names: Sequence[str],
+    broker_names: Sequence[str],
+    now_ms: int,
+    days: int,
+) -> tuple[str, ...]:
+    """Issue what needs it; returns what was issued, as paths below the data directory."""
+    issued: list[str] = []
+
+    def pair(certificate: Path, key: Path, *, wanted: Sequence[str], make: Callable[[], IssuedPair]) -> None:
+        if _is_good(certificate, key, names=wanted, now_ms=now_ms):
+            return
+        made = make()
+        files.write(key, made.key_pem)
+        files.write(certificate, made.certificate_pem)
+        issued.append(str(certificate.relative_to(folder.root)))
+
+    pair(
+        folder.server_certificate,
+        folder.server_key,
+        wanted=names,
+        make=lambda: authority.issue_server(names, now_ms=now_ms, days=days),
+    )
+    pair(
+        folder.broker / "server.pem",
+        folder.broker / "server.key",
+        wanted=broker_names,
+        make=lambda: authority.issue_server(broker_names, now_ms=now_ms, days=days),
+    )
+    pair(
+        folder.broker / "hub.pem",
+        folder.broker / "hub.key",
+        wanted=(),
+        make=lambda: authority.issue_client(HUB_NAME, now_ms=now_ms, days=days),
+    )
+    ca = folder.broker / "ca.pem"
+    if not ca.is_file() or ca.read_bytes() != authority.pem.encode():
+        files.write(ca, authority.pem.encode())
+    return tuple(issued)
+
+
+def _is_good(certificate: Path, key: Path, *, names: Sequence[str], now_ms: int) -> bool:
+    try:
+        pem = certificate.read_bytes()
+        private = serialization.load_pem_private_key(key.read_bytes(), password=None)
+        fits = x509.load_pem_x509_certificate(pem).public_key() == private.public_key()
+    except (OSError, ValueError, TypeError):
+        return False
+    return fits and not needs_renewal(pem, names=names, now_ms=now_ms)
