@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-from edge_agent.core.slot_values import Note as Note
+from edge_agent.core.slot_values import Note
 from shared.machine import Decision, Row, Table
 from shared.telemetry import BatchId, RecordClass
 from shared.wire.messages import Ack, Batch
