@@ -101,7 +101,7 @@ class Agent:
         except StorageError as error:
             # Nothing was done yet: a part saves before it acts. Serving goes on while the disk is full.
             logger.error("state cannot be saved, trying again", extra={"why": error.message})
-            self._timers.start(("again", event), RETRY_MS, event)
+            self._timers.start(("again", id(event)), RETRY_MS, event)
 
     async def _hand_over(self, event: Inward) -> None:
         match event:

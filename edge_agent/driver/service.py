@@ -22,7 +22,7 @@ from edge_agent.core.slots import can_roll_back
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Inbox
 from edge_agent.driver.models import Models
-from edge_agent.driver.uplink import Identity, Uplink
+from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer, ModelHost, Outbox
 from shared.clock import Clock
 from shared.errors import HostLost, InputRefused, InvalidValue, ModelError, StorageError
@@ -59,9 +59,9 @@ class Service:
     """Answers the door."""
 
     def __init__(
-        self, *, identity: Identity, clock: Clock, inbox: Inbox, models: Models, uplink: Uplink, outbox: Outbox
+        self, *, running: RunningDevice, clock: Clock, inbox: Inbox, models: Models, uplink: Uplink, outbox: Outbox
     ) -> None:
-        self._identity = identity
+        self._running = running
         self._clock = clock
         self._inbox = inbox
         self._models = models
@@ -203,10 +203,10 @@ class Service:
         depth = self._outbox.depth()
         return AgentState(
             id=request.id,
-            device=self._identity.device,
+            device=self._running.device,
             agent_version=__version__,
-            profile=self._identity.profile,
-            boot=self._identity.boot,
+            profile=self._running.profile,
+            boot=self._running.boot,
             pid=os.getpid(),
             uptime_ms=self._clock.mono_ms() - self._started_ms,
             link=self._uplink.state,

@@ -21,13 +21,13 @@ from edge_agent import __version__
 from edge_agent.core import link, pump
 from edge_agent.core.intake import Arrived
 from edge_agent.core.slot_values import Note
-from edge_agent.driver.events import ForIntake, ForLink, ForPump, ReportDue
+from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue
 from edge_agent.driver.loop import Inbox, Timers, Works
 from edge_agent.ports import Courier, Outbox
 from shared.clock import Clock
 from shared.errors import ProtocolViolation, StorageError, TransferError
 from shared.ids import DeviceId
-from shared.telemetry import CLASS_OF, BatchId, Body, DeviceEvent, RecordClass
+from shared.telemetry import CLASS_OF, BatchId, Body, RecordClass
 from shared.wire import topics
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import (
@@ -59,7 +59,7 @@ _LEAF: Final[dict[RecordClass, topics.UpLeaf]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class RunningDevice:
     """Who speaks: the device, its profile's name, and how often it was started."""
 
     device: DeviceId
@@ -73,7 +73,7 @@ class Uplink:
     def __init__(
         self,
         *,
-        identity: Identity,
+        running: RunningDevice,
         clock: Clock,
         inbox: Inbox,
         works: Works,
@@ -82,7 +82,7 @@ class Uplink:
         outbox: Outbox,
         models: Callable[[], tuple[RunningModel, ...]],
     ) -> None:
-        self._identity = identity
+        self._running = running
         self._clock = clock
         self._inbox = inbox
         self._works = works
@@ -136,7 +136,7 @@ class Uplink:
         if self._link.phase is before:
             return
         if self.online:
-            logger.info("hub link up", extra={"boot": self._identity.boot, "session": self._session})
+            logger.info("hub link up", extra={"boot": self._running.boot, "session": self._session})
         elif before is link.LinkPhase.ONLINE:
             logger.warning("hub link lost", extra={"why": self._link.detail})
             self._inbox.post(ForPump(pump.WentOffline()))
@@ -147,8 +147,8 @@ class Uplink:
 
     async def _connect(self) -> None:
         self._session += 1
-        device = self._identity.device
-        will = Death(boot=self._identity.boot, session=self._session)
+        device = self._running.device
+        will = Death(boot=self._running.boot, session=self._session)
         try:
             await self._courier.connect(
                 will_topic=topics.up(device, "death"),
@@ -162,11 +162,11 @@ class Uplink:
 
     def _announce(self) -> None:
         birth = Birth(
-            boot=self._identity.boot,
+            boot=self._running.boot,
             session=self._session,
             epoch=self._outbox.epoch,
             agent_version=__version__,
-            profile=self._identity.profile,
+            profile=self._running.profile,
             assignment_version=self.assignment_version,
             models=self._models(),
         )
@@ -177,7 +177,7 @@ class Uplink:
     async def say_goodbye(self) -> None:
         """Tell the hub that this is a clean stop, then leave without the last will."""
         if self.online:
-            self._send("death", Death(boot=self._identity.boot, session=self._session, reason="stopped"))
+            self._send("death", Death(boot=self._running.boot, session=self._session, reason="stopped"))
         await self._courier.disconnect()
 
     # State reports
@@ -227,7 +227,7 @@ class Uplink:
                 case pump.StopAckTimer(klass):
                     self._timers.stop(("ack", klass))
                 case Note(name, detail):
-                    await self.keep(DeviceEvent(name=name, detail=detail))
+                    self._inbox.post(Noted(name, detail))
 
     async def _settle(self, batch: BatchId) -> None:
         try:
@@ -276,12 +276,12 @@ class Uplink:
     def _open(self, topic: str, payload: bytes) -> Message:
         topics.parse_down(topic)
         envelope = decode_envelope(payload)
-        if envelope.device != self._identity.device:
+        if envelope.device != self._running.device:
             raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
         return decode_body(envelope)
 
     def _send(self, leaf: topics.UpLeaf, message: Message) -> bool:
-        return self._courier.publish(topics.up(self._identity.device, leaf), self._pack(message))
+        return self._courier.publish(topics.up(self._running.device, leaf), self._pack(message))
 
     def _pack(self, message: Message) -> bytes:
         return encode_envelope(
@@ -289,8 +289,8 @@ class Uplink:
                 v=WIRE_VERSION,
                 id=secrets.token_hex(8),
                 kind=KIND_OF[type(message)],
-                device=self._identity.device,
-                boot=self._identity.boot,
+                device=self._running.device,
+                boot=self._running.boot,
                 wall_ms=self._clock.wall_ms(),
                 mono_ms=self._clock.mono_ms(),
                 body=encode_body(message),

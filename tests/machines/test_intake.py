@@ -1,0 +1,86 @@
+"""Assignments that arrive: one verification at a time, the newest next, none lost to a bad link."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.core.intake import (
+    INTAKE,
+    LONGEST_PAUSE_MS,
+    Accepted,
+    Arrived,
+    Intake,
+    IntakeEvent,
+    IntakePhase,
+    NoteRefusal,
+    OfferModels,
+    Pause,
+    PauseOver,
+    Refused,
+    Unavailable,
+    Verify,
+)
+from shared.ids import DeviceId
+from shared.machine import UnexpectedEvent
+from shared.release import Assignment, Floors, VerifiedAssignment
+
+VERIFIED = VerifiedAssignment(
+    assignment=Assignment(device=DeviceId("d"), version=1, issued_ms=0, expires_ms=1, models=()),
+    models=(),
+    floors=Floors(),
+)
+
+
+def play(*events: IntakeEvent) -> tuple[Intake, list[object]]:
+    state, effects = Intake(), list[object]()
+    for event in events:
+        decision = INTAKE.decide(state, event)
+        state = decision.state
+        effects += decision.effects
+    return state, effects
+
+
+def test_an_assignment_is_verified_then_offered() -> None:
+    state, effects = play(Arrived(b"1"), Accepted(VERIFIED))
+    assert effects == [Verify(b"1"), OfferModels(VERIFIED)]
+    assert state == Intake()
+
+
+def test_of_those_that_arrive_during_a_verification_only_the_last_is_verified_next() -> None:
+    state, effects = play(Arrived(b"1"), Arrived(b"2"), Arrived(b"3"), Accepted(VERIFIED))
+    assert effects == [Verify(b"1"), OfferModels(VERIFIED), Verify(b"3")]
+    assert state.phase is IntakePhase.VERIFYING
+
+
+def test_a_refusal_is_noted_and_not_tried_again() -> None:
+    state, effects = play(Arrived(b"1"), Refused("trust.rollback", "older"))
+    assert effects == [Verify(b"1"), NoteRefusal("trust.rollback", "older")]
+    assert state.phase is IntakePhase.RESTING
+
+
+def test_what_could_not_be_fetched_is_tried_again_after_growing_pauses() -> None:
+    events: list[IntakeEvent] = [Arrived(b"1")]
+    for _ in range(12):
+        events += [Unavailable("no link"), PauseOver()]
+    _, effects = play(*events)
+    pauses = [effect.delay_ms for effect in effects if isinstance(effect, Pause)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[1]
+    assert pauses[-1] == LONGEST_PAUSE_MS
+    assert effects.count(Verify(b"1")) == 13
+
+
+def test_a_newer_assignment_ends_the_pause_and_takes_its_place() -> None:
+    state, effects = play(Arrived(b"1"), Unavailable("no link"), Arrived(b"2"), PauseOver())
+    assert effects[-1] == Verify(b"2")
+    assert state.document == b"2"
+
+
+def test_a_newer_assignment_waits_through_a_failed_verification() -> None:
+    state, _ = play(Arrived(b"1"), Arrived(b"2"), Unavailable("no link"))
+    assert state.document == b"2"
+
+
+def test_a_verdict_without_a_verification_is_a_defect() -> None:
+    with pytest.raises(UnexpectedEvent):
+        play(Accepted(VERIFIED))
