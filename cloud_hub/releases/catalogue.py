@@ -115,7 +115,7 @@ class Catalogue:
             raise NotFound(f"there is no model {family}/{version}", hint="GET /v1/models lists them")
         return row
 
-    async def list(
+    async def page(
         self, *, family: str | None = None, after: tuple[str, str] = ("", ""), limit: int, published: bool = False
     ) -> Sequence[ModelRow]:
         """Pushed versions, or only those that are published, by name."""

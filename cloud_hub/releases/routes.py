@@ -1,0 +1,292 @@
+"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/metadata`, `/v1/assignments`.
+
+`router(desk)` makes the routes. Bodies are msgspec structs: unknown fields and wrong types are refused by name.
+Blobs are streamed both ways and are exempt from the bounds on other requests (prefix `/v1/blobs/`): an upload is
+bounded by its announced length, and by a deadline for each next piece of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import FileResponse
+from starlette.requests import ClientDisconnect
+
+from cloud_hub.ground.auth import Principal, Role, require, require_any
+from cloud_hub.ground.problems import NotFound
+from cloud_hub.releases.desk import Desk, Push, Selector
+from cloud_hub.releases.tables import AssignmentRow, ModelRow
+from shared import limits
+from shared.errors import InvalidValue, TransferCorrupt
+from shared.ids import parse_digest
+
+STREAMED_PREFIX: Final = "/v1/blobs/"
+PIECE_DEADLINE_S: Final = 30.0
+BLOB_TYPE: Final = "application/octet-stream"
+JSON_TYPE: Final = "application/json"
+
+Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
+Operator = Annotated[Principal, Depends(require(Role.OPERATOR))]
+ReleaseManager = Annotated[Principal, Depends(require(Role.RELEASE_MANAGER))]
+Anyone = Annotated[Principal, Depends(require_any())]
+Limit = Annotated[int, Query(ge=1, le=limits.MAX_PAGE_ITEMS)]
+After = Annotated[str, Query(max_length=160)]
+
+T = TypeVar("T")
+
+
+class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signed metadata of a release: the family's role, and the targets where they had to change."""
+
+    family: str
+    version: str
+    role: str
+    targets: str | None = None
+
+
+def router(desk: Desk) -> APIRouter:
+    """The room's routes over this desk."""
+    routes = APIRouter(prefix="/v1", tags=["releases"])
+    blobs, models = _Blobs(desk), _Models(desk)
+    releases, assignments = _Releases(desk), _Assignments(desk)
+    add = routes.add_api_route
+    add("/blobs/{digest}", blobs.put, methods=["PUT"], operation_id="put_blob", status_code=201, response_model=None)
+    add("/blobs/{digest}", blobs.get, methods=["GET"], operation_id="get_blob", response_model=None)
+    add("/blobs/{digest}", blobs.get, methods=["HEAD"], operation_id="head_blob", response_model=None)
+    add("/models", models.push, methods=["POST"], operation_id="push_model", status_code=202, **_body(Push))
+    add("/models", models.page, methods=["GET"], operation_id="list_models", response_model=None)
+    add("/models/{family}/{version}", models.get, methods=["GET"], operation_id="get_model", response_model=None)
+    add(
+        "/releases",
+        releases.publish,
+        methods=["POST"],
+        operation_id="publish_release",
+        status_code=201,
+        **_body(Publish),
+    )
+    add("/releases", releases.page, methods=["GET"], operation_id="list_releases", response_model=None)
+    release = "/releases/{family}/{version}"
+    add(release, releases.get, methods=["GET"], operation_id="get_release", response_model=None)
+    add(f"{release}/proposal", releases.proposal, methods=["GET"], operation_id="get_proposal", response_model=None)
+    add("/metadata/{name:path}", releases.metadata, methods=["GET"], operation_id="get_metadata", response_model=None)
+    add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **_body(Selector))
+    add("/assignments", assignments.page, methods=["GET"], operation_id="list_assignments", response_model=None)
+    return routes
+
+
+class _Blobs:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def put(self, request: Request, digest: str, _principal: ReleaseManager) -> Response:
+        """Store a file under its SHA-256; 201 when it is new, 200 when the hub has it already."""
+        name = parse_digest(digest)
+        text = request.headers.get("content-length", "")
+        if not text.isascii() or not text.isdigit() or len(text) > 15:
+            raise InvalidValue(
+                "an upload needs a Content-Length", code="length_required", hint="send the file's size, not chunks"
+            )
+        length = int(text)
+        is_new = await self._desk.blobs.receive(name, length, _pieces(request))
+        if is_new:
+            self._desk.counts.blob_bytes.inc(length)
+        return _json({"digest": name, "length": length}, status=201 if is_new else 200)
+
+    async def get(self, request: Request, digest: str, _principal: Anyone) -> Response:
+        """A file by its SHA-256, whole or in ranges (RFC 9110, section 14); its ETag is its digest."""
+        name = parse_digest(digest)
+        blob = await asyncio.to_thread(self._desk.blobs.find, name)
+        if blob is None:
+            raise NotFound(f"there is no file {name}", code="not_found.blob")
+        headers = {"etag": f'"{name}"', "cache-control": "private, max-age=31536000, immutable"}
+        if f'"{name}"' in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        stat = await asyncio.to_thread(blob.path.stat)
+        return FileResponse(blob.path, media_type=BLOB_TYPE, headers=headers, stat_result=stat)
+
+
+class _Models:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def push(self, request: Request, principal: ReleaseManager) -> Response:
+        """Have an uploaded model built and measured; the same push again tells how it went so far."""
+        push = await _read(request, Push)
+        row = await self._desk.catalogue.push(push, actor=principal.actor)
+        return _json(_model(row), status=202)
+
+    async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100, family: After = "") -> Response:
+        """Pushed models by name, whatever their state."""
+        rows = await self._desk.catalogue.page(family=family or None, after=_cursor(after), limit=limit + 1)
+        return _page([_model(row) for row in rows], limit=limit, key=_name)
+
+    async def get(self, family: str, version: str, _principal: Viewer) -> Response:
+        """One pushed model with what was measured of it."""
+        return _json(_model(await self._desk.catalogue.get(family, version)))
+
+
+class _Releases:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def publish(self, request: Request, principal: ReleaseManager) -> Response:
+        """Make a release available under an operator's signature."""
+        body = await _read(request, Publish)
+        row = await self._desk.publishing.publish(
+            body.family, body.version, targets=body.targets, role=body.role, actor=principal.actor
+        )
+        return _json(_model(row), status=201)
+
+    async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100, family: After = "") -> Response:
+        """Published releases by name."""
+        rows = await self._desk.catalogue.page(
+            family=family or None, after=_cursor(after), limit=limit + 1, published=True
+        )
+        return _page([_model(row) for row in rows], limit=limit, key=_name)
+
+    async def get(self, family: str, version: str, _principal: Viewer) -> Response:
+        """One published release."""
+        row = await self._desk.catalogue.get(family, version)
+        if row.published_ms is None:
+            raise NotFound(
+                f"{row.family}/{row.version} is not published",
+                code="not_found.release",
+                hint=f"`outrider release sign {row.family}/{row.version} --keys DIR`, then publish it",
+            )
+        return _json(_model(row))
+
+    async def proposal(self, family: str, version: str, _principal: ReleaseManager) -> Response:
+        """What an operator's machine needs to check and sign a release."""
+        proposal = await self._desk.publishing.proposal(family, version)
+        row = proposal.release
+        document = {
+            "family": row.family,
+            "version": row.version,
+            "manifest": proposal.manifest,
+            "files": row.files,
+            "root": proposal.root,
+            "root_version": proposal.root_version,
+            "targets": proposal.targets,
+            "role": proposal.role,
+            "report": _report(row),
+        }
+        return _json(document)
+
+    async def metadata(self, name: str, _principal: Anyone) -> Response:
+        """A metadata file by its consistent-snapshot name: `timestamp.json`, `3.targets.json`."""
+        data = await self._desk.publishing.metadata(name)
+        cache = "no-cache" if name == "timestamp.json" else "private, max-age=31536000, immutable"
+        return Response(data, media_type=JSON_TYPE, headers={"cache-control": cache})
+
+
+class _Assignments:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def assign(self, request: Request, principal: Operator) -> Response:
+        """Set a family of some devices' desired state to a published release."""
+        outcome = await self._desk.assigning.assign(await _read(request, Selector), actor=principal.actor)
+        return _json(outcome, status=201)
+
+    async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100) -> Response:
+        """The newest assignment of each device, by device."""
+        rows = await self._desk.assigning.page(after=after, limit=limit + 1)
+        return _page([_assignment(row) for row in rows], limit=limit, key=lambda item: str(item["device"]))
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(PIECE_DEADLINE_S):
+                piece = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise TransferCorrupt(
+                f"nothing arrived for {PIECE_DEADLINE_S:.0f} s", hint="send the file again"
+            ) from error
+        except ClientDisconnect as error:
+            raise TransferCorrupt("the connection ended before the file did", hint="send the file again") from error
+        yield piece
+
+
+async def _read(request: Request, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidValue(str(error)[:300], code="invalid.request", hint="see /openapi.json for the shape") from error
+
+
+def _body(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Documents a body that we parse ourselves; nested types are named and not spelled out."""
+    fields = {field.encode_name: {"description": str(field.type)} for field in msgspec.structs.fields(kind)}
+    required = [field.encode_name for field in msgspec.structs.fields(kind) if field.required]
+    schema = {
+        "type": "object",
+        "title": kind.__name__,
+        "description": kind.__doc__,
+        "properties": fields,
+        "required": required,
+        "additionalProperties": False,
+    }
+    content = {"required": True, "content": {JSON_TYPE: {"schema": schema}}}
+    return {"openapi_extra": {"requestBody": content}, "response_model": None}
+
+
+def _json(document: object, *, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status_code=status, media_type=JSON_TYPE)
+
+
+def _page(items: list[dict[str, Any]], *, limit: int, key: Any) -> Response:
+    more = len(items) > limit
+    return _json({"items": items[:limit], "next": key(items[limit - 1]) if more else None})
+
+
+def _name(item: dict[str, Any]) -> str:
+    return f"{item['family']}/{item['version']}"
+
+
+def _cursor(after: str) -> tuple[str, str]:
+    family, _, version = after.partition("/")
+    return family, version
+
+
+def _model(row: ModelRow) -> dict[str, Any]:
+    return {
+        "family": row.family,
+        "version": row.version,
+        "state": row.state,
+        "step": row.step,
+        "created_ms": row.created_ms,
+        "created_by": row.created_by,
+        "finished_ms": row.finished_ms,
+        "release_counter": row.release_counter,
+        "min_release_counter": row.min_release_counter,
+        "published_ms": row.published_ms,
+        "published_by": row.published_by,
+        "manifest": row.files[0].digest if row.files else None,
+        "files": row.files,
+        "push": row.push,
+        "report": _report(row),
+    }
+
+
+def _report(row: ModelRow) -> dict[str, Any] | None:
+    """The report without the recorded answers, which are in the manifest and would fill the screen."""
+    if row.report is None:
+        return None
+    report: dict[str, Any] = msgspec.to_builtins(row.report)
+    for variant in report["variants"]:
+        del variant["answers"]
+    return report
+
+
+def _assignment(row: AssignmentRow) -> dict[str, Any]:
+    document: dict[str, Any] = msgspec.to_builtins(row.assignment)
+    document["created_by"] = row.created_by
+    return document
