@@ -14,11 +14,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-
-from shared.errors import ConfigError, Conflict, StorageError
+from shared.errors import ConfigError, Conflict, InvalidValue, StorageError
+from shared.trust.keys import new_private_pem, signer_from_pem
 from shared.trust.library import CryptoSigner, Key
 from shared.trust.repository import RoleKeys, RootKeys
 
@@ -86,8 +83,7 @@ def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
 
 def write_key(path: Path) -> CryptoSigner:
     """Make a new key in a new file of mode 0600, durable on return; raises Conflict or StorageError."""
-    private = Ed25519PrivateKey.generate()
-    data = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    data = new_private_pem()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -106,7 +102,7 @@ def write_key(path: Path) -> CryptoSigner:
             os.close(directory)
     except OSError as error:
         raise _unwritable(path, error) from error
-    return CryptoSigner(private)
+    return signer_from_pem(data)
 
 
 def read_signer(path: Path) -> CryptoSigner:
@@ -130,17 +126,13 @@ def read_signer(path: Path) -> CryptoSigner:
             hint=f"run 'chmod 600 {path}'; if others may have read it, replace the key",
         )
     try:
-        private = load_pem_private_key(data, password=None)
-        if not isinstance(private, Ed25519PrivateKey):
-            raise ValueError("it is of another kind")
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        # The library's message may quote the file, so it is not passed on.
+        return signer_from_pem(data)
+    except InvalidValue as error:
         raise ConfigError(
             f"key file {path} is not an unencrypted ed25519 key in PEM",
             code="config.key_unusable",
             hint="restore the file from its backup",
         ) from error
-    return CryptoSigner(private)
 
 
 def _exists(path: Path) -> Conflict:

@@ -40,7 +40,8 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         assignment_version: newest assignment accepted.
-        roles: newest version accepted by TUF role name (`root`, `timestamp`, `snapshot`, `targets`, `models/digits`).
+        roles: newest version accepted, for `root` by its name, for any other TUF role by name and fingerprint of the
+            key set that signs it (`timestamp@9f3a…`, `models/digits@04bc…`): new keys begin with a floor of their own.
         releases: highest `min_release_counter` seen by family.
         time_ms: the latest moment that signed documents prove has passed.
     """

@@ -4,5 +4,5 @@ TUF metadata objects, canonical JSON and signature checks are python-tuf's and s
 before them, the client workflow and the assignment are ours. Rules: no file, no socket, no clock of its own; every
 refusal is a TrustError that names the attack; unknown fields survive.
 
-`steps` and `roles` and `installed` may be imported by the agent's core: they load neither tuf nor cryptography.
+The agent's core never imports this package: its verifier child does, and speaks shared/wire/verification.py with it.
 """

@@ -1,6 +1,7 @@
 """The parts of python-tuf and securesystemslib that the house uses, imported in this one place.
 
-Both re-export their public classes without saying so in a way that strict type checking accepts.
+The serializer is named so that it is loaded with the rest, before a verifier gives up its rights. Both libraries
+re-export their public classes without saying so in a way that strict type checking accepts.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]
     Targets,
     Timestamp,
 )
+from tuf.api.serialization.json import CanonicalJSONSerializer
 
 __all__ = [
+    "CanonicalJSONSerializer",
     "CryptoSigner",
     "DelegatedRole",
     "Delegations",

@@ -26,7 +26,7 @@ from shared.trust import metadata as md
 from shared.trust import strict
 from shared.trust.library import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, file_name
-from shared.trust.steps import Job, Keep, Need
+from shared.wire.verification import Job, Keep, Need
 
 R = TypeVar("R")
 Steps = Generator[Need | Keep, bytes | None, R]

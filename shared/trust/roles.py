@@ -1,4 +1,4 @@
-"""Names of roles and of their files. Loads neither tuf nor cryptography.
+"""Names of roles and of their files.
 
 A role's name comes from signed metadata, yet never reaches a path or an address as it is: it is percent-encoded
 first, slash included, so that `../x` is a harmless file name.

@@ -17,7 +17,7 @@ from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, Metadata, Root, Snapshot, Targets, Timestamp
 from shared.trust.roles import family_role, file_name
-from shared.trust.steps import Job, Keep, Need
+from shared.wire.verification import Job, Keep, Need
 
 NOW_MS = 1_795_000_000_000
 HOUR_MS = 3_600_000

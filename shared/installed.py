@@ -1,7 +1,7 @@
 """A second look at what was accepted earlier, when a device starts: offline, so expiry does not count.
 
-Never stop answering because metadata has grown old; stop only installing. Loads neither tuf nor cryptography, so the
-agent's core can ask. Not here: whether the files are on the shelf and unchanged, which the shelf says by digest.
+Never stop answering because metadata has grown old; stop only installing. Pure and light, so that the core can ask.
+Not here: whether the files are on the shelf and unchanged, which the shelf says by digest.
 """
 
 from __future__ import annotations

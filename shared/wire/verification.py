@@ -1,4 +1,4 @@
-"""What a verification and the one who drives it say to each other. Values only; loads neither tuf nor cryptography.
+"""What a verification and the one who drives it say to each other, as values and as MessagePack in a frame's payload.
 
 refresh → driver    Need      answer with the bytes, or None where the hub has no such file
 refresh → driver    Keep      write this to the cache, after removing what it drops; answer with None
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from shared.errors import ProtocolViolation
 from shared.ids import DeviceId
 from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
@@ -88,3 +89,28 @@ class Fed(msgspec.Struct, frozen=True, kw_only=True, tag="fed"):
 
 ToVerifier = Job | Fed
 FromVerifier = Need | Keep | Accepted | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_to_decoder: msgspec.msgpack.Decoder[ToVerifier] = msgspec.msgpack.Decoder(ToVerifier)
+_from_decoder: msgspec.msgpack.Decoder[FromVerifier] = msgspec.msgpack.Decoder(FromVerifier)
+
+
+def encode(message: ToVerifier | FromVerifier) -> bytes:
+    """The message as bytes."""
+    return _encoder.encode(message)
+
+
+def decode_to_verifier(data: bytes | bytearray | memoryview) -> ToVerifier:
+    """What the verifier was sent; raises ProtocolViolation."""
+    try:
+        return _to_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolViolation(f"the verifier was sent what it cannot read: {error}") from error
+
+
+def decode_from_verifier(data: bytes | bytearray | memoryview) -> FromVerifier:
+    """What the verifier says; raises ProtocolViolation."""
+    try:
+        return _from_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolViolation(f"the verifier says what cannot be read: {error}") from error
