@@ -309,14 +309,13 @@ class LiveHost:
             self._watch.cancel()
         if self._link is not None:
             self._link.abort()
-        lost = HostLost(f"the model host ended: {reason}", hint="ask again: another one is started")
         for asked in (*self._running, *self._waiting):
             if not asked.answer.done():
-                asked.answer.set_exception(lost)
+                asked.answer.set_exception(_lost(reason))
         self._running.clear()
         self._waiting.clear()
         self._idle.set()
-        self._fail_ready(lost)
+        self._fail_ready(_lost(reason))
         if self._served and not self._stopping:
             logger.warning("model host lost", extra={"pid": self.pid, "reason": reason})
             self._on_lost(reason)
@@ -333,6 +332,10 @@ def _check_outputs(reply: protocol.Ran, payload_bytes: int) -> None:
     total = sum(tensor_bytes(head) for head in reply.outputs)
     if not regular or total != payload_bytes or len(reply.labels) != len(reply.confidences):
         raise ProtocolViolation("the model host's answer does not fit its header", code="protocol.host")
+
+
+def _lost(reason: str) -> HostLost:
+    return HostLost(f"the model host ended: {reason}", hint="ask again: another one is started")
 
 
 def _expire(asked: _Asked) -> None:

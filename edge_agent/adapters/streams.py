@@ -15,7 +15,7 @@ from shared.errors import ProtocolViolation
 
 
 class FrameLink(asyncio.BufferedProtocol):
-    """One end of a stream of frames. All callbacks run on the event loop and must not raise."""
+    """One end of a stream of frames."""
 
     def __init__(
         self,
@@ -24,12 +24,25 @@ class FrameLink(asyncio.BufferedProtocol):
         on_refused: Callable[[ProtocolViolation], None],
         on_end: Callable[[], None],
         on_clogged: Callable[[bool], None] | None = None,
+        on_begin: Callable[[], None] | None = None,
+        on_growth: Callable[[], None] | None = None,
     ) -> None:
-        """`on_clogged(True)` says that the other side does not read what was sent, `on_clogged(False)` that it does."""
+        """Callbacks, all on the event loop; none may raise.
+
+        Args:
+            on_frame: a whole frame.
+            on_refused: the other side sent no frame; nothing more is delivered.
+            on_end: the stream has ended.
+            on_clogged: True when the other side does not read what was sent, False when it does again.
+            on_begin: the stream has begun.
+            on_growth: a part of a large payload has arrived; see `bytes_held`.
+        """
         self._on_frame = on_frame
         self._on_refused = on_refused
         self._on_end = on_end
         self._on_clogged = on_clogged
+        self._on_begin = on_begin
+        self._on_growth = on_growth
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._refused = False
@@ -38,8 +51,8 @@ class FrameLink(asyncio.BufferedProtocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether the stream has begun and not ended."""
-        return self._transport is not None
+        """Whether the stream has begun and nobody has ended it."""
+        return self._transport is not None and not self._transport.is_closing()
 
     @property
     def bytes_held(self) -> int:
@@ -49,7 +62,7 @@ class FrameLink(asyncio.BufferedProtocol):
     def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         """Send a frame; raises ProtocolViolation, with nothing sent, when it is too large."""
         parts = build_frame(header, payload)
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and self.is_open:
             for part in parts:
                 self._transport.write(part)
 
@@ -94,6 +107,8 @@ class FrameLink(asyncio.BufferedProtocol):
         """asyncio: the stream has begun."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._on_begin is not None:
+            self._on_begin()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """asyncio: where the next bytes go."""
@@ -132,5 +147,7 @@ class FrameLink(asyncio.BufferedProtocol):
                 self._on_refused(error)
                 return
             if frame is None:
+                if self._on_growth is not None and self._reader.payload_pending:
+                    self._on_growth()
                 return
             self._on_frame(*frame)

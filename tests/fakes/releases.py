@@ -43,8 +43,11 @@ class Build(msgspec.Struct, frozen=True, kw_only=True):
         return descriptors[0], descriptors[1]
 
 
-def sign_classifier(**changes: Any) -> Build:
-    """Two numbers in, `low` or `high` out: `high` when the second is greater; scores are their difference, twice."""
+def sign_classifier(*, altered: tuple[int, ...] = (), **changes: Any) -> Build:
+    """Two numbers in, `low` or `high` out: `high` when the second is greater; scores are their difference, twice.
+
+    `altered` replaces the first of the recorded answers, so that the golden check fails.
+    """
     weights = np.array([[1, -1], [-1, 1]], dtype=np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["scores"])],
@@ -54,7 +57,7 @@ def sign_classifier(**changes: Any) -> Build:
         [numpy_helper.from_array(weights, "w")],
     )
     rows = np.array([[1, 0], [0, 1], [3, -2], [-5, 5], [0.5, 0.25], [0.25, 0.5]], dtype=np.float32)
-    answers = (0, 1, 0, 1, 0, 1)
+    answers = (*altered, *(0, 1, 0, 1, 0, 1)[len(altered) :])
     return build(graph, golden={"x": rows}, answers=answers, labels=("low", "high"), **changes)
 
 
