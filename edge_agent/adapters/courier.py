@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from shared.limits import MAX_MQTT_PACKET_BYTES
 CONNECT_MS: Final = 10_000
 DISCONNECT_MS: Final = 2_000
 KEEPALIVE_S: Final = 20
+VERDICT_MS: Final = 500
 MAX_INFLIGHT: Final = 20
 MAX_WAITING: Final = 64
 
@@ -45,6 +47,7 @@ _TRY_LATER: Final = frozenset({0x83, 0x88, 0x89, 0x8B, 0x97, 0x9C, 0x9D, 0x9F})
 def broker_context(*, ca_path: Path, certificate_path: Path, key_path: Path) -> ssl.SSLContext:
     """TLS 1.3 with the device's certificate, trusting this CA only; raises TransferRefused."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _BrokerSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(cafile=ca_path)
@@ -56,6 +59,37 @@ def broker_context(*, ca_path: Path, certificate_path: Path, key_path: Path) -> 
             hint="run `outrider-agent doctor`",
         ) from error
     return context
+
+
+class _BrokerSocket(ssl.SSLSocket):
+    """A TLS socket that knows the broker's verdict on the device's certificate when its handshake returns.
+
+    In TLS 1.3 the client is done before the server has looked at its certificate (RFC 8446, section 2). A broker
+    never speaks first, so what arrives now is its session tickets or its alert; had we sent CONNECT meanwhile, the
+    alert would often be lost to a reset. A failed handshake closes the socket; paho leaves that to the collector.
+    """
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+            self._hear_verdict()
+        except BaseException:
+            self.close()
+            raise
+
+    def _hear_verdict(self) -> None:
+        readable, _, _ = select.select([self], [], [], VERDICT_MS / 1000)
+        if not readable:  # a broker without session tickets; its verdict shows at the first read
+            return
+        before = self.gettimeout()
+        self.setblocking(False)
+        try:
+            if self.read(1) == b"":
+                raise ConnectionResetError("closed right after the handshake")
+        except ssl.SSLWantReadError:
+            pass
+        finally:
+            self.settimeout(before)
 
 
 @dataclass(slots=True, eq=False)
@@ -259,7 +293,7 @@ class MqttCourier:
             return TransferRefused(
                 f"the broker at {where} refused this device's certificate: {error.reason}",
                 code="transfer.device_certificate",
-                hint="run `outrider-agent doctor`; the certificate may have expired",
+                hint="run `outrider-agent doctor`; the certificate may have expired or been revoked",
             )
         return Unreachable(f"the broker at {where} cannot be reached: {error.reason or error}")
 
@@ -290,8 +324,10 @@ async def _joined(client: Client, *, within_ms: int) -> bool:
 
 
 def _silence(client: Client) -> None:
-    """Take the callbacks away: what an old client still has to say is void, and the cycle that they form with it
-    would otherwise keep its sockets open until the garbage collector comes round."""
+    """Take the callbacks away: what an old client still has to say is void.
+
+    The cycle that they form with it would also keep its sockets open until the garbage collector comes round.
+    """
     client.on_connect = None
     client.on_subscribe = None
     client.on_disconnect = None
