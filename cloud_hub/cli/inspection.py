@@ -123,7 +123,7 @@ def inspect(hub: Hub, family: FamilyName, version: ModelVersion) -> Inspected:
     manifest = _manifest(proposal, family, version)
     _check_files(proposal, manifest)
     try:
-        golden = decode_golden(_fetch(hub, manifest.golden.file), manifest.signature)
+        golden = decode_golden(_fetch(hub, manifest.golden.file, limits.MAX_GOLDEN_BYTES), manifest.signature)
     except InvalidValue as error:
         raise _odd(f"the golden samples do not fit the manifest: {error.message}") from error
     if golden.samples != manifest.golden.samples:
@@ -132,7 +132,7 @@ def inspect(hub: Hub, family: FamilyName, version: ModelVersion) -> Inspected:
     for variant in manifest.variants:
         if variant.runtime != "onnx":
             raise _odd(f"variant {variant.name!r} needs the runtime {variant.runtime!r}, which is not checked here")
-        measured.append(measure(manifest, variant, _fetch(hub, variant.file), golden))
+        measured.append(measure(manifest, variant, _fetch(hub, variant.file, limits.MAX_MODEL_BYTES), golden))
     return Inspected(proposal=proposal, manifest=manifest, golden=golden, measured=tuple(measured))
 
 
@@ -161,10 +161,9 @@ def _check_files(proposal: Proposal, manifest: Manifest) -> None:
         raise _odd("it lists other files than its manifest")
 
 
-def _fetch(hub: Hub, file: FileRef) -> bytes:
-    bound = limits.MAX_GOLDEN_BYTES if file.path.endswith("/golden.bin") else limits.MAX_MODEL_BYTES
-    if file.length > bound:
-        raise _odd(f"{file.path} is {file.length} bytes long, at most {bound} are taken")
+def _fetch(hub: Hub, file: FileRef, max_bytes: int) -> bytes:
+    if file.length > max_bytes:
+        raise _odd(f"{file.path} is {file.length} bytes long, at most {max_bytes} are taken")
     return hub.blob(file.digest, length=file.length, title=file.path.rpartition("/")[2])
 
 
