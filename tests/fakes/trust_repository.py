@@ -7,15 +7,20 @@ question would.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
+from typing import Any
 
+import pytest
+
+from shared.errors import OutriderError
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.model import FileRef, Golden, Manifest, Signature, TensorSpec, Variant, encode_manifest, target_path
 from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment
 from shared.trust import refresh
 from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
-from shared.trust.library import CryptoSigner, Metadata, Root, Snapshot, Targets, Timestamp
+from shared.trust.library import CryptoSigner, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp, encode_canonical
 from shared.trust.roles import family_role, file_name
 from shared.wire.verification import Job, Keep, Need
 
@@ -24,6 +29,7 @@ HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 DEVICE = DeviceId("dev-1")
 DIGITS = FamilyName("digits")
+RELEASE = ("digits", "1.0.0")
 
 
 def make_manifest(
@@ -230,3 +236,30 @@ class TrustRepository:
         """What the hub answers, cut off where the client would stop reading plus one byte."""
         data = self.files.get(need.name)
         return None if data is None else data[: need.max_bytes + 1]
+
+
+def refused(hub: TrustRepository, device: Device, document: bytes | None = None, *, wall_ms: int = NOW_MS) -> str:
+    """The code with which a refresh is refused."""
+    before = (device.floors, device.previous)
+    with pytest.raises(OutriderError) as caught:
+        device.verify(document if document is not None else hub.assign(RELEASE), hub.serve, wall_ms=wall_ms)
+    assert caught.value.hint or caught.value.code == "trust.malformed"
+    assert (device.floors, device.previous) == before
+    return caught.value.code
+
+
+def resigned(document: dict[str, Any], signers: list[CryptoSigner]) -> bytes:
+    """Signed metadata from its JSON form, however odd it is."""
+    text = encode_canonical(document["signed"])
+    assert text is not None
+    signatures = [signer.sign(text.encode()) for signer in signers]
+    return json.dumps({**document, "signatures": [{"keyid": s.keyid, "sig": s.signature} for s in signatures]}).encode()
+
+
+def promise_again(hub: TrustRepository) -> None:
+    """Sign a snapshot and a timestamp that promise versions only, whatever the files hold."""
+    assert hub.snapshot is not None
+    for name, meta in hub.snapshot.signed.meta.items():
+        hub.snapshot.signed.meta[name] = MetaFile(meta.version)
+    hub.store_snapshot()
+    hub.renew_timestamp()
