@@ -187,8 +187,8 @@ class Broker:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Out of the terminal's group: Ctrl-C is for the hub, which then ends its broker in order.
-                process_group=0,
+                # Away from the terminal: Ctrl-C is for the hub, which then ends its broker in order.
+                start_new_session=True,
             )
 
     def _open_log(self) -> IO[bytes]:

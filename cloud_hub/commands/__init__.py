@@ -1,0 +1,1 @@
+"""The commands of `outrider-hub`, one module each: they work on the data directory, on the hub's own machine."""

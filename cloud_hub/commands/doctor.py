@@ -1,0 +1,203 @@
+"""`outrider-hub doctor`: check what the hub stands on, one line each, with what to do about what is wrong.
+
+Changes nothing. Works beside a running hub: ports that the hub itself holds are told from ports that others hold by
+asking `/v1/ca` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import shutil
+import socket
+import ssl
+import stat
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from cloud_hub.cli import screen
+from cloud_hub.commands import settings
+from cloud_hub.config import HubConfig
+from cloud_hub.ground import audit, broker, migrate, transport
+from cloud_hub.ground import folder as files
+from cloud_hub.ground.ca import needs_renewal
+from cloud_hub.ground.database import Database
+from cloud_hub.ground.system import SystemClock
+from cloud_hub.ground.tlsport import bind
+from cloud_hub.keyring import ONLINE, Keyring
+from shared.errors import ConfigError, OutriderError
+from shared.limits import MIB
+
+_LEAST_FREE_BYTES = 512 * MIB
+_DAY_MS = 24 * 3600 * 1000
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One check: what was looked at, whether it is well, what was found, what to do."""
+
+    check: str
+    ok: bool
+    detail: str
+    hint: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run every check; 0 when all are well, else 1."""
+    config = settings.load(arguments).config
+    checks: tuple[tuple[str, Callable[[HubConfig], str]], ...] = (
+        ("data", _data),
+        ("disk", _disk),
+        ("database", _database),
+        ("audit", _audit),
+        ("ca", _ca),
+        ("certificates", _certificates),
+        ("keys", _keys),
+        ("broker", _broker),
+        ("https port", _https_port),
+        ("mqtt port", _mqtt_port),
+    )
+    findings = [_check(name, look, config) for name, look in checks]
+    healthy = all(finding.ok for finding in findings)
+    if arguments.json:
+        screen.show_json({"ok": healthy, "checks": findings})
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check:<13} {screen.clean(finding.detail)}")
+            if finding.hint:
+                print(f"      try: {screen.clean(finding.hint)}")
+    return 0 if healthy else 1
+
+
+def _check(name: str, look: Callable[[HubConfig], str], config: HubConfig) -> Finding:
+    try:
+        return Finding(check=name, ok=True, detail=look(config))
+    except OutriderError as error:
+        return Finding(check=name, ok=False, detail=error.message, hint=error.hint)
+    except OSError as error:
+        return Finding(check=name, ok=False, detail=str(error), hint="check the file's owner and rights")
+
+
+def _data(config: HubConfig) -> str:
+    config.folder.require()
+    mode = stat.S_IMODE(config.folder.root.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            f"{config.folder.root} is open to other users (mode {mode:04o})",
+            code="config.permissions",
+            hint=f"run `chmod 700 {config.folder.root}`",
+        )
+    return str(config.folder.root)
+
+
+def _disk(config: HubConfig) -> str:
+    free = shutil.disk_usage(config.folder.root).free
+    if free < _LEAST_FREE_BYTES:
+        raise ConfigError(f"{free // MIB} MiB are free", code="config.disk", hint="free space for models and records")
+    return f"{free // MIB} MiB free"
+
+
+def _database(config: HubConfig) -> str:
+    config.folder.require()
+    with closing(Database(config.folder.database_url)) as database:
+        migrate.require_current(database)
+    return f"at revision {migrate.head()}"
+
+
+def _audit(config: HubConfig) -> str:
+    config.folder.require()
+    with closing(Database(config.folder.database_url)) as database:
+        verdict = database.read_now(audit.verify)
+    if verdict.broken_at is not None:
+        raise ConfigError(
+            f"row {verdict.broken_at} does not follow from the one before: it or an earlier one was altered",
+            code="config.audit",
+            hint="compare with a backup; somebody has written into the database past the hub",
+        )
+    return f"{verdict.rows} rows, each bound to the one before"
+
+
+def _ca(config: HubConfig) -> str:
+    authority = transport.load_authority(config.folder)
+    days = (authority.expires_ms - SystemClock().wall_ms()) // _DAY_MS
+    if days < 1:
+        raise ConfigError("the CA has expired", code="config.ca_expired", hint="check the clock; else make a new hub")
+    return f"{authority.fingerprint}, {days} days left"
+
+
+def _certificates(config: HubConfig) -> str:
+    now_ms = SystemClock().wall_ms()
+    for path, names in (
+        (config.folder.server_certificate, config.server_names),
+        (config.folder.broker / "server.pem", config.broker_names),
+        (config.folder.broker / "hub.pem", ()),
+    ):
+        if needs_renewal(files.read(path), names=names, now_ms=now_ms):
+            raise ConfigError(
+                f"{path} ends soon or lacks a configured name", code="config.certificate", hint="restart the hub"
+            )
+    return "in time, with the configured names"
+
+
+def _keys(config: HubConfig) -> str:
+    keyring = Keyring(config.folder.keys)
+    for name in ONLINE:
+        keyring.signer(name)
+    return ", ".join(ONLINE)
+
+
+def _broker(config: HubConfig) -> str:
+    if config.broker.mode == "external":
+        return f"external, {config.broker.host}:{config.broker.port}"
+    return broker.find_binary(config.broker.binary)
+
+
+def _https_port(config: HubConfig) -> str:
+    host, port = broker.local_address(config.listen.host), config.listen.port
+    found = _ca_at(host, port)
+    if found is not None and found == hashlib.sha256(_der(config.folder.ca_certificate)).hexdigest():
+        return f"{port}: this hub answers"
+    bind(config.listen.host, port, key="listen.port").close()
+    return f"{port}: free"
+
+
+def _mqtt_port(config: HubConfig) -> str:
+    host, port = broker.local_address(config.broker.host), config.broker.port
+    context = ssl.create_default_context(cafile=str(config.folder.ca_certificate))
+    try:
+        context.load_cert_chain(config.folder.broker / "hub.pem", config.folder.broker / "hub.key")
+        with socket.create_connection((host, port), timeout=3) as raw, context.wrap_socket(raw, server_hostname=host):
+            return f"{port}: this hub's broker answers"
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{port}: something else than this hub's broker answers ({error.reason})",
+            code="config.port_busy",
+            hint="stop what listens there, or set broker.port to a free port",
+        ) from error
+    except OSError:
+        if config.broker.mode == "external":
+            raise
+        bind(config.broker.host, port, key="broker.port").close()
+        return f"{port}: free"
+
+
+def _ca_at(host: str, port: int) -> str | None:
+    """Fingerprint of the CA that a hub at this address tells; None when no hub answers there."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(host, port, timeout=3, context=context)
+    try:
+        connection.request("GET", "/v1/ca")
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(connection.getresponse().read(65536).decode())).hexdigest()
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
+
+
+def _der(path: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(files.read(path).decode())

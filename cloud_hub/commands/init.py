@@ -1,0 +1,222 @@
+"""`outrider-hub init`: make a hub.
+
+Everything is made in drafts beside the two directories and moved into place at the end, so that a crash leaves no half
+a hub: what is unfinished is thrown away by the next try, what was complete is only moved. The operator's first token
+is made last; if that is lost, `token create` makes another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from cloud_hub.cli import screen
+from cloud_hub.commands import settings
+from cloud_hub.commands.tokens import actor
+from cloud_hub.config import HubConfig, check_host
+from cloud_hub.ground import audit, ca, migrate, transport
+from cloud_hub.ground import folder as files
+from cloud_hub.ground.auth import IssuedToken, Role, issue_api_token
+from cloud_hub.ground.database import Database
+from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.system import SystemClock
+from cloud_hub.keyring import OFFLINE, ONLINE, Keyring, root_keys
+from cloud_hub.releases.desk import found
+from shared.errors import Conflict, InvalidValue, StorageError
+from shared.trust import repository
+
+_COMPLETE: Final = ".complete"
+TOKEN_DAYS: Final = 90
+
+
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """What `init` made."""
+
+    data: str
+    offline: str
+    hub_url: str
+    broker: str
+    ca_fingerprint: str
+    token: str
+    token_file: str | None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make a hub, and tell what was made and what comes next."""
+    config = settings.load(arguments).config
+    config = _with_names(config, arguments.names)
+    data, offline = config.folder.root, Path(arguments.offline).absolute()
+    token_file = Path(arguments.token_file).absolute() if arguments.token_file else None
+    _check_places(data, offline, token_file)
+    now_ms = SystemClock().wall_ms()
+    try:
+        _make(config, offline, now_ms=now_ms)
+    except OSError as error:
+        raise StorageError(
+            f"the hub could not be made: {error}", hint="check rights and space, then run the same command again"
+        ) from error
+    token = _first_token(config, now_ms=now_ms)
+    if token_file is not None:
+        files.write(token_file, f"{token.text}\n".encode())
+    made = Made(
+        data=str(data),
+        offline=str(offline),
+        hub_url=config.hub_url,
+        broker=f"mqtts://{config.broker_host}:{config.broker.port}",
+        ca_fingerprint=transport.load_authority(config.folder).fingerprint,
+        token=token.text,
+        token_file=None if token_file is None else str(token_file),
+    )
+    if arguments.json:
+        screen.show_json(made)
+    else:
+        _tell(made)
+    return 0
+
+
+def _with_names(config: HubConfig, names: list[str]) -> HubConfig:
+    for name in names:
+        if not check_host(name):
+            raise InvalidValue(
+                f"{name[:80]!r} is not a host name or address", code="invalid.host", hint="give it as devices reach it"
+            )
+    if not names:
+        return config
+    public = msgspec.structs.replace(config.public, names=tuple(dict.fromkeys(names)))
+    return msgspec.structs.replace(config, public=public)
+
+
+def _check_places(data: Path, offline: Path, token_file: Path | None) -> None:
+    if data == offline or data in offline.parents or offline in data.parents:
+        raise InvalidValue(
+            "--data and --offline must be apart: the offline keys leave this machine",
+            code="invalid.offline",
+            hint="give two directories, neither of them inside the other",
+        )
+    for place in (data, offline):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            # After a crash between the two moves, the offline directory is there and its hub waits as a draft.
+            if place == offline and not data.exists() and _is_complete(_draft(data), offline):
+                continue
+            raise Conflict(
+                f"{place} exists and is not empty; nothing was changed",
+                code="conflict.exists",
+                hint="use `outrider-hub serve` or `token create` with an existing hub, or choose another directory",
+            )
+    if token_file is not None and token_file.exists():
+        raise Conflict(
+            f"{token_file} exists; nothing was changed", code="conflict.exists", hint="name a new file for the token"
+        )
+
+
+def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:
+    data = config.folder.root
+    draft, keys = _draft(data), _draft(offline)
+    if not _is_complete(draft, offline):
+        for place in (draft, keys):
+            if place.exists():
+                shutil.rmtree(place)
+        _furnish(config, DataFolder(draft), keys, now_ms=now_ms)
+        files.write(draft / _COMPLETE, str(offline).encode())
+    if keys.exists():
+        keys.rename(offline)
+        files.sync(offline.parent)
+    (draft / _COMPLETE).unlink()
+    draft.rename(data)
+    files.sync(data.parent)
+
+
+def _furnish(config: HubConfig, folder: DataFolder, keys: Path, *, now_ms: int) -> None:
+    folder.make()
+    made = ca.make_ca(now_ms=now_ms, label=config.public.names[0] if config.public.names else os.uname().nodename)
+    files.write(folder.ca_key, made.key_pem)
+    files.write(folder.ca_certificate, made.certificate_pem)
+    transport.ensure(
+        folder,
+        transport.load_authority(folder),
+        names=config.server_names,
+        broker_names=config.broker_names,
+        now_ms=now_ms,
+        days=config.certificates.server_days,
+    )
+    files.write(folder.config, _toml(config).encode())
+    offline, online = Keyring(keys), Keyring(folder.keys)
+    offline.create(*OFFLINE)
+    online.create(*ONLINE)
+    root = repository.sign(repository.new_root(root_keys(offline, online), now_ms=now_ms), offline.signer("root"))
+    targets = repository.sign(repository.new_targets(now_ms=now_ms), offline.signer("targets"))
+    with closing(Database(folder.database_url)) as database:
+        migrate.upgrade(database)
+        database.write_now(
+            lambda conn: audit.record(conn, at_ms=now_ms, actor=actor(), action="hub.created", subject="hub")
+        )
+        found(
+            database,
+            root=root,
+            targets=targets,
+            snapshot=online.signer("snapshot"),
+            timestamp=online.signer("timestamp"),
+            now_ms=now_ms,
+            actor=actor(),
+        )
+    folder.database.chmod(0o600)
+
+
+def _first_token(config: HubConfig, *, now_ms: int) -> IssuedToken:
+    with closing(Database(config.folder.database_url)) as database:
+        return database.write_now(
+            lambda conn: issue_api_token(
+                conn,
+                name="first-admin",
+                role=Role.ADMIN,
+                at_ms=now_ms,
+                ttl_ms=config.tokens.api_ttl_s * 1000,
+                actor=actor(),
+            )
+        )
+
+
+def _draft(place: Path) -> Path:
+    return place.with_name(f".{place.name}.outrider-init")
+
+
+def _is_complete(draft: Path, offline: Path) -> bool:
+    marker = draft / _COMPLETE
+    return marker.is_file() and marker.read_text() == str(offline)
+
+
+def _toml(config: HubConfig) -> str:
+    names = ", ".join(f'"{name}"' for name in config.public.names)
+    return (
+        "# Written by `outrider-hub init`. `outrider-hub serve --print-config` lists every key.\n"
+        f'[listen]\nhost = "{config.listen.host}"\nport = {config.listen.port}\n\n'
+        f"[public]\nnames = [{names}]\n\n"
+        f'[broker]\nhost = "{config.listen.host}"\nport = {config.broker.port}\n'
+    )
+
+
+def _tell(made: Made) -> None:
+    print(
+        "\n".join(
+            [
+                f"made a hub in {made.data}",
+                f"  CA fingerprint   {made.ca_fingerprint}",
+                f"  offline keys     {made.offline}  (root, targets, release)",
+                f"  admin token      {made.token}",
+                "",
+                f"Keep the token: it is shown this once{f' and is in {made.token_file}' if made.token_file else ''}.",
+                f"Move {made.offline} to the machine where releases are signed; the hub must not have it.",
+                "",
+                "next:",
+                f"  outrider-hub serve --data {made.data}",
+                f"  outrider login {made.hub_url} --fingerprint {made.ca_fingerprint} --token-file FILE",
+                f"  outrider-hub token create --data {made.data} --kind join",
+            ]
+        )
+    )

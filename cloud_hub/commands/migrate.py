@@ -1,0 +1,20 @@
+"""`outrider-hub migrate`: bring the database to this version's schema."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+
+from cloud_hub.commands import settings
+from cloud_hub.ground import migrate
+from cloud_hub.ground.database import Database
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Apply what is missing, all or nothing."""
+    folder = settings.load(arguments).config.folder
+    folder.require()
+    with closing(Database(folder.database_url)) as database:
+        before, after = migrate.upgrade(database)
+    print(f"the database is at {after}" if before == after else f"the database went from {before} to {after}")
+    return 0
