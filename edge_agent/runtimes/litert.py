@@ -2,7 +2,7 @@
 
 The graph's own batch size is fixed when the model is loaded; a request of another size has the tensors allocated anew
 and costs more once. Fully quantized models take and give integers: this engine applies scale and zero point, so that
-callers see real numbers.
+callers see real numbers; only an array that has the graph's own integer type already is taken as quantized.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def load(model: bytes, *, threads: int) -> LiteRtEngine:
         interpreter = interpreter_class(model_content=model, num_threads=threads)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError, SystemError) as error:
-        raise ModelError(f"LiteRT cannot load the model: {str(error)[:400]}", code="model.corrupt") from error
+        raise ModelError(
+            f"LiteRT cannot load the model: {str(error)[:400]}",
+            code="model.corrupt",
+            hint="check that the file is a .tflite model, or whether it needs a newer LiteRT",
+        ) from error
     return LiteRtEngine(interpreter)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,23 @@ from edge_agent.runtimes import ENGINES, find_loader
 from shared.errors import InputRefused, ModelError
 from tests.fakes.releases import sign_classifier
 
-TFLITE_DOUBLER = Path(__file__).parent / "doubler.tflite"
+# y = x + x over rows of two, written with the schema that ai_edge_litert ships; the second one takes int8 with scale
+# 0.5 and zero point 3 and gives int8 with scale 1 and zero point -5.
+DOUBLER_FP32 = base64.b64decode(
+    "CAAAAFRGTDPG////FAAAABwAAAAkAAAAMAEAAAMAAAABAAAABAAAANj+//8HAAAAZG91YmxlcgABAAAAFAAAAAAADgAYABQAEAAMAAgABAAOAAAA"
+    "FAAAABwAAABcAAAAYAAAAGQAAAAEAAAAbWFpbgAAAAABAAAAFAAAAAAADgAUAAAAEAAMAAsABAAOAAAAEAAAAAAAAAsMAAAAEAAAAFD///8BAAAA"
+    "AQAAAAIAAAAAAAAAAAAAAAEAAAABAAAAAQAAAAAAAAACAAAATAAAAAQAAADQ////DAAAABQAAAAYAAAAAgAAAP////8CAAAAAQAAAHkAAAACAAAA"
+    "AQAAAAIAAAAUABAADAAAAAAACAAAAAAAAAAEABQAAAAMAAAAFAAAABgAAAACAAAA/////wIAAAABAAAAeAAAAAIAAAABAAAAAgAAAAEAAAAIAAAA"
+    "BAAEAAQAAAA="
+)
+DOUBLER_INT8 = base64.b64decode(
+    "DAAAAFRGTDMAAAAAxv///xQAAAAcAAAAJAAAAJABAAADAAAAAQAAAAQAAACI////BwAAAGRvdWJsZXIAAQAAABQAAAAAAA4AGAAUABAADAAIAAQA"
+    "DgAAABQAAAAcAAAAYAAAAGQAAABoAAAABAAAAG1haW4AAAAAAQAAABQAAAAAAA4AFAAAABAADAALAAQADgAAABQAAAAAAAALEAAAABQAAAAEAAQA"
+    "BAAAAAEAAAABAAAAAgAAAAAAAAAAAAAAAQAAAAEAAAABAAAAAAAAAAIAAAB0AAAABAAAAKj///8UAAAAHAAAADgAAAAAAAAJOAAAAAIAAAD/////"
+    "AgAAAJT///8IAAAAEAAAAAEAAAD7/////////wEAAAAAAIA/AQAAAHkAAAACAAAAAQAAAAIAAAAUABgAFAATAAAADAAIAAAAAAAEABQAAAAUAAAA"
+    "KAAAAEQAAAAAAAAJRAAAAAIAAAD/////AgAAAAwADAAAAAAACAAEAAwAAAAIAAAAEAAAAAEAAAADAAAAAAAAAAEAAAAAAAA/AQAAAHgAAAACAAAA"
+    "AQAAAAIAAAABAAAAEAAAAAAACgAIAAAAAAAEAAoAAAACAAAA"
+)
 
 
 def test_onnx_runs_a_model() -> None:
@@ -63,3 +79,34 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         find_loader("abacus")
     assert caught.value.code == "model.runtime_missing"
+
+
+@pytest.mark.parametrize("model", [DOUBLER_FP32, DOUBLER_INT8], ids=["fp32", "int8"])
+def test_litert_runs_float_and_quantized_models_alike(model: bytes) -> None:
+    pytest.importorskip("ai_edge_litert", reason="pip install 'outrider[litert]'")
+    engine = find_loader("litert")(model, threads=1)
+    assert (engine.inputs, engine.outputs) == (("x",), ("y",))
+    for rows in ([[1, 2]], [[1, 2], [3, 4], [5, 6]], [[7.5, -8]]):
+        array = np.array(rows, dtype=np.float32)
+        result = engine.run({"x": array})["y"]
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, array * 2)
+
+
+def test_litert_saturates_and_goes_on_after_a_refusal() -> None:
+    pytest.importorskip("ai_edge_litert", reason="pip install 'outrider[litert]'")
+    engine = find_loader("litert")(DOUBLER_INT8, threads=1)
+    assert engine.run({"x": np.array([[1000, -1000]], dtype=np.float32)})["y"].tolist() == [[124, -123]]
+    with pytest.raises(InputRefused):
+        find_loader("litert")(DOUBLER_FP32, threads=1).run({"x": np.zeros((1, 2), np.float64)})
+    with pytest.raises(InputRefused):
+        engine.run({"nothing": np.zeros((1, 2), np.float32)})
+    assert engine.run({"x": np.array([[1, 2]], dtype=np.float32)})["y"].tolist() == [[2, 4]]
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense" * 10])
+def test_litert_refuses_bytes_that_are_no_model(data: bytes) -> None:
+    pytest.importorskip("ai_edge_litert", reason="pip install 'outrider[litert]'")
+    with pytest.raises(ModelError) as caught:
+        find_loader("litert")(data, threads=1)
+    assert caught.value.code == "model.corrupt"
