@@ -1,0 +1,329 @@
+"""A whole agent on fakes: real driver and core, disk and network in memory, and a hub that stores and acknowledges."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from edge_agent.core.intake import Arrived
+from edge_agent.driver.agent import Agent
+from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
+from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.models import Models
+from edge_agent.driver.service import Service
+from edge_agent.driver.uplink import RunningDevice, Uplink
+from edge_agent.ports import HostAnswer, Shelf
+from shared.errors import OutriderError, TransferError, TrustError, Unreachable
+from shared.ids import DeviceId
+from shared.inference import Infer, Reply, Request, TensorHead
+from shared.model import FileRef, Manifest, Variant
+from shared.profile import DeviceProfile, DiskBudget, Inference, MemoryBudget, Probation
+from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
+from shared.telemetry import DeviceEvent, Record, RecordClass
+from shared.wire import topics
+from shared.wire.columns import decode_columns
+from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
+from shared.wire.messages import Ack, Batch, Message, Reported, decode_body, encode_body
+from tests.fakes.clock import FakeClock
+from tests.fakes.courier import FakeBroker, FakeCourier
+from tests.fakes.hosts import FakeHosts
+from tests.fakes.ledger import FakeLedger
+from tests.fakes.outbox import FakeOutbox
+from tests.fakes.shelf import FakeShelf
+
+DEVICE = DeviceId("dev-test")
+
+
+def profile(*, duration_ms: int = 20, good_answers: int = 2) -> DeviceProfile:
+    """A small device with a short probation."""
+    return DeviceProfile(
+        name="test",
+        title="test",
+        architectures=("x86_64",),
+        memory=MemoryBudget(host_bytes=2**28, total_bytes=2**29),
+        disk=DiskBudget(models_bytes=2**28, queue_bytes=2**24),
+        inference=Inference(runtimes=("onnx",), threads=1, variants=("fp32",)),
+        probation=Probation(duration_ms=duration_ms, good_answers=good_answers, max_failures=3),
+    )
+
+
+class FakeFetcher:
+    """Files by digest; `away` makes the hub unreachable."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.away = False
+        self.fetched: list[str] = []
+
+    async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
+        """The trust fake needs none."""
+        return None
+
+    async def blob(self, file: FileRef, shelf: Shelf) -> None:
+        """Copy onto the shelf."""
+        if self.away:
+            raise Unreachable("the hub is away")
+        self.fetched.append(file.path)
+        shelf.append(file.digest, self.files[file.digest], offset=0)
+        shelf.publish(file)
+
+
+class FakeVerifier:
+    """Takes the document's bytes for a name: `ok:` documents were prepared, everything else is refused."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, VerifiedAssignment] = {}
+        self.error: OutriderError | None = None
+
+    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+        """What was prepared for this document."""
+        if self.error is not None:
+            raise self.error
+        if document not in self.known:
+            raise TrustError("the signature does not fit", code="trust.signature")
+        verified = self.known[document]
+        if verified.assignment.version < floors.assignment_version:
+            raise TrustError("an older assignment", code="trust.rollback")
+        return verified
+
+
+class HubOnFakes:
+    """Stores each record once and acknowledges after that, unless told to be silent."""
+
+    def __init__(self, broker: FakeBroker) -> None:
+        self._broker = broker
+        self._inner = broker.route
+        broker.route = self.route  # type: ignore[method-assign]
+        self.records: dict[tuple[int, int], Record] = {}
+        self.duplicates = 0
+        self.reports: list[Reported] = []
+        self.births = 0
+        self.silent = False
+
+    def route(self, topic: str, payload: bytes) -> None:
+        """Everything that is published goes through here first."""
+        self._inner(topic, payload)
+        if "/up/" not in topic:
+            return
+        message = decode_body(decode_envelope(payload))
+        match message:
+            case Batch():
+                self._store(message)
+            case Reported():
+                self.reports.append(message)
+        self.births += topic.endswith("/birth")
+
+    def _store(self, message: Batch) -> None:
+        if self.silent:
+            return
+        status: Any = "stored"
+        for record in decode_columns(message.columns):
+            key = (message.batch.klass, record.seq)
+            if key in self.records:
+                self.duplicates += 1
+                status = "duplicate"
+            self.records[key] = record
+        self.send("ack", Ack(batch=message.batch, status=status))
+
+    def send(self, leaf: topics.DownLeaf, message: Message, *, kind: str = "ack") -> None:
+        """Publish a message to the device."""
+        envelope = Envelope(
+            v=WIRE_VERSION, id="hub", kind=kind, device=DEVICE, boot=0, wall_ms=0, mono_ms=0, body=encode_body(message)
+        )
+        self._inner(topics.down(DEVICE, leaf), encode_envelope(envelope))
+
+    def events(self) -> list[str]:
+        """Names of the device's events, in order."""
+        records = [record for (klass, _), record in sorted(self.records.items()) if klass == RecordClass.EVENT]
+        return [record.body.name for record in records if isinstance(record.body, DeviceEvent)]
+
+    def results(self) -> int:
+        """How many telemetry records arrived."""
+        return sum(1 for klass, _ in self.records if klass == RecordClass.TELEMETRY)
+
+
+def answer(manifest: Manifest, _: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
+    """A model that says its own version."""
+    head = TensorHead(name="y", dtype="fp32", shape=(inputs[0].shape[0], 2))
+    return HostAnswer(labels=(manifest.version,), confidences=(0.9,), outputs=(head,), payload=bytes(8))
+
+
+class AgentWorld:
+    """Everything that outlives a process, and the process on top of it.
+
+    Each `run` is one life: `async with`-less on purpose, so that a life can be ended by cancelling it.
+    """
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.ledger = FakeLedger()
+        self.outbox = FakeOutbox(limit_bytes=2**20)
+        self.shelf = FakeShelf()
+        self.broker = FakeBroker()
+        self.hub = HubOnFakes(self.broker)
+        self.fetcher = FakeFetcher()
+        self.verifier = FakeVerifier()
+        self.hosts = FakeHosts(answer)
+        self.profile = profile()
+        self.version = 0
+        self.inbox = Inbox()
+        self.models: Models
+        self.uplink: Uplink
+        self.service: Service
+        self.agent: Agent
+
+    def publish(self, *models: VerifiedModel, force: bool = False) -> bytes:
+        """Prepare an assignment of these releases, with their files at the hub; returns its document."""
+        self.version += 1
+        for model in models:
+            for file in (model.manifest.golden.file, *(variant.file for variant in model.manifest.variants)):
+                assert file.digest in self.fetcher.files, file.path
+        manifest = FileRef(path="m", length=1, digest=models[0].manifest_digest)
+        assigned = tuple(
+            AssignedModel(family=model.manifest.family, version=model.manifest.version, manifest=manifest)
+            for model in models
+        )
+        assignment = Assignment(
+            device=DEVICE,
+            version=self.version,
+            issued_ms=0,
+            expires_ms=1,
+            models=assigned,
+            force=tuple(model.manifest.family for model in models) if force else (),
+        )
+        verified = VerifiedAssignment(
+            assignment=assignment, models=models, floors=Floors(assignment_version=self.version)
+        )
+        document = f"ok:{self.version}".encode()
+        self.verifier.known[document] = verified
+        return document
+
+    def arrive(self, document: bytes) -> None:
+        """An assignment comes in."""
+        self.inbox.post(ForIntake(Arrived(document)))
+
+    def life(self, story: Callable[[], Coroutine[Any, Any, None]], *, clean: bool = True) -> None:
+        """Start the agent, play the story, then stop it cleanly or kill it."""
+        asyncio.run(self._life(story, clean=clean))
+
+    async def _life(self, story: Callable[[], Coroutine[Any, Any, None]], *, clean: bool) -> None:
+        self.inbox = Inbox()
+        async with asyncio.TaskGroup() as group:
+            works, timers = Works(group), Timers(self.inbox)
+            await self._compose(works, timers)
+            await self.agent.start()
+            loop = group.create_task(self.agent.run())
+            async with asyncio.timeout(20):
+                await story()
+            if clean:
+                self.inbox.post(Stop("test"))
+                await loop
+                await self.agent.stop()
+            else:
+                loop.cancel()
+                timers.stop_all()
+                works.cancel_all()
+                self.broker.clients.clear()
+
+    async def _compose(self, works: Works, timers: Timers) -> None:
+        running = RunningDevice(device=DEVICE, profile="test", boot=await self.ledger.next_boot())
+        inbox = self.inbox
+        courier = FakeCourier(
+            self.broker,
+            device=DEVICE,
+            on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
+            on_lost=lambda reason: self.uplink.lost(reason),
+        )
+        self.models = Models(
+            profile=self.profile,
+            runtimes=frozenset({"onnx"}),
+            inbox=inbox,
+            works=works,
+            timers=timers,
+            ledger=self.ledger,
+            shelf=self.shelf,
+            fetcher=self.fetcher,
+            hosts=self.hosts,
+            note=lambda name, detail: inbox.post(Noted(name, detail)),
+            report=lambda: self.uplink.report_soon(),
+        )
+        self.uplink = Uplink(
+            running=running,
+            clock=self.clock,
+            inbox=inbox,
+            works=works,
+            timers=timers,
+            courier=courier,
+            outbox=self.outbox,
+            models=self.models.running,
+        )
+        self.service = Service(
+            running=running,
+            clock=self.clock,
+            inbox=inbox,
+            models=self.models,
+            uplink=self.uplink,
+            outbox=self.outbox,
+        )
+        self.agent = Agent(
+            clock=self.clock,
+            inbox=inbox,
+            works=works,
+            timers=timers,
+            ledger=self.ledger,
+            verifier=self.verifier,
+            models=self.models,
+            uplink=self.uplink,
+            service=self.service,
+        )
+
+    async def ask(self, request: Request, payload: bytes = b"") -> Reply:
+        """One request through the door's handler."""
+        reply, _ = await self.service.handle(request, payload)
+        return reply
+
+    async def infer(self, request_id: str = "", *, rows: int = 1) -> Reply:
+        """Ask `digits` about zeros."""
+        head = TensorHead(name="x", dtype="fp32", shape=(rows, 4))
+        return await self.ask(Infer(model="digits", inputs=(head,), id=request_id), bytes(16 * rows))
+
+
+async def until(condition: Callable[[], bool], what: str, *, within_s: float = 10) -> None:
+    """Wait until the condition holds; fails saying what was waited for."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, f"did not happen: {what}"
+        await asyncio.sleep(0.002)
+
+
+def release(world: AgentWorld, version: str) -> VerifiedModel:
+    """A release of `digits` whose files lie at the hub."""
+    from tests.machines.slot_parts import model
+
+    made = model(version)
+
+    def put(path: str) -> FileRef:
+        data = path.encode() * 20
+        file = FileRef(path=path, length=len(data), digest=_digest(data))
+        world.fetcher.files[file.digest] = data
+        return file
+
+    manifest = msgspec.structs.replace(
+        made.manifest,
+        golden=msgspec.structs.replace(made.manifest.golden, file=put(made.manifest.golden.file.path)),
+        variants=tuple(
+            msgspec.structs.replace(variant, file=put(variant.file.path)) for variant in made.manifest.variants
+        ),
+    )
+    return VerifiedModel(manifest=manifest, manifest_digest=made.manifest_digest)
+
+
+def _digest(data: bytes) -> Any:
+    return hashlib.sha256(data).hexdigest()
+
+
+__all__ = ["AgentWorld", "TransferError", "release", "until"]

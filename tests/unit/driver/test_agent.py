@@ -1,0 +1,254 @@
+"""The driver with the real core on fakes: what an application, a hub and a power cut see of it."""
+
+from __future__ import annotations
+
+from edge_agent.core.slot_values import Phase
+from shared.errors import Unreachable
+from shared.ids import FamilyName
+from shared.inference import (
+    AgentState,
+    Answer,
+    Control,
+    Describe,
+    Done,
+    Feedback,
+    Infer,
+    Measure,
+    Refusal,
+    Status,
+    TensorHead,
+)
+from shared.telemetry import Outcome, RecordClass
+from tests.fakes.agent_world import AgentWorld, profile, release, until
+from tests.fakes.hosts import FakeHost
+
+
+def phase(world: AgentWorld) -> Phase | None:
+    slot = world.models.slot("digits")
+    return None if slot is None else slot.phase
+
+
+def version(world: AgentWorld) -> str:
+    slot = world.models.slot("digits")
+    return "" if slot is None or slot.active is None else slot.active.manifest.version
+
+
+def running(world: AgentWorld, wanted: str) -> list[FakeHost]:
+    return [host for host in world.hosts.started if host.manifest.version == wanted and not host.stopped]
+
+
+async def committed(world: AgentWorld, wanted: str) -> None:
+    await until(lambda: phase(world) is Phase.COMMITTED and version(world) == wanted, f"{wanted} committed")
+
+
+def test_an_assigned_release_is_fetched_tried_and_committed() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        reply = await world.infer("r1")
+        assert isinstance(reply, Answer)
+        assert (reply.version, reply.rung, reply.labels) == ("1.0.0", "full", ("1.0.0",))
+        await until(lambda: "release.committed" in world.hub.events(), "the hub hears of the commit")
+        await until(
+            lambda: any(r.assignment_version == 1 and r.models[0].phase == "committed" for r in world.hub.reports),
+            "reported",
+        )
+
+    world.life(story)
+
+
+def test_a_bad_release_is_left_and_the_old_one_answers_on() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        world.hosts.agreement = 0.0
+        world.arrive(world.publish(release(world, "2.0.0")))
+        await until(lambda: "release.failed" in world.hub.events(), "the failure is told")
+        reply = await world.infer()
+        assert isinstance(reply, Answer)
+        assert reply.version == "1.0.0"
+
+    world.life(story)
+
+
+def test_a_candidate_whose_host_dies_on_trial_is_rolled_back() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        world.arrive(world.publish(release(world, "2.0.0")))
+        for _ in range(3):
+            await until(lambda: phase(world) is Phase.PROBATION and bool(running(world, "2.0.0")), "on trial")
+            running(world, "2.0.0")[0].crash()
+        await until(lambda: phase(world) is Phase.COMMITTED, "rolled back")
+        assert version(world) == "1.0.0"
+        await until(lambda: "release.rolled_back" in world.hub.events(), "told")
+        reply = await world.infer()
+        assert isinstance(reply, Answer)
+        assert reply.version == "1.0.0"
+
+    world.profile = profile(duration_ms=300)
+    world.life(story)
+
+
+def test_a_wrong_signature_changes_nothing_and_is_told() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        world.arrive(b"forged")
+        await until(lambda: "release.refused" in world.hub.events(), "told")
+        assert version(world) == "1.0.0"
+
+    world.life(story)
+
+
+def test_an_older_assignment_is_refused() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        first = world.publish(release(world, "1.0.0"))
+        world.arrive(first)
+        await committed(world, "1.0.0")
+        world.arrive(world.publish(release(world, "2.0.0")))
+        await committed(world, "2.0.0")
+        world.arrive(first)
+        await until(lambda: "release.refused" in world.hub.events(), "told")
+        assert version(world) == "2.0.0"
+
+    world.life(story)
+
+
+def test_the_hub_gone_answers_go_on_and_every_record_arrives_once_afterwards() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        before = world.hub.results()
+        world.broker.go_down()
+        for number in range(50):
+            assert isinstance(await world.infer(f"r{number}"), Answer)
+        done = await world.ask(Feedback(request="r7", label="1.0.0"))
+        assert isinstance(done, Done)
+        await until(lambda: world.outbox.depth().records[RecordClass.TELEMETRY] >= 50, "results wait")
+        status = await world.ask(Status())
+        assert isinstance(status, AgentState)
+        assert status.link != "online"
+        world.broker.up = True
+        await world.ask(Control(command="queue.flush"))
+        await until(lambda: world.outbox.depth().bytes == 0, "the queue drains")
+        assert world.hub.results() - before == 50
+        outcomes = [record.body for record in world.hub.records.values() if isinstance(record.body, Outcome)]
+        assert [(o.request, o.version, o.correct) for o in outcomes] == [("r7", "1.0.0", True)]
+
+    world.life(story)
+
+
+def test_an_unacknowledged_batch_is_sent_again_after_a_kill_and_counted_once() -> None:
+    world = AgentWorld()
+
+    async def first() -> None:
+        world.hub.silent = True
+        assert isinstance(await world.ask(Measure(name="t_c", value=21.5)), Done)
+        await until(lambda: any("telemetry" in topic for topic, _ in world.broker.published), "sent")
+
+    async def second() -> None:
+        await until(lambda: world.outbox.depth().bytes == 0, "acknowledged at last")
+
+    world.life(first, clean=False)
+    world.hub.silent = False
+    world.life(second)
+    assert world.hub.results() == 1
+
+
+def test_after_a_kill_the_committed_release_serves_without_the_hub() -> None:
+    world = AgentWorld()
+
+    async def first() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+
+    async def second() -> None:
+        await until(
+            lambda: world.models.routes().get("digits") is not None and world.models.routes()["digits"].up, "up"
+        )
+        reply = await world.infer()
+        assert isinstance(reply, Answer)
+        assert reply.version == "1.0.0"
+
+    world.life(first, clean=False)
+    world.broker.up = False
+    world.fetcher.away = True
+    world.life(second)
+
+
+def test_files_that_cannot_be_fetched_are_fetched_when_the_link_is_back() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.fetcher.away = True
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: phase(world) is Phase.FETCHING, "fetching")
+        world.fetcher.away = False
+        world.broker.go_down()
+        world.broker.up = True
+        await committed(world, "1.0.0")
+
+    world.life(story)
+
+
+def test_a_verifier_without_its_files_is_asked_again() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.verifier.error = Unreachable("no metadata")
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: world.agent._intake.failures >= 1, "one failure")
+        world.verifier.error = None
+        await committed(world, "1.0.0")
+
+    world.life(story)
+
+
+def test_what_cannot_be_answered_is_refused_with_a_reason() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        unknown = await world.infer()
+        assert isinstance(unknown, Refusal)
+        assert unknown.code == "model.unknown"
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        world.hosts.started[-1].hang = True
+        late = await world.ask(
+            Infer(model="digits", inputs=(TensorHead(name="x", dtype="fp32", shape=(1, 4)),), deadline_ms=20), bytes(16)
+        )
+        assert isinstance(late, Refusal)
+        assert (late.code, late.retry) == ("deadline", True)
+        assert isinstance(await world.ask(Describe(model="nothing")), Refusal)
+
+    world.life(story)
+
+
+def test_the_operator_of_the_device_can_go_back_one_release() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        nothing = await world.ask(Control(command="model.rollback", argument="digits"))
+        assert isinstance(nothing, Refusal)
+        world.arrive(world.publish(release(world, "2.0.0")))
+        await committed(world, "2.0.0")
+        assert isinstance(await world.ask(Control(command="model.rollback", argument="digits")), Done)
+        await committed(world, "1.0.0")
+        assert FamilyName("digits") in world.models.families()
+
+    world.life(story)
