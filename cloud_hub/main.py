@@ -169,12 +169,12 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
         if settings is not None:
             managed_broker.find_binary(settings.binary)
             await managed_broker.require_free_port(settings)
-        async with asyncio.TaskGroup() as outer:
+        async with asyncio.TaskGroup() as broker_group:
             broker_task: asyncio.Task[None] | None = None
             if settings is not None:
                 broker_up = asyncio.Event()
                 broker = Broker(settings, metrics=metrics, clock=foundation.clock)
-                broker_task = outer.create_task(broker.run(ready=broker_up))
+                broker_task = broker_group.create_task(broker.run(ready=broker_up))
                 await broker_up.wait()
             try:
                 return await _serve_rooms(foundation, listener=listener, stop=stop, announce=announce, manager=manager)
@@ -257,19 +257,7 @@ def compose(
     async def root() -> str:
         return await releases.root()
 
-    devices = devices_room.Desk(
-        database=database,
-        clock=clock,
-        authority=foundation.authority,
-        bus=foundation.bus,
-        metrics=foundation.metrics,
-        settings=devices_room.EnrolSettings(
-            hub_url=config.hub_url,
-            broker=devices_room.BrokerAddress(host=config.broker_host, port=config.broker.port),
-            certificate_days=config.certificates.device_days,
-        ),
-        root=root,
-    )
+    devices = _devices(foundation, root=root)
     releases = releases_room.Desk(
         data=config.folder.root,
         database=database,
@@ -312,6 +300,23 @@ def compose(
         devices=devices,
         releases=releases,
         loops=(releases.run, telemetry.run),
+    )
+
+
+def _devices(foundation: Foundation, *, root: Callable[[], Awaitable[str]]) -> devices_room.Desk:
+    config = foundation.config
+    return devices_room.Desk(
+        database=foundation.database,
+        clock=foundation.clock,
+        authority=foundation.authority,
+        bus=foundation.bus,
+        metrics=foundation.metrics,
+        settings=devices_room.EnrolSettings(
+            hub_url=config.hub_url,
+            broker=devices_room.BrokerAddress(host=config.broker_host, port=config.broker.port),
+            certificate_days=config.certificates.device_days,
+        ),
+        root=root,
     )
 
 

@@ -5,7 +5,7 @@ The desk is at `app.state.devices`, the limiter of enrolments at `app.state.enro
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ from shared import join, limits
 from shared.clock import Clock
 from shared.errors import InvalidValue
 
-router = APIRouter(prefix="/v1", tags=["devices"])
+router: Final = APIRouter(prefix="/v1", tags=["devices"])
 
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
 Operator = Annotated[Principal, Depends(require(Role.OPERATOR))]

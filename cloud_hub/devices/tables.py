@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
@@ -265,7 +265,7 @@ def set_labels(conn: Connection, device: DeviceId, labels: Mapping[str, str]) ->
         )
 
 
-_UNSEEN: Mapping[str, Any] = {
+_UNSEEN: Final[Mapping[str, Any]] = {
     "online": False,
     "last_seen_ms": None,
     "boot": 0,

@@ -5,7 +5,7 @@ From `app.state`: `devices`, `database`, `clock` and `token_ttl` (defaults in mi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +17,7 @@ from cloud_hub.ground.refusals import NotAllowed
 from shared.clock import Clock
 from shared.errors import InvalidValue
 
-router = APIRouter(prefix="/v1", tags=["tokens"])
+router: Final = APIRouter(prefix="/v1", tags=["tokens"])
 
 
 class TokenIn(BaseModel):

@@ -6,7 +6,7 @@ From `app.state`: `gate`, `database`, `metrics`, `ca_pem`, `metrics_open` and `p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import CONTENT_TYPE, Metrics
 from shared import limits
 
-router = APIRouter(tags=["hub"])
+router: Final = APIRouter(tags=["hub"])
 
 
 class WhoAmIOut(BaseModel):
