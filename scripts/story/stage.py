@@ -41,8 +41,8 @@ class Stage:
         self.folder = folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def run(self, *command: str, status: int = 0, seconds: float = COMMAND_S) -> Ran:
-        """Run one of the product's commands to its end; raises NotTrue unless it ends with this exit code."""
+    def run(self, *command: str, status: int | None = 0, seconds: float = COMMAND_S) -> Ran:
+        """Run one of the product's commands to its end; raises NotTrue unless it ends with this status (None: any)."""
         try:
             done = subprocess.run(
                 self._leashed(command),
@@ -57,7 +57,7 @@ class Stage:
             )
         except subprocess.TimeoutExpired as error:
             raise NotTrue(f"`{' '.join(command)}` did not end within {seconds:.0f} s") from error
-        if done.returncode != status:
+        if status is not None and done.returncode != status:
             said = (done.stderr or done.stdout).strip()
             raise NotTrue(f"`{' '.join(command)}` ended with {done.returncode}, expected {status}:\n{said}")
         return Ran(status=done.returncode, out=done.stdout, err=done.stderr)
