@@ -62,7 +62,6 @@ MICROSOFT_OPERATORS: Final = frozenset(
 """What ONNX Runtime's quantizer and its graph optimizer write in their own domain; nothing with access to a system."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_EXTERNAL: Final = 1  # TensorProto.DataLocation
 
 Field = tuple[int, int, int, memoryview]
 """Number, wire type, value of a varint (0 otherwise), content of a length-delimited field (empty otherwise)."""
@@ -362,7 +361,8 @@ class _Scan:
                 external = True
             elif number == 14:
                 _expect(wire, _VARINT)
-                external = external or value == _EXTERNAL
+                # Not only 1 is EXTERNAL: parsers cut the number to 32 bits before they compare it.
+                external = external or value != 0
         if external:
             self._external.append(name)
         return name
