@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import paho.mqtt.client as mqtt
@@ -26,6 +26,7 @@ from shared.model import FileRef, Manifest, Variant, decode_manifest, encode_man
 from shared.release import AssignedModel, Assignment
 from shared.trust import repository
 from shared.trust.assignment import sign_assignment
+from shared.trust.library import Metadata, Targets
 from shared.trust.roles import SNAPSHOT, TIMESTAMP, family_role
 from shared.wire import topics
 from shared.wire.envelope import WIRE_VERSION, Envelope, encode_envelope
@@ -154,13 +155,10 @@ class ForgedRelease:
         with closing(_database(self._cloud)) as database, database:
             database.execute("DELETE FROM signed_metadata WHERE role = ? AND version = ?", (ROLE, self._role_version))
 
-    def _forge(self, role: Any) -> Manifest:
+    def _forge(self, role: Metadata[Targets]) -> Manifest:
         """The newest release under another version, with another model file: the thief's own."""
-        path = max(
-            (path for path in role.signed.targets if path.endswith("/manifest.json")),
-            key=_counter_of(self._cloud, role),
-        )
-        honest = decode_manifest(blob_path(self._cloud, role.signed.targets[path].hashes["sha256"]).read_bytes())
+        manifests = [self._manifest(role, path) for path in role.signed.targets if path.endswith("/manifest.json")]
+        honest = max(manifests, key=lambda manifest: manifest.release_counter)
         evil = (self._house.folder.operator / "digits-3.onnx").read_bytes()
         variant = honest.variants[-1]
         forged = msgspec.structs.replace(
@@ -184,6 +182,9 @@ class ForgedRelease:
         self._put(encode_manifest(forged))
         return forged
 
+    def _manifest(self, role: Metadata[Targets], path: str) -> Manifest:
+        return decode_manifest(blob_path(self._cloud, role.signed.targets[path].hashes["sha256"]).read_bytes())
+
     def _store(self, name: str, data: bytes, honest: Manifest) -> FileRef:
         return FileRef(path=target_path(honest.family, FORGED, name), length=len(data), digest=Digest(self._put(data)))
 
@@ -194,17 +195,6 @@ class ForgedRelease:
         if not path.exists():
             path.write_bytes(data)
         return digest
-
-
-def _counter_of(cloud: Cloud, role: Any) -> Any:
-    """Sorts manifests by their release counter."""
-
-    def counter(path: str) -> int:
-        return decode_manifest(
-            blob_path(cloud, role.signed.targets[path].hashes["sha256"]).read_bytes()
-        ).release_counter
-
-    return counter
 
 
 def _database(cloud: Cloud) -> sqlite3.Connection:

@@ -25,7 +25,8 @@ class Counted:
         missing: answers or truths that must be there and are not.
         twice: requests that the hub has counted more than once.
         gaps: numbers that are missing in the sequence of any class.
-        resent: batches that came again and were recognised.
+        resent: records that came again and were recognised.
+        unrecorded: answers given right before a kill that had not reached the disk; only these may be lost.
     """
 
     device: str
@@ -35,6 +36,7 @@ class Counted:
     twice: int
     gaps: int
     resent: int
+    unrecorded: int
 
     def row(self) -> list[object]:
         """For the table."""
@@ -72,6 +74,7 @@ def compare(house: House, device: Device) -> Counted:
         twice=len(twice),
         gaps=sum(stream["missing_ranges"] for stream in streams),
         resent=sum(stream["duplicates"] for stream in streams),
+        unrecorded=sum(1 for request in device.unsure if results[request] == 0),
     )
 
 

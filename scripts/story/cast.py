@@ -11,13 +11,14 @@ from cloud_hub.cli.config import Context
 from cloud_hub.cli.hub import Document, Hub
 from edge_agent.client import Client
 from shared.errors import OutriderError
+from shared.ids import FamilyName
 from shared.inference import AgentState, ModelState
 
 from .folder import Folder
 from .stage import Stage, children, free_ports, kill_pid, wait_gone
 from .telling import NotTrue, until
 
-FAMILY: Final = "digits"
+FAMILY: Final = FamilyName("digits")
 PROFILES: Final = ("x86-gateway", "pi4", "pi5")
 """One device per profile, named like it."""
 
