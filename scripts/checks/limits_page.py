@@ -38,7 +38,7 @@ def render() -> str:
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             remark = " ".join(str(after.value.value).split())
         out.append(f"| `{name}` | {_readable(name, getattr(limits, name))} | {remark} |")
-    return "\n".join(out) + "\n"
+    return "\n".join(out).replace("\n\n\n", "\n\n") + "\n"
 
 
 def _readable(name: str, value: int) -> str:
