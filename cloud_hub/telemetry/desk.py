@@ -169,9 +169,8 @@ class Desk:
                 self._records.labels(rules.CLASS_NAMES[batch.stream.klass]).inc(result.fresh)
             if result.status == "refused":
                 logger.warning("batch refused", extra={"device": delivery.device, "code": result.code})
-            acks.append(
-                (delivery.device, Ack(batch=_echo(delivery.batch.batch), status=result.status, code=result.code))
-            )
+            ack = Ack(batch=_echo(delivery.batch.batch), status=result.status, code=result.code)
+            acks.append((delivery.device, ack))
         self._commit_seconds.observe((self._clock.mono_ms() - began_ms) / 1000)
         return acks
 
@@ -250,7 +249,9 @@ def _take(conn: Connection, batch: OpenBatch, *, at_ms: int) -> _Taken:
     ranges = rules.union(received.ranges, numbers)
     if len(ranges) > rules.MAX_RANGES:
         return _Taken("refused", code="telemetry.scattered")
-    tables.insert_records(conn, batch.stream, merged.fresh, at_ms=at_ms)
+    if merged.fresh:
+        tables.insert_batch(conn, batch)
+        tables.insert_records(conn, batch.stream, merged.fresh, at_ms=at_ms)
     after = replace(
         received,
         ranges=ranges,
@@ -271,9 +272,7 @@ def _merge(conn: Connection, batch: OpenBatch, received: Received) -> rules.Merg
     here: list[rules.StoredRecord] = []
     if rules.meets(received.ranges, batch.id.first, batch.id.last):
         here = tables.records_between(conn, batch.stream, batch.id.first, batch.id.last)
-    merged = rules.merge(batch, here)
-    tables.insert_batch(conn, batch)
-    return merged
+    return rules.merge(batch, here)
 
 
 def _note_conflict(conn: Connection, batch: OpenBatch, received: Received, *, at_ms: int) -> None:

@@ -136,8 +136,6 @@ def records_between(conn: Connection, stream: Stream, first: int, last: int) -> 
 
 def insert_records(conn: Connection, stream: Stream, fresh: Sequence[StoredRecord], *, at_ms: int) -> None:
     """Add records to the stream; the constraint refuses a number that is here."""
-    if not fresh:
-        return
     key = _key(stream)
     conn.execute(
         records.insert(),
@@ -149,15 +147,21 @@ def list_records(
     conn: Connection, device: DeviceId, *, klass: RecordClass | None, after: int, limit: int
 ) -> list[RecordRow]:
     """The device's records in the order of arrival, from after a row's id."""
+    # One query per class, because that is how the index is ordered.
+    wanted = tuple(RecordClass) if klass is None else (klass,)
+    found = [row for one in wanted for row in _list_class(conn, device, one, after=after, limit=limit)]
+    return sorted(found, key=lambda row: row.id)[:limit]
+
+
+def _list_class(conn: Connection, device: DeviceId, klass: RecordClass, *, after: int, limit: int) -> list[RecordRow]:
     c = records.c
-    query = sa.select(records).where(c.device == device, c.id > after).order_by(c.id).limit(limit)
-    if klass is not None:
-        query = query.where(c.klass == int(klass))
+    of_class = sa.select(records).where(c.device == device, c.klass == int(klass))
+    query = of_class.where(c.id > after).order_by(c.id).limit(limit)
     return [
         RecordRow(
             id=row.id,
             epoch=row.epoch,
-            klass=RecordClass(row.klass),
+            klass=klass,
             seq=row.seq,
             at_ms=row.at_ms,
             received_ms=row.received_ms,

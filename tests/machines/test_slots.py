@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import msgspec
 import pytest
 
@@ -17,7 +15,6 @@ from edge_agent.core.slot_values import (
     AnswerGood,
     CancelWork,
     CollectGarbage,
-    Effect,
     Event,
     Fetch,
     FetchDue,
@@ -27,7 +24,6 @@ from edge_agent.core.slot_values import (
     FilesVerified,
     HostFailed,
     HostReady,
-    Note,
     OperatorRollback,
     Phase,
     ProbationTimedOut,
@@ -36,7 +32,6 @@ from edge_agent.core.slot_values import (
     RequestWarmUp,
     RestartDue,
     Restarted,
-    Slot,
     StartHost,
     StartTimer,
     StopHost,
@@ -46,70 +41,11 @@ from edge_agent.core.slot_values import (
     WarmUpAllowed,
     WarmUpDue,
     Withdrawn,
-    backoff_ms,
-    decode_state,
-    encode_state,
-    timer_event,
 )
-from shared.errors import StorageError
-from tests.machines.slot_parts import PROBATION, empty_slot, file, installed, key, model, offer
+from tests.machines.slot_parts import PROBATION, file, installed, key, offer
+from tests.machines.slot_script import Script, committed, host_lost, on_probation
 
 V1, V2, V3 = key("1.0.0"), key("2.0.0"), key("3.0.0")
-
-
-@dataclass
-class Script:
-    """A slot, and everything that it wanted done since it was last asked."""
-
-    slot: Slot = field(default_factory=empty_slot)
-    effects: list[Effect] = field(default_factory=list)
-
-    def say(self, *events: Event) -> Script:
-        """Say events in order; each state goes through its bytes, as over a restart."""
-        self.effects = []
-        for event in events:
-            decision = slots.decide(self.slot, event)
-            self.slot = decode_state(encode_state(decision.state))
-            self.effects += decision.effects
-        return self
-
-    @property
-    def notes(self) -> list[str]:
-        """Names of the events for the hub."""
-        return [effect.name for effect in self.effects if isinstance(effect, Note)]
-
-    def stands(self, phase: Phase) -> None:
-        """The slot is in this phase now."""
-        assert self.slot.phase is phase
-
-    def wants(self, *effects: Effect) -> None:
-        """These were wanted, in this order, whatever stands between them."""
-        rest = iter(self.effects)
-        for effect in effects:
-            assert any(effect == one for one in rest), f"{effect} is missing or out of order in {self.effects}"
-
-    def wants_no(self, *kinds: type) -> None:
-        """Nothing of these kinds was wanted."""
-        assert not [effect for effect in self.effects if isinstance(effect, kinds)]
-
-
-def on_probation(version: str, *, at: int, floor: int = 0) -> list[Event]:
-    """What brings a release from its offer to its probation."""
-    name = key(version, floor=floor)
-    arriving: list[Event] = [offer(version, at=at, floor=floor), FilesHere(name), FilesVerified(name)]
-    return [*arriving, WarmUpAllowed(name), HostReady(name)]
-
-
-def committed(version: str, *, at: int, floor: int = 0) -> list[Event]:
-    """What brings a release from its offer to its commitment."""
-    name = key(version, floor=floor)
-    good: list[Event] = [AnswerGood(name)] * PROBATION.good_answers
-    return [*on_probation(version, at=at, floor=floor), *good, ProbationTimedOut()]
-
-
-def host_lost(name: str) -> HostFailed:
-    """The host ended without having been stopped."""
-    return HostFailed(key=name, code="model.host_lost", message="signal 9", retry=True)
 
 
 # Coming in
@@ -134,7 +70,6 @@ def test_a_first_release_goes_through_every_phase() -> None:
     script.wants_no(SwitchTo)
     script.say(HostReady(V1))
     script.stands(Phase.PROBATION)
-    assert script.slot.active is None
     script.wants(SwitchTo(V1), StartTimer(Timer.PROBATION, PROBATION.duration_ms))
     script.say(AnswerGood(V1), AnswerGood(V1), ProbationTimedOut())
     script.stands(Phase.COMMITTED)
@@ -464,49 +399,3 @@ def test_steps_have_a_budget() -> None:
     script.stands(Phase.COMMITTED)
     assert script.slot.error_code == "release.loops"
     assert script.slot.quarantine == (V2,)
-
-
-# State and small parts
-
-
-def test_what_may_still_be_needed_is_kept() -> None:
-    script = Script().say(*committed("1.0.0", at=1), *committed("2.0.0", at=2), offer("3.0.0", at=3))
-    releases = [installed("1.0.0", at=1), installed("2.0.0", at=2), installed("3.0.0", at=3)]
-    assert slots.files_to_keep([script.slot, empty_slot()]) == {f.digest for r in releases for f in r.files}
-
-
-def test_the_revision_grows_with_what_is_reported_and_only_then() -> None:
-    script = Script().say(offer("1.0.0", at=1))
-    revision = script.slot.revision
-    script.say(offer("1.0.0", at=2))
-    assert script.slot.revision == revision
-    script.say(FilesHere(V1))
-    assert script.slot.revision == revision + 1
-    assert script.effects.count(Report()) == 1
-
-
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", encode_state(empty_slot())[:-3]])
-def test_damaged_state_is_refused(data: bytes) -> None:
-    with pytest.raises(StorageError):
-        decode_state(data)
-
-
-def test_state_of_a_newer_agent_is_refused_with_a_hint() -> None:
-    newer = msgspec.msgpack.encode({"schema": 2})
-    with pytest.raises(StorageError) as caught:
-        decode_state(newer)
-    assert caught.value.code == "storage.schema"
-    assert "newer" in caught.value.hint
-
-
-def test_every_timer_has_its_event() -> None:
-    assert len({type(timer_event(timer)) for timer in Timer}) == len(Timer)
-
-
-def test_back_off_never_overflows() -> None:
-    assert backoff_ms(0, most_ms=10) == 10
-    assert backoff_ms(10**9, most_ms=300_000) == 300_000
-
-
-def test_a_release_is_told_apart_by_its_manifest() -> None:
-    assert model("1.0.0", floor=1).manifest_digest != model("1.0.0").manifest_digest

@@ -1,0 +1,121 @@
+"""Who answers a request, why not, and what becomes of feedback."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.core.serving import Recent, Route, admit
+from shared.inference import Answer, Feedback, Infer, Refusal
+from shared.limits import MAX_WAITING_REQUESTS
+from shared.telemetry import Outcome
+from tests.machines.slot_parts import installed
+
+RELEASE = installed("1.0.0", at=1)
+UP = {"digits": Route(release=RELEASE, up=True)}
+
+
+def ask(model: str = "digits", *, deadline_ms: int = 100) -> Infer:
+    """A request."""
+    return Infer(model=model, inputs=(), id="r1", deadline_ms=deadline_ms)
+
+
+def test_a_request_goes_to_the_release_that_serves() -> None:
+    assert admit(ask(), routes=UP, waiting=0) == RELEASE
+    assert admit(ask(), routes=UP, waiting=MAX_WAITING_REQUESTS - 1, waited_ms=99) == RELEASE
+
+
+@pytest.mark.parametrize(
+    ("code", "retry", "refusal"),
+    [
+        ("model.unknown", False, admit(ask("dogs"), routes=UP, waiting=0)),
+        ("model.unknown", False, admit(ask(), routes={}, waiting=0)),
+        ("model.not_loaded", True, admit(ask(), routes={"digits": Route()}, waiting=0)),
+        ("model.not_loaded", True, admit(ask(), routes={"digits": Route(release=RELEASE)}, waiting=0)),
+        ("overload", True, admit(ask(), routes=UP, waiting=MAX_WAITING_REQUESTS)),
+        ("overload", True, admit(ask(), routes=UP, waiting=2, limit=2)),
+        ("deadline", True, admit(ask(), routes=UP, waiting=0, waited_ms=100)),
+        ("deadline", True, admit(ask(deadline_ms=0), routes=UP, waiting=0)),
+    ],
+)
+def test_every_no_has_its_reason(code: str, retry: bool, refusal: object) -> None:
+    assert isinstance(refusal, Refusal)
+    assert (refusal.code, refusal.retry, refusal.id) == (code, retry, "r1")
+    assert refusal.hint
+
+
+def test_an_unknown_model_is_told_which_there_are() -> None:
+    refusal = admit(ask("x" * 1000), routes=UP, waiting=0)
+    assert isinstance(refusal, Refusal)
+    assert "digits" in refusal.hint
+    assert len(refusal.message) < 200
+
+
+def answer(request: str, *labels: str) -> Answer:
+    """An answer."""
+    return Answer(
+        id=request,
+        model="digits",
+        version="1.0.0",
+        variant="int8",
+        digest="d",
+        rung="full",
+        labels=labels,
+        confidences=tuple(0.9 for _ in labels),
+        outputs=(),
+        took_us=250,
+    )
+
+
+def recent(*answers: Answer, capacity: int = 10) -> Recent:
+    """A memory of these answers."""
+    made = Recent(capacity=capacity)
+    for one in answers:
+        made.remember(one)
+    return made
+
+
+def known(**given: object) -> dict[str, object]:
+    """Fields of an outcome about the answer `r1`."""
+    return {"request": "r1", "model": "digits", "version": "1.0.0", "variant": "int8", "latency_us": 250, **given}
+
+
+@pytest.mark.parametrize(
+    ("feedback", "fields"),
+    [
+        (Feedback(request="r1", label="7"), {"label": "7", "correct": True}),
+        (Feedback(request="r1", label="3"), {"label": "3", "correct": False}),
+        (Feedback(request="r1", label="3", correct=True), {"label": "3", "correct": True}),
+        (Feedback(request="r1", correct=False), {"correct": False}),
+        (Feedback(request="r1", value=1.5), {"value": 1.5}),
+    ],
+)
+def test_feedback_is_completed_with_what_answered(feedback: Feedback, fields: dict[str, object]) -> None:
+    outcome = recent(answer("r1", "7")).outcome(feedback)
+    assert outcome == Outcome(**known(**fields))  # type: ignore[arg-type]
+
+
+def test_a_label_for_many_rows_does_not_say_whether_all_were_right() -> None:
+    outcome = recent(answer("r1", "7", "3")).outcome(Feedback(request="r1", label="7"))
+    assert isinstance(outcome, Outcome)
+    assert outcome.correct is None
+
+
+def test_feedback_on_a_forgotten_answer_is_kept_as_it_is() -> None:
+    memory = recent(*(answer(f"r{n}", "7") for n in range(5)), capacity=3)
+    assert len(memory) == 3
+    assert memory.outcome(Feedback(request="r1", label="7")) == Outcome(request="r1", label="7")
+    kept = memory.outcome(Feedback(request="r2", label="7"))
+    assert isinstance(kept, Outcome)
+    assert kept.correct is True
+
+
+def test_a_repeated_id_names_the_newer_answer() -> None:
+    outcome = recent(answer("r1", "7"), answer("r2", "1"), answer("r1", "3")).outcome(Feedback(request="r1", label="3"))
+    assert isinstance(outcome, Outcome)
+    assert outcome.correct is True
+
+
+def test_feedback_that_says_nothing_is_refused() -> None:
+    refusal = recent().outcome(Feedback(request="r1", id="f1"))
+    assert isinstance(refusal, Refusal)
+    assert (refusal.code, refusal.id) == ("invalid.feedback", "f1")
