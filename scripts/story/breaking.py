@@ -10,7 +10,7 @@ from typing import Final
 from . import attacks, books
 from .beginning import SECOND, THIRD, push, sign, wait_committed
 from .cast import FAMILY, Device, House
-from .telling import Figure, NotTrue, Teller, expect, require, until
+from .telling import Figure, NeverTrue, Teller, expect, require, until
 from .work import ask_all
 
 REFUSED_S: Final = 20.0
@@ -122,5 +122,5 @@ def _refusal(house: House, device: Device, seen: int, names: tuple[str, ...]) ->
         if event["name"] in names:
             return str(event["detail"].get("code", ""))
         if event["name"] in ("release.started", "release.committed"):
-            raise NotTrue(f"{device.name} took what it had to refuse: {event}")
+            raise NeverTrue(f"{device.name} took what it had to refuse: {event}")
     return None

@@ -16,7 +16,7 @@ from shared.inference import AgentState, ModelState
 
 from .folder import Folder
 from .stage import Stage, children, free_ports, kill_pid, wait_gone
-from .telling import NotTrue, until
+from .telling import NeverTrue, NotTrue, until
 
 FAMILY: Final = FamilyName("digits")
 PROFILES: Final = ("x86-gateway", "pi4", "pi5")
@@ -90,7 +90,7 @@ class Cloud:
 
     def _is_up(self) -> bool:
         if not self.stage.alive("hub"):
-            raise NotTrue("the hub has ended")
+            raise NeverTrue("the hub has ended")
         try:
             context = self.context()
             ready = Hub(context, timeout_s=2).get("/readyz", Document)
@@ -222,7 +222,7 @@ class Device:
 
     def _answers(self) -> bool:
         if not self.stage.alive(self.name):
-            raise NotTrue(f"the agent {self.name} has ended")
+            raise NeverTrue(f"the agent {self.name} has ended")
         return bool(self.status().pid)
 
 

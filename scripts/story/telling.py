@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import Final, TypeVar
 
 Figure = int | float | str | bool
 T = TypeVar("T")
@@ -20,6 +20,10 @@ LOG_LINES: Final = 15
 
 class NotTrue(Exception):
     """Something that the story claims is not so."""
+
+
+class NeverTrue(NotTrue):
+    """The same, and waiting cannot change it: a process that has ended, say."""
 
 
 def expect(claim: str, *, wanted: object, found: object) -> None:
@@ -44,6 +48,8 @@ def until(claim: str, look: Callable[[], T | None], *, seconds: float) -> T:
     while True:
         try:
             found = look()
+        except NeverTrue:
+            raise
         except NotTrue as error:
             found, seen = None, error
         if found:
@@ -51,11 +57,6 @@ def until(claim: str, look: Callable[[], T | None], *, seconds: float) -> T:
         if time.monotonic() >= deadline:
             raise NotTrue(f"{claim}: not so within {seconds:.0f} s" + (f" ({seen})" if seen else ""))
         time.sleep(POLL_S)
-
-
-def never(found: object) -> NoReturn:
-    """For branches that cannot be reached."""
-    raise AssertionError(found)
 
 
 @dataclass(slots=True)
