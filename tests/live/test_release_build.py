@@ -275,7 +275,7 @@ def test_a_hub_that_stops_during_a_build_builds_again_after_its_start(room: Rele
     async def stopped() -> None:
         async with building(room):
             await room.desk.catalogue.push(push, actor="token:test")
-            await child_pid()
+            os.kill(await child_pid(), signal.SIGSTOP)  # it cannot end by itself
 
     asyncio.run(stopped())
     assert asyncio.run(room.desk.catalogue.get(push.family, push.version)).state == "building"
@@ -318,6 +318,8 @@ asyncio.run(main())
     try:
         assert hub.stdout is not None
         assert hub.stdout.readline() == "checking the file\n"
+        ((pid, _),) = children(of=hub.pid)
+        os.kill(pid, signal.SIGSTOP)  # it cannot end by itself
     finally:
         hub.kill()
         hub.communicate()
@@ -373,7 +375,7 @@ def no_children() -> bool:
     return False
 
 
-def children() -> list[tuple[int, str]]:
+def children(*, of: int | None = None) -> list[tuple[int, str]]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -381,7 +383,7 @@ def children() -> list[tuple[int, str]]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if int(fields[1]) == os.getpid() and fields[0] not in "ZX":
+        if int(fields[1]) == (of or os.getpid()) and fields[0] not in "ZX":
             found.append((int(entry.name), command))
     return found
 
