@@ -6,7 +6,7 @@ The desk is at `app.state.telemetry`, the devices' desk at `app.state.devices` (
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
@@ -18,11 +18,11 @@ from cloud_hub.telemetry.rules import class_named
 from shared import limits
 from shared.ids import DeviceId
 
-router = APIRouter(prefix="/v1/telemetry", tags=["telemetry"])
+router: Final = APIRouter(prefix="/v1/telemetry", tags=["telemetry"])
 
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
 ClassName = Literal["event", "outcome", "telemetry"]
-_MAX_MISSING = 1000
+_MAX_MISSING: Final = 1000
 
 
 class RecordOut(BaseModel):

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from edge_agent.core import slots
+from edge_agent.core.slot_steps import CRASH_LOOP_CODE
 from edge_agent.core.slot_values import (
     CRASH_LOOP,
     MAX_EXTENSIONS,
@@ -324,7 +325,7 @@ def test_a_committed_release_is_started_again_without_end() -> None:
     for _ in range(CRASH_LOOP - 1):
         script.say(host_lost(V1))
     assert script.notes == ["host.crash_loop"]
-    assert script.slot.error_code == "model.crash_loop"
+    assert script.slot.error_code == CRASH_LOOP_CODE
     for _ in range(50):
         script.say(host_lost(V1))
         assert script.notes == []
