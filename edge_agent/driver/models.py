@@ -212,7 +212,7 @@ class Models:
             case Note(name, detail):
                 self._note(name, {"family": family, **detail})
             case CollectGarbage():
-                self._works.start("garbage", self._collect())
+                self._collect()
 
     async def _fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
         try:
@@ -336,9 +336,9 @@ class Models:
         """A model failed on an acceptable input."""
         self._inbox.post(ForSlot(family, AnswerBad(key=key, code=error.code, message=error.message)))
 
-    async def _collect(self) -> None:
-        keep = slots.files_to_keep(self._slots.values())
-        freed = await asyncio.to_thread(self._shelf.collect, keep)
+    def _collect(self) -> None:
+        # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
+        freed = self._shelf.collect(slots.files_to_keep(self._slots.values()))
         if freed:
             logger.info("old model files removed", extra={"freed_bytes": freed})
 
