@@ -82,6 +82,7 @@ async def serve(directory: Path) -> None:
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
         await ended.wait()
+        loop.remove_reader(sys.stdin.fileno())
         await door.close()
     await host.stop()
 

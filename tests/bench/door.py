@@ -1,0 +1,222 @@
+"""The door's price: a model asked through the framed socket against the same model in this process; memory; start.
+
+`framed_vs_inprocess`: p50 of a blocking client's `infer` (client -> door -> model host and back, three processes)
+over p50 of the bare engine's `run`, blocks of both taken in turns, a 2 ms convolution net on 16 kB, one thread, no
+cache. `host_start_ms`: median from the start of a model host's process to its first answer, golden check included.
+
+`run(agent)` takes whatever serves: by default a bare core (door and host without link, slots and outbox), whose
+memory is told as `bare_core_…`; given an `Agent`, the memory of that one is told under the contract's names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_agent.adapters.hosts import LiveHosts
+from edge_agent.adapters.system import SystemClock
+from edge_agent.client import Client
+from edge_agent.runtimes import find_loader
+from shared.inference import TensorHead
+from shared.model import encode_manifest
+from tests.fakes.releases import Build, build
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SIDE = 64
+BLOCKS = 20
+BLOCK = 25
+STARTS = 7
+WANTED_MS = 2.0
+
+
+class Agent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that serves `two_ms_model()` at its door."""
+
+    door: Path
+    pid: int
+    host_pid: int
+
+
+def run(agent: Agent | None = None) -> dict[str, float]:
+    """Measure; takes about ten seconds."""
+    made = two_ms_model()
+    figures = {"host_start_ms": host_start_ms(made)}
+    if agent is not None:
+        return figures | framed_vs_inprocess(agent.door, made) | memory(agent, prefix="")
+    with tempfile.TemporaryDirectory(prefix="or-", dir="/tmp") as folder, bare_core(Path(folder), made) as bare:
+        return figures | framed_vs_inprocess(bare.door, made) | memory(bare, prefix="bare_")
+
+
+def two_ms_model() -> Build:
+    """A convolution net that takes about 2 ms on this machine, on one 64 x 64 image of float32 (16 kB)."""
+    layers = 1
+    while True:
+        made = convolutions(layers)
+        took = statistics.median(_timed(_runner(made), 15)[5:])
+        if took >= WANTED_MS * 0.9 or layers >= 64:
+            return made
+        layers = max(layers + 1, round(layers * min(WANTED_MS / took, 4)))
+
+
+def convolutions(layers: int) -> Build:
+    """`layers` 3 x 3 convolutions of 16 channels, pooled and turned into ten scores."""
+    random = np.random.default_rng(1)
+
+    def weight(name: str, *shape: int) -> TensorProto:
+        scale = (2 / np.prod(shape[1:])) ** 0.5
+        return numpy_helper.from_array((random.standard_normal(shape) * scale).astype(np.float32), name)
+
+    weights, nodes, last = [], [], "x"
+    for layer in range(layers + 1):
+        weights.append(weight(f"w{layer}", 16, 1 if layer == 0 else 16, 3, 3))
+        nodes.append(helper.make_node("Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{layer}"], [f"r{layer}"]))
+        last = f"r{layer}"
+    weights.append(weight("head", 16, 10))
+    nodes += [
+        helper.make_node("GlobalAveragePool", [last], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "head"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [None, 10])],
+        weights,
+    )
+    images = random.standard_normal((4, 1, SIDE, SIDE)).astype(np.float32)
+    draft = build(graph, golden={"x": images})
+    scores = find_loader("onnx")(draft.model, threads=1).run({"x": images})["scores"]
+    answers = tuple(int(winner) for winner in scores.argmax(axis=1))
+    return build(graph, golden={"x": images}, answers=answers, labels=tuple("0123456789"))
+
+
+def framed_vs_inprocess(door: Path, made: Build) -> dict[str, float]:
+    """Blocks of both in turns; p50 in milliseconds and their ratio."""
+    image = np.random.default_rng(2).standard_normal((1, 1, SIDE, SIDE)).astype(np.float32)
+    inprocess = _runner(made, image)
+    framed: list[float] = []
+    bare: list[float] = []
+    with Client(door) as client:
+
+        def ask() -> None:
+            client.infer(made.manifest.family, {"x": image}, deadline_ms=1000)
+
+        for block in range(BLOCKS + 1):
+            both = _timed(ask, BLOCK), _timed(inprocess, BLOCK)
+            if block > 0:  # the first block warms both up
+                framed += both[0]
+                bare += both[1]
+    framed_ms, bare_ms = statistics.median(framed), statistics.median(bare)
+    return {
+        "framed_vs_inprocess": framed_ms / bare_ms,
+        "framed_p50_ms": framed_ms,
+        "framed_p99_ms": statistics.quantiles(framed, n=100)[98],
+        "inprocess_p50_ms": bare_ms,
+        "inprocess_p99_ms": statistics.quantiles(bare, n=100)[98],
+    }
+
+
+def host_start_ms(made: Build) -> float:
+    """Median milliseconds from starting a host's process to its first answer."""
+    heads = (TensorHead(name="x", dtype="fp32", shape=(1, 1, SIDE, SIDE)),)
+
+    async def start_once(folder: Path) -> float:
+        hosts = LiveHosts(directory=folder / "hosts", clock=SystemClock())
+        model_fd, golden_fd = made.open(folder)
+        began = time.perf_counter()
+        host, _ = await hosts.start(
+            manifest=made.manifest, variant=made.variant, model_fd=model_fd, golden_fd=golden_fd, on_lost=print
+        )
+        await host.infer(heads, bytes(SIDE * SIDE * 4), deadline_ms=5000)
+        took = (time.perf_counter() - began) * 1000
+        await host.stop()
+        return took
+
+    with tempfile.TemporaryDirectory() as folder:
+        return statistics.median(asyncio.run(start_once(Path(folder))) for _ in range(STARTS))
+
+
+def memory(agent: Agent, *, prefix: str) -> dict[str, float]:
+    """Resident and proportional size of the core alone and with its model host, in MB (1,000,000 bytes)."""
+    core_rss, core_pss = sizes_mb(agent.pid)
+    host_rss, host_pss = sizes_mb(agent.host_pid)
+    return {
+        f"{prefix}core_rss_mb": core_rss,
+        f"{prefix}core_pss_mb": core_pss,
+        f"{prefix}with_model_rss_mb": core_rss + host_rss,
+        f"{prefix}with_model_pss_mb": core_pss + host_pss,
+    }
+
+
+def sizes_mb(pid: int) -> tuple[float, float]:
+    """Resident and proportional size of a process (proc(5), smaps_rollup)."""
+    fields = dict.fromkeys(("Rss", "Pss"), 0.0)
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if name in fields:
+            fields[name] = int(rest.split()[0]) * 1024 / 1e6
+    return fields["Rss"], fields["Pss"]
+
+
+@contextlib.contextmanager
+def bare_core(folder: Path, made: Build) -> Iterator[Agent]:
+    """tests/fakes/door_core.py as a process of its own."""
+    (folder / "manifest.json").write_bytes(encode_manifest(made.manifest))
+    (folder / "model").write_bytes(made.model)
+    (folder / "golden").write_bytes(made.golden)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fakes.door_core", str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = json.loads(process.stdout.readline())
+        yield Agent(door=folder / "door.sock", pid=int(line["pid"]), host_pid=int(line["host_pid"]))
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _runner(made: Build, image: NDArray[np.float32] | None = None) -> Callable[[], object]:
+    """A call of the bare engine in this process."""
+    engine = find_loader("onnx")(made.model, threads=1)
+    feeds = {"x": np.zeros((1, 1, SIDE, SIDE), dtype=np.float32) if image is None else image}
+    return lambda: engine.run(feeds)
+
+
+def _timed(work: Callable[[], object], times: int) -> list[float]:
+    """Milliseconds of each call."""
+    took = []
+    for _ in range(times):
+        began = time.perf_counter_ns()
+        work()
+        took.append((time.perf_counter_ns() - began) / 1e6)
+    return took
+
+
+if __name__ == "__main__":
+    for key, figure in run().items():
+        sys.stdout.write(f"{key} {figure:.3f}\n")
