@@ -58,19 +58,15 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IntervalConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How often the agent speaks.
+    """How often the agent speaks by itself.
 
     Attributes:
-        report_ms: between two reports of state to the hub, at most.
+        heartbeat_ms: between two reports of state to the hub when nothing changes.
         vitals_ms: between two readings of temperature, memory and disk.
-        flush_ms: how long records may gather before a batch is sent.
-        reconnect_max_ms: the longest pause between two attempts to reach the broker.
     """
 
-    report_ms: _Millis = 30_000
+    heartbeat_ms: _Millis = 30_000
     vitals_ms: _Millis = 60_000
-    flush_ms: _Millis = 1_000
-    reconnect_max_ms: _Millis = 60_000
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,6 +81,11 @@ def choose_profile(name: str, *, machine: Machine | None = None, folder: Path | 
     return detect_profile(profiles, machine or this_machine())
 
 
+def resolve_profile(configured: str, *, enrolled: str) -> DeviceProfile:
+    """The configured profile; where that is `auto`, the one that the device was enrolled with; else a detected one."""
+    return choose_profile(enrolled if configured == AUTO and enrolled else configured)
+
+
 def detect_profile(profiles: dict[str, DeviceProfile], machine: Machine) -> DeviceProfile:
     """The profile whose title names the board, else the most generous one that fits; raises ConfigError."""
     fitting = [profile for profile in profiles.values() if not misfits(profile, machine)]
