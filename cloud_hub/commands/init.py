@@ -127,8 +127,9 @@ def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:
     if keys.exists():
         keys.rename(offline)
         files.sync(offline.parent)
-    (draft / _COMPLETE).unlink()
+    # The marker goes last: without it, a crash here would leave offline keys in place and a draft nobody can tell.
     draft.rename(data)
+    (data / _COMPLETE).unlink()
     files.sync(data.parent)
 
 
