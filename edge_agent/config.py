@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from edge_agent.identity import check_hub_url
+from edge_agent.identity import check_hub_url, masked_url
 from shared.errors import ConfigError, InvalidValue
 
 CONFIG_NAME: Final = "agent.toml"
@@ -107,10 +107,7 @@ class Setting:
     def shown(self) -> str:
         """The value for people: TOML, with credentials in a URL masked."""
         if isinstance(self.value, str):
-            scheme, separator, rest = self.value.partition("://")
-            if separator and "@" in rest:
-                return f'"{scheme}://***@{rest.rpartition("@")[2]}"'
-            return f'"{self.value}"'
+            return f'"{masked_url(self.value)}"'
         return str(self.value)
 
 

@@ -98,14 +98,20 @@ def check_hub_url(url: str) -> tuple[str, int]:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise InvalidValue(f"{url[:200]!r} is not a URL: {error}", code="invalid.hub_url") from error
+        raise InvalidValue(f"{masked_url(url)!r} is not a URL: {error}", code="invalid.hub_url") from error
     if parts.scheme != "https" or not host or parts.username or parts.path not in ("", "/") or parts.query:
         raise InvalidValue(
-            f"{url[:200]!r} is not the address of a hub",
+            f"{masked_url(url)!r} is not the address of a hub",
             code="invalid.hub_url",
             hint="use https://HOST:PORT, for example https://hub.example:8443",
         )
     return host, port or 443
+
+
+def masked_url(url: str) -> str:
+    """The URL as it may be shown: shortened, and without a user name or password."""
+    scheme, separator, rest = url[:200].partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if separator and "@" in rest else url[:200]
 
 
 def _unusable(folder: Path, reason: str) -> ConfigError:
