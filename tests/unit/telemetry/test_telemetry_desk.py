@@ -116,6 +116,14 @@ def test_the_same_batch_again_is_a_duplicate_with_one_effect(database: Database)
     assert summary(database).duplicates == 4
 
 
+def test_a_batch_is_known_again_by_its_digest_though_bodies_are_stored_otherwise(database: Database) -> None:
+    """A hub of another version may have written a record with fewer fields than this one would."""
+    take(database, batch(readings(1)))
+    database.write_now(lambda conn: conn.execute(tables.records.update().values(body=b"\x80")) and None)
+    statuses, _ = take(database, batch(readings(1)))
+    assert statuses == ["duplicate"]
+
+
 def test_batches_may_come_in_any_order(database: Database) -> None:
     take(database, batch(readings(5, 6)), batch(readings(1, 2)))
     assert summary(database).missing == ((3, 4),)
