@@ -15,7 +15,7 @@ Figure = int | float | str | bool
 T = TypeVar("T")
 
 POLL_S: Final = 0.05
-LOG_LINES: Final = 15
+LOG_LINES: Final = 30
 
 
 class NotTrue(Exception):
