@@ -69,6 +69,20 @@ class IntervalConfig(msgspec.Struct, frozen=True, kw_only=True):
     vitals_ms: _Millis = 60_000
 
 
+class ProbationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a new release is on trial; 0 leaves the profile's figure.
+
+    Attributes:
+        duration_ms: length of the trial.
+        good_answers: how many it must give.
+        max_failures: how many end it.
+    """
+
+    duration_ms: Annotated[int, msgspec.Meta(ge=0, le=604_800_000)] = 0
+    good_answers: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    max_failures: Annotated[int, msgspec.Meta(ge=0, le=1_000)] = 0
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be configured.
 
@@ -84,6 +98,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     door: DoorConfig = DoorConfig()
     log: LogConfig = LogConfig()
     intervals: IntervalConfig = IntervalConfig()
+    probation: ProbationConfig = ProbationConfig()
 
     @property
     def door_path(self) -> Path:

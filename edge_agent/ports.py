@@ -11,7 +11,7 @@ from shared.ids import Digest
 from shared.inference import TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.release import Floors, VerifiedAssignment
-from shared.telemetry import BatchId, Body, RecordClass
+from shared.telemetry import BatchId, Body, Reading, RecordClass
 from shared.wire.messages import Batch
 
 
@@ -105,6 +105,14 @@ class Outbox(Protocol):
 
     def depth(self) -> Depth:
         """How much waits; kept in memory, exact."""
+        ...
+
+
+class Vitals(Protocol):
+    """How the machine is."""
+
+    def read(self) -> tuple[Reading, ...]:
+        """All readings that this machine offers; quick, and never raises for one that it does not."""
         ...
 
 

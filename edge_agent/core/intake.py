@@ -22,7 +22,7 @@ LONGEST_PAUSE_MS: Final = 300_000
 
 
 class IntakePhase(Enum):
-    """RESTING: nothing to do. VERIFYING: a child is at it. PAUSING: its files could not be had; waiting to try again."""
+    """RESTING: nothing to do. VERIFYING: a child is at it. PAUSING: its files could not be had, so it waits."""
 
     RESTING = auto()
     VERIFYING = auto()

@@ -6,6 +6,8 @@ gone serves before it has tried to connect. End: close the door, record what is 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from typing import Final, assert_never
 
@@ -29,14 +31,13 @@ from edge_agent.driver.loop import Inbox, Timers, Works
 from edge_agent.driver.models import Models
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import Uplink
-from edge_agent.ports import Ledger, Verifier
+from edge_agent.ports import Ledger, Verifier, Vitals
 from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, StorageFull, TrustError
 from shared.telemetry import DeviceEvent
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_MS: Final = 30_000
 RETRY_MS: Final = 5_000
 RECONCILE_MS: Final = 900_000
 """How often the accepted assignment is offered again, for slots whose last attempt ended without a fault of its own."""
@@ -57,7 +58,9 @@ class Agent:
         models: Models,
         uplink: Uplink,
         service: Service,
-        heartbeat_ms: int = HEARTBEAT_MS,
+        vitals: Vitals,
+        heartbeat_ms: int,
+        vitals_ms: int,
     ) -> None:
         self._clock = clock
         self._inbox = inbox
@@ -68,7 +71,9 @@ class Agent:
         self._models = models
         self._uplink = uplink
         self._service = service
+        self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
+        self._vitals_ms = vitals_ms
         self._intake = Intake()
 
     async def start(self) -> None:
@@ -78,6 +83,7 @@ class Agent:
         self._works.start("record", self._service.record())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
+        self._works.start("vitals", self._watch_vitals())
 
     async def run(self) -> str:
         """Handle events until Stop; returns its reason."""
@@ -180,3 +186,11 @@ class Agent:
             await self._uplink.keep(DeviceEvent(name=name, detail=detail))
         except StorageFull as error:
             logger.error("event not recorded", extra={"event": name, "why": error.message})
+
+    async def _watch_vitals(self) -> None:
+        while True:
+            for reading in self._vitals.read():
+                # A disk that is full has said so elsewhere; a reading is not worth more words.
+                with contextlib.suppress(StorageError):
+                    await self._uplink.keep(reading)
+            await asyncio.sleep(self._vitals_ms / 1000)

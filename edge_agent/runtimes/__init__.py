@@ -7,6 +7,7 @@ Quantized inputs and outputs are the engine's affair: callers give and get real 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 ENGINES: Final[Mapping[str, str]] = {
     "onnx": "edge_agent.runtimes.onnx:load",
     "litert": "edge_agent.runtimes.litert:load",
+}
+
+
+_LIBRARIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "onnx": ("onnxruntime",),
+    "litert": ("ai_edge_litert", "tflite_runtime"),
 }
 
 
@@ -42,6 +49,13 @@ class Loader(Protocol):
     def __call__(self, model: bytes, *, threads: int) -> Engine:
         """The loaded model; raises ModelError when the bytes are no model that this engine runs."""
         ...
+
+
+def installed() -> frozenset[str]:
+    """Engines whose library is there, found without importing any: the core asks this, and stays light."""
+    return frozenset(
+        name for name, libraries in _LIBRARIES.items() if any(importlib.util.find_spec(lib) for lib in libraries)
+    )
 
 
 def find_loader(runtime: str) -> Loader:

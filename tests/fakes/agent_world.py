@@ -23,7 +23,7 @@ from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import DeviceProfile, DiskBudget, Inference, MemoryBudget, Probation
 from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
-from shared.telemetry import DeviceEvent, Record, RecordClass
+from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
 from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
@@ -70,6 +70,14 @@ class FakeFetcher:
         self.fetched.append(file.path)
         shelf.append(file.digest, self.files[file.digest], offset=0)
         shelf.publish(file)
+
+
+class NoVitals:
+    """A machine that offers no readings."""
+
+    def read(self) -> tuple[Reading, ...]:
+        """Nothing."""
+        return ()
 
 
 class FakeVerifier:
@@ -279,6 +287,9 @@ class AgentWorld:
             models=self.models,
             uplink=self.uplink,
             service=self.service,
+            vitals=NoVitals(),
+            heartbeat_ms=30_000,
+            vitals_ms=60_000,
         )
 
     async def ask(self, request: Request, payload: bytes = b"") -> Reply:

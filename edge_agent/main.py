@@ -1,0 +1,199 @@
+"""The composition root of the daemon: makes every part, starts them, and ends them in order.
+
+The only module that knows all the others. One process, one event loop, one task group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from edge_agent import runtimes
+from edge_agent.adapters.children import sweep_orphans
+from edge_agent.adapters.courier import MqttCourier, broker_context
+from edge_agent.adapters.database import Database
+from edge_agent.adapters.door import Door
+from edge_agent.adapters.fetcher import HubFetcher, hub_context
+from edge_agent.adapters.hosts import HostOptions, LiveHosts
+from edge_agent.adapters.ledger import SqliteLedger
+from edge_agent.adapters.lock import AgentLock
+from edge_agent.adapters.outbox import SqliteOutbox
+from edge_agent.adapters.shelf import FileShelf
+from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.verifier import LiveVerifier
+from edge_agent.adapters.vitals import Vitals
+from edge_agent.config import AgentConfig
+from edge_agent.driver.agent import Agent
+from edge_agent.driver.events import MessageArrived, Noted, Stop
+from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.models import Models
+from edge_agent.driver.service import Service
+from edge_agent.driver.uplink import RunningDevice, Uplink
+from edge_agent.identity import TRUST_DIR, Identity, load_identity
+from edge_agent.profiles import resolve_profile
+from shared.profile import DeviceProfile, Probation
+
+logger = logging.getLogger(__name__)
+
+STOP_WITHIN_S: Final = 10.0
+
+
+async def run(config: AgentConfig) -> int:
+    """Run the daemon until SIGTERM (returns 0) or SIGINT (returns 130).
+
+    Raises:
+        ConfigError: not enrolled, no such profile, or a door that cannot be opened.
+        Conflict: another agent uses the state directory.
+        StorageError: the state directory cannot be used.
+    """
+    with AgentLock(config.state_dir):
+        identity = load_identity(config.state_dir)
+        profile = device_profile(config, identity)
+        sweep_orphans(hosts_dir(config))
+        clock = SystemClock()
+        database = await Database.open(config.database_path, clock=clock)
+        try:
+            async with asyncio.TaskGroup() as group:
+                agent, door, inbox, works = await _compose(config, identity, profile, clock, database, group)
+                try:
+                    reason = await _live(agent, door, inbox, identity, profile)
+                finally:
+                    works.cancel_all()
+        finally:
+            await database.close()
+    return 130 if reason == "SIGINT" else 0
+
+
+def device_profile(config: AgentConfig, identity: Identity) -> DeviceProfile:
+    """The configured profile, else the one it was enrolled with; its probation as configured."""
+    profile = resolve_profile(config.profile, enrolled=identity.profile)
+    override, given = config.probation, profile.probation
+    probation = Probation(
+        duration_ms=override.duration_ms or given.duration_ms,
+        good_answers=override.good_answers or given.good_answers,
+        max_failures=override.max_failures or given.max_failures,
+    )
+    return replace(profile, probation=probation)
+
+
+async def _compose(
+    config: AgentConfig,
+    identity: Identity,
+    profile: DeviceProfile,
+    clock: SystemClock,
+    database: Database,
+    group: asyncio.TaskGroup,
+) -> tuple[Agent, Door, Inbox, Works]:
+    def report() -> None:
+        uplink.report_soon()
+
+    def lost(reason: str) -> None:
+        uplink.lost(reason)
+
+    inbox = Inbox()
+    works, timers = Works(group), Timers(inbox)
+    ledger = SqliteLedger(database)
+    outbox = await SqliteOutbox.open(database, limit_bytes=profile.disk.queue_bytes)
+    running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
+    context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
+    fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    options = HostOptions(threads=profile.inference.threads, memory_bytes=profile.memory.host_bytes)
+    models = Models(
+        profile=profile,
+        runtimes=runtimes.installed(),
+        inbox=inbox,
+        works=works,
+        timers=timers,
+        ledger=ledger,
+        shelf=FileShelf(config.state_dir),
+        fetcher=fetcher,
+        hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
+        note=lambda name, detail: inbox.post(Noted(name, detail)),
+        report=report,
+    )
+    uplink = Uplink(
+        running=running,
+        clock=clock,
+        inbox=inbox,
+        works=works,
+        timers=timers,
+        courier=_courier(config, identity, inbox, lost),
+        outbox=outbox,
+        models=models.running,
+    )
+    service = Service(running=running, clock=clock, inbox=inbox, models=models, uplink=uplink, outbox=outbox)
+    agent = Agent(
+        clock=clock,
+        inbox=inbox,
+        works=works,
+        timers=timers,
+        ledger=ledger,
+        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
+        models=models,
+        uplink=uplink,
+        service=service,
+        vitals=Vitals(state_dir=config.state_dir),
+        heartbeat_ms=config.intervals.heartbeat_ms,
+        vitals_ms=config.intervals.vitals_ms,
+    )
+    return agent, Door(path=config.door_path, handle=service.handle, tasks=group), inbox, works
+
+
+def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Callable[[str], None]) -> MqttCourier:
+    def refused(topic: str, reason: str) -> None:
+        # The batch stays in the outbox and is sent again; here only so that someone can see why.
+        logger.warning("the broker refused a message", extra={"topic": topic, "reason": reason})
+
+    return MqttCourier(
+        host=config.broker.host or identity.broker_host,
+        port=config.broker.port or identity.broker_port,
+        device=identity.device,
+        context=broker_context(
+            ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
+        ),
+        on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
+        on_lost=on_lost,
+        on_refused=refused,
+    )
+
+
+def hosts_dir(config: AgentConfig) -> Path:
+    """Where model hosts are on file while they run; made if it is missing."""
+    folder = config.state_dir / "hosts"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+async def _live(agent: Agent, door: Door, inbox: Inbox, identity: Identity, profile: DeviceProfile) -> str:
+    async with _signals(inbox):
+        await door.open()
+        try:
+            await agent.start()
+            logger.info("agent started", extra={"device": identity.device, "profile": profile.name})
+            reason = await agent.run()
+            logger.info("agent stops", extra={"reason": reason})
+        finally:
+            await door.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_WITHIN_S):
+                    await agent.stop()
+    return reason
+
+
+@contextlib.asynccontextmanager
+async def _signals(inbox: Inbox) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, inbox.post, Stop(number.name))
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
