@@ -7,6 +7,7 @@ import json
 import pytest
 
 from shared.ids import DeviceId
+from shared.model import encode_manifest
 from shared.trust.assignment import sign_assignment
 from tests.fakes.trust_repository import (
     DAY_MS,
@@ -112,5 +113,8 @@ def test_an_assignment_of_what_was_never_released_is_refused(hub: TrustRepositor
 
 
 def test_an_assignment_of_another_manifest_under_a_released_name_is_refused(hub: TrustRepository) -> None:
-    hub.manifests[DIGITS] = make_manifest(model=b"another model")
+    other = make_manifest(model=b"another model")
+    hub.manifests[DIGITS] = other
+    assert refused(hub, Device(hub.first_root)) == "trust.digest"
+    hub.files["models/digits/1.0.0/manifest.json"] = encode_manifest(other)
     assert refused(hub, Device(hub.first_root)) == "trust.digest"

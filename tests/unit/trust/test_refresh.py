@@ -133,20 +133,20 @@ def dropped_role(hub: TrustRepository) -> None:
     hub.renew_timestamp()
 
 
-@pytest.mark.parametrize("keeps_cache", [True, False], ids=["cache", "cache lost"])
+@pytest.mark.parametrize("lost", ["nothing", "cache", "floors"])
 @pytest.mark.parametrize(
     "attack", [rolled_back_timestamp, rolled_back_snapshot, rolled_back_targets, rolled_back_role, dropped_role]
 )
-def test_rollback_is_refused(
-    hub: TrustRepository, attack: Callable[[TrustRepository], None], keeps_cache: bool
-) -> None:
+def test_rollback_is_refused(hub: TrustRepository, attack: Callable[[TrustRepository], None], lost: str) -> None:
     hub.release(make_manifest("1.1.0", counter=2))
     device = Device(hub.first_root)
     device.verify(hub.assign(DIGITS), hub.serve)
-    if not keeps_cache:
+    if lost == "cache":
         device.cache.clear()
+    if lost == "floors":
+        device.floors = Floors()
     attack(hub)
-    expected = "trust.mix_and_match" if attack is dropped_role and not keeps_cache else "trust.rollback"
+    expected = "trust.mix_and_match" if attack is dropped_role and lost == "cache" else "trust.rollback"
     assert refused(hub, device) == expected
 
 
@@ -183,6 +183,14 @@ def test_expired_metadata_is_refused(hub: TrustRepository, role: str) -> None:
         Device(root).verify(hub.assign(DIGITS), hub.serve, wall_ms=hub.now_ms)
 
 
+def test_an_expired_snapshot_at_hand_is_refused_too(hub: TrustRepository) -> None:
+    device = Device(hub.first_root)
+    device.verify(hub.assign(DIGITS), hub.serve)
+    hub.now_ms += 7 * DAY_MS
+    hub.renew_timestamp()
+    assert refused(hub, device, wall_ms=hub.now_ms) == "trust.freeze"
+
+
 def test_a_device_without_a_clock_cannot_be_frozen(hub: TrustRepository) -> None:
     device = Device(hub.first_root)
     device.verify(hub.assign(DIGITS), hub.serve, wall_ms=0)
@@ -212,6 +220,27 @@ def test_mixed_versions_are_refused(hub: TrustRepository) -> None:
     for name, data in (("2.models%2Fdigits.json", old_role), ("2.snapshot.json", old_snapshot)):
         hub.files = {**good, name: data}
         assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
+
+
+def test_a_second_file_of_the_same_version_is_refused(hub: TrustRepository) -> None:
+    """Signed with the right key, but not the file whose digest was promised."""
+    good = dict(hub.files)
+    hub.roles["models/digits"].signed.expires = repo._in_days(NOW_MS, 89)
+    hub.store("models/digits", hub.roles["models/digits"])
+    assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
+    hub.files = good
+    assert hub.snapshot is not None
+    hub.snapshot.signed.expires = repo._in_days(NOW_MS, 6)
+    hub.store_snapshot()
+    assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
+
+
+def test_a_snapshot_that_is_not_the_promised_one_is_refused_without_hashes_too(hub: TrustRepository) -> None:
+    assert hub.timestamp is not None
+    hub.timestamp.signed.snapshot_meta = MetaFile(2)
+    hub.store_timestamp()
+    hub.files["2.snapshot.json"] = hub.files["1.snapshot.json"]
+    assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
 
 
 def test_a_version_that_is_not_the_promised_one_is_refused_without_hashes_too(hub: TrustRepository) -> None:
