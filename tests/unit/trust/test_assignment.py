@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from shared.ids import DeviceId
@@ -113,7 +114,7 @@ def test_an_assignment_of_what_was_never_released_is_refused(hub: TrustRepositor
 
 
 def test_an_assignment_of_another_manifest_under_a_released_name_is_refused(hub: TrustRepository) -> None:
-    other = make_manifest(model=b"another model")
+    other = msgspec.structs.replace(make_manifest(), labels=("yes", "no"))
     hub.manifests[DIGITS] = other
     assert refused(hub, Device(hub.first_root)) == "trust.digest"
     hub.files["models/digits/1.0.0/manifest.json"] = encode_manifest(other)
