@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shared.trust.steps import Need
 
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases.desk import Selector
 from shared.errors import TrustError
 from shared.ids import DeviceId, FamilyName, ModelVersion
+from shared.wire.verification import Need
 from tests.fakes.release_room import ReleaseRoom
 from tests.fakes.trust_repository import Device
 
