@@ -146,7 +146,10 @@ class _Call:
         fixed = {"Accept-Encoding": "identity", "User-Agent": self._agent}
         self._connection.request("GET", path, headers={**fixed, **headers})
         response = self._connection.getresponse()
-        self._answered = True
+        with self._lock:
+            if self._aborted:  # headers that were cut short parse like whole ones
+                raise TimeoutError("given up")
+            self._answered = True
         return response
 
     def expect(self, response: http.client.HTTPResponse, *statuses: int) -> None:
@@ -164,6 +167,9 @@ class _Call:
     def chunks(self, response: http.client.HTTPResponse, *, limit: int) -> Iterator[bytes]:
         """The body, at most `limit` bytes of it and never slower than the stall rule allows."""
         promised = response.length
+        if promised is None and not response.chunked:
+            # A connection that broke among the headers looks like a response without a length.
+            raise Unreachable(f"the hub at {self.peer} answered without saying how much")
         received, window_bytes, window_start = 0, 0, self._clock.mono_ms()
         while chunk := response.read1(min(CHUNK_BYTES, limit - received + 1)):
             received += len(chunk)
@@ -186,18 +192,22 @@ class _Call:
 
     def abort_unless_answered(self) -> None:
         """End the call if not even the headers have come."""
-        if not self._answered:
-            self.abort()
+        with self._lock:
+            if not self._answered:
+                self._cut()
 
     def abort(self) -> None:
         """Shut the socket down under the thread that waits on it. Safe at any time, from any thread."""
         with self._lock:
-            self._aborted = True
-            sock = self._connection.sock
-            if isinstance(sock, socket.socket):
-                # The plain socket's method: the TLS one would also take its session away from the other thread.
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            self._cut()
+
+    def _cut(self) -> None:
+        self._aborted = True
+        sock = self._connection.sock
+        if isinstance(sock, socket.socket):
+            # The plain socket's method: the TLS one would also take its session away from the other thread.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
