@@ -168,7 +168,7 @@ class Client:
                     raise error_of(refusal) from error
                 raise _lost(self._path) from error
             finally:
-                if not done:  # what is still on its way would be taken for the next call's answer
+                if not done:  # a request may be half sent, and nobody waits for its answer any more
                     self._drop()
 
     def _receive(self, link: socket.socket, request: str) -> tuple[Reply, bytearray]:

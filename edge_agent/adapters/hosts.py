@@ -134,7 +134,6 @@ class LiveHost:
         self._on_lost = on_lost
         self._link: FrameLink | None = None
         self._ready: asyncio.Future[protocol.Loaded] = loop.create_future()
-        self._idle = asyncio.Event()
         self._waiting: deque[_Asked] = deque()
         self._running: deque[_Asked] = deque()
         self._busy_since: float | None = None
@@ -198,12 +197,9 @@ class LiveHost:
     async def stop(self) -> None:
         """Drain, end and reap the child; kills it after a grace period. Safe to call twice."""
         self._stopping = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE_S):
-                while (self._waiting or self._running) and not self._child.is_gone:
-                    self._idle.clear()
-                    await self._idle.wait()
-        if not self._child.is_gone:
+        wanted = [asked.answer for asked in (*self._running, *self._waiting) if not asked.answer.done()]
+        unanswered = (await asyncio.wait(wanted, timeout=_GRACE_S))[1] if wanted else set()
+        if not unanswered and not self._child.is_gone:
             self._send(protocol.encode(protocol.Stop()), ())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_GRACE_S):
@@ -244,7 +240,6 @@ class LiveHost:
             self._send(asked.header, asked.payload)
         if not self._running and not self._waiting:
             self._busy_since = None
-            self._idle.set()
 
     def _send(self, header: bytes, payload: tuple[Buffer, ...]) -> None:
         if self._link is not None:
@@ -314,7 +309,6 @@ class LiveHost:
                 asked.answer.set_exception(_lost(reason))
         self._running.clear()
         self._waiting.clear()
-        self._idle.set()
         self._fail_ready(_lost(reason))
         if self._served and not self._stopping:
             logger.warning("model host lost", extra={"pid": self.pid, "reason": reason})

@@ -21,8 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.hosts import HostOptions, LiveHost, LiveHosts
 from edge_agent.adapters.system import SystemClock
+from edge_agent.client import Client
 from edge_agent.ports import HostReady
-from shared.errors import HostLost, ModelError
+from shared.errors import HostLost, ModelError, OutriderError
 from shared.inference import TensorHead
 from shared.model import encode_manifest
 from tests.conftest import ROOT
@@ -35,12 +36,20 @@ ROW = struct.pack("<2f", 1, 2)
 Work = Callable[[LiveHost, HostReady], Awaitable[None]]
 
 
-def play(tmp_path: Path, made: Build, work: Work, *, stuck_ms: int = 10_000, memory_bytes: int = 0) -> list[str]:
+def play(
+    tmp_path: Path,
+    made: Build,
+    work: Work,
+    *,
+    stuck_ms: int = 10_000,
+    memory_bytes: int = 0,
+    python: str = sys.executable,
+) -> list[str]:
     """Start a host, do the work, stop it; returns what `on_lost` was told."""
     lost: list[str] = []
 
     async def main() -> None:
-        options = HostOptions(stuck_ms=stuck_ms, memory_bytes=memory_bytes)
+        options = HostOptions(stuck_ms=stuck_ms, memory_bytes=memory_bytes, python=python)
         hosts = LiveHosts(directory=tmp_path / "hosts", clock=SystemClock(), options=options)
         model_fd, golden_fd = made.open(tmp_path)
         host, ready = await hosts.start(
@@ -331,6 +340,16 @@ def test_kill_9_of_the_core_takes_its_host_with_it(short_tmp: Path) -> None:
     assert not (short_tmp / "hosts" / str(host_pid)).exists()
 
 
+def test_kill_9_of_the_core_takes_a_busy_host_with_it(short_tmp: Path) -> None:
+    process, host_pid = core(short_tmp, spinner())
+    with Client(short_tmp / "door.sock", timeout_ms=100) as agent, pytest.raises(OutriderError) as caught:
+        agent.infer("sample", {"turns": np.array([2**60], dtype=np.int64)}, deadline_ms=50)
+    assert caught.value.code == "deadline"
+    assert is_alive(host_pid)
+    end(process)
+    until(lambda: not is_alive(host_pid))
+
+
 def test_the_end_of_the_pipe_ends_a_host_too(short_tmp: Path) -> None:
     process, host_pid = core(short_tmp, sign_classifier())
     assert process.stdin is not None
@@ -342,19 +361,76 @@ def test_the_end_of_the_pipe_ends_a_host_too(short_tmp: Path) -> None:
 
 
 def test_orphans_are_swept_and_strangers_are_left_alone(tmp_path: Path) -> None:
-    stranger = subprocess.Popen(["sleep", "60"])
-    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "edge_agent.host"])
+    lookalike = [sys.executable, "-c", "import time; time.sleep(60)", "edge_agent.host"]
+    stranger, orphan, successor = (subprocess.Popen(command) for command in (["sleep", "60"], lookalike, lookalike))
     try:
-        until(lambda: b"edge_agent.host" in Path(f"/proc/{orphan.pid}/cmdline").read_bytes())
+        for process in (orphan, successor):
+            until(lambda pid=process.pid: b"edge_agent.host" in Path(f"/proc/{pid}/cmdline").read_bytes())  # type: ignore[misc]
         for process in (stranger, orphan):
             birth = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
             (tmp_path / str(process.pid)).write_text(birth + "\n")
-        (tmp_path / str(os.getpid())).write_text("1\n")
+        (tmp_path / str(successor.pid)).write_text("1\n")
         assert sweep_orphans(tmp_path) == 1
         assert orphan.wait(timeout=10) == -signal.SIGKILL
         assert stranger.poll() is None
+        assert successor.poll() is None
         assert list(tmp_path.iterdir()) == []
     finally:
-        for process in (stranger, orphan):
+        for process in (stranger, orphan, successor):
             process.kill()
             process.wait()
+
+
+HOSTILE = """#!{python}
+import socket, sys, time
+from edge_agent.framing import FrameReader, build_frame
+from edge_agent.host import protocol
+link = socket.socket(fileno=int(sys.argv[4]))
+reader = FrameReader()
+def receive():
+    while (frame := reader.next_frame()) is None:
+        reader.received(link.recv_into(reader.buffer()))
+    return protocol.decode_to_host(frame[0])
+def send(header, payload=b""):
+    for part in build_frame(header, (payload,)):
+        link.sendall(part)
+receive()
+send(protocol.encode(protocol.Loaded(agreement=1.0, rss_bytes=1, network=False)))
+run = receive()
+scores = (dict(name="scores", dtype="fp32", shape=(1, 2)),)
+def ran(**changes):
+    fields = dict(id=run.id, labels=("high",), confidences=(1.0,), outputs=()) | changes
+    return protocol.encode(protocol.Ran(**fields))
+{what}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "send(ran(id=run.id + 1))",
+        "send(ran(), b'more')",
+        "send(ran(labels=()))",
+        "send(ran(outputs=(protocol.TensorHead(name='s', dtype='fp32', shape=(-1, -2)),)), b'12345678')",
+        "send(b'garbage')",
+        "link.sendall(b'this is no frame')",
+        "link.close()",
+        "send(ran()); send(ran())",
+    ],
+)
+def test_a_host_that_was_taken_over_is_killed(tmp_path: Path, what: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(HOSTILE.format(python=sys.executable, what=what))
+    python.chmod(0o700)
+
+    async def work(host: LiveHost, ready: HostReady) -> None:
+        async def ask_twice() -> None:
+            for _ in range(2):
+                await host.infer(HEAD, ROW, deadline_ms=20_000)
+
+        with pytest.raises(HostLost):
+            await ask_twice()
+
+    lost = play(tmp_path, sign_classifier(), work, python=str(python))
+    assert len(lost) == 1
