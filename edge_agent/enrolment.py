@@ -183,8 +183,8 @@ def _exchange(
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(method, path, body=body, headers=headers)
-        response = connection.getresponse()
-        data = response.read(MAX_ANSWER_BYTES + 1)
+        with connection.getresponse() as response:
+            status, data = response.status, response.read(MAX_ANSWER_BYTES + 1)
     except ssl.SSLCertVerificationError as error:
         raise TrustError(
             f"the hub at {hub_url} does not hold a certificate of its own CA for {host}: {error.verify_message}",
@@ -200,7 +200,7 @@ def _exchange(
         connection.close()
     if len(data) > MAX_ANSWER_BYTES:
         raise ProtocolViolation(f"the hub's answer exceeds {MAX_ANSWER_BYTES} bytes", code="protocol.too_large")
-    return response.status, data
+    return status, data
 
 
 def _new_key(path: Path) -> str:

@@ -128,6 +128,9 @@ class _Call:
         self._stall_ms = stall_ms
         self._agent = agent
         self._lock = threading.Lock()
+        # Kept here too: a response to be followed by a close takes the socket out of the connection.
+        self._socket: socket.socket | None = None
+        self._response: http.client.HTTPResponse | None = None
         self._aborted = False
         self._answered = False
 
@@ -137,15 +140,16 @@ class _Call:
 
     def get(self, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         """Send the request and return the response with its body unread."""
-        self._answered = False
-        self._connection.close()
+        self.close()
         self._connection.connect()
         with self._lock:
+            self._answered = False
+            self._socket = self._connection.sock
             if self._aborted:
                 raise TimeoutError("given up")
         fixed = {"Accept-Encoding": "identity", "User-Agent": self._agent}
         self._connection.request("GET", path, headers={**fixed, **headers})
-        response = self._connection.getresponse()
+        response = self._response = self._connection.getresponse()
         with self._lock:
             if self._aborted:  # headers that were cut short parse like whole ones
                 raise TimeoutError("given up")
@@ -203,14 +207,18 @@ class _Call:
 
     def _cut(self) -> None:
         self._aborted = True
-        sock = self._connection.sock
-        if isinstance(sock, socket.socket):
+        if self._socket is not None:
             # The plain socket's method: the TLS one would also take its session away from the other thread.
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close what is open."""
+        with self._lock:
+            self._socket = None
+        if self._response is not None:
+            self._response.close()
+            self._response = None
         self._connection.close()
 
 

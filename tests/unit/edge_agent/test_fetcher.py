@@ -143,6 +143,7 @@ def dripping(ended: threading.Event) -> Callable[[Request, BaseHTTPRequestHandle
     def reply(_: Request, handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(DATA)))
+        handler.send_header("Connection", "close")
         handler.end_headers()
         for byte in DATA:
             handler.wfile.write(bytes([byte]))
