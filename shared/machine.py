@@ -10,9 +10,10 @@ The drawings in the documentation are made from `Table.mermaid`, so they cannot 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from shared.errors import OutriderError
 
@@ -28,16 +29,14 @@ class UnexpectedEvent(OutriderError):
     code = "machine.unexpected_event"
 
 
-@dataclass(frozen=True, slots=True)
-class Decision(Generic[State, Effect]):
+class Decision(msgspec.Struct, Generic[State, Effect], frozen=True):
     """What a machine says to an event: the state to persist, then the effects to carry out, in order."""
 
     state: State
     effects: tuple[Effect, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Row(Generic[Phase, State, Effect]):
+class Row(msgspec.Struct, Generic[Phase, State, Effect], frozen=True):
     """One cell of a table.
 
     Attributes:

@@ -10,9 +10,11 @@ Signatures and versions are not judged here (shared/trust does, in the verifier 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shared.machine import Decision, Row, Table
 from shared.release import VerifiedAssignment
@@ -29,8 +31,7 @@ class IntakePhase(Enum):
     PAUSING = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Intake:
+class Intake(msgspec.Struct, frozen=True):
     """`document` is being verified or waits to be; `waiting` is a newer one; `failures` counts tries without files."""
 
     phase: IntakePhase = IntakePhase.RESTING
@@ -39,67 +40,58 @@ class Intake:
     failures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """The hub sent an assignment; not yet trusted in anything."""
 
     document: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """Both signatures agree, and what they agreed on is on disk."""
 
     verified: VerifiedAssignment
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """The trust rules said no; `code` names the attack that this stops."""
 
     code: str
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unavailable:
+class Unavailable(msgspec.Struct, frozen=True):
     """The metadata could not be fetched, or the verifier itself could not run."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class PauseOver:
+class PauseOver(msgspec.Struct, frozen=True):
     """The timer of PAUSING fired, or the link came back."""
 
 
 IntakeEvent = Arrived | Accepted | Refused | Unavailable | PauseOver
 
 
-@dataclass(frozen=True, slots=True)
-class Verify:
+class Verify(msgspec.Struct, frozen=True):
     """Start a verifier for this document."""
 
     document: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OfferModels:
+class OfferModels(msgspec.Struct, frozen=True):
     """Offer each model of the assignment to its slot."""
 
     verified: VerifiedAssignment
 
 
-@dataclass(frozen=True, slots=True)
-class NoteRefusal:
+class NoteRefusal(msgspec.Struct, frozen=True):
     """Keep an event for the hub, and show the refusal in the status."""
 
     code: str
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(msgspec.Struct, frozen=True):
     """Fire PauseOver after this many milliseconds."""
 
     delay_ms: int

@@ -12,9 +12,11 @@ There is one timer. Not here: the courier, presence, what is sent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from shared.machine import Decision, Row, Table
 
@@ -32,8 +34,7 @@ class LinkPhase(Enum):
     ONLINE = "online"
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(msgspec.Struct, frozen=True):
     """`wanted` is False while stopped; `failures` counts since the link last held; `detail` says why it is not up."""
 
     phase: LinkPhase = LinkPhase.OFFLINE
@@ -42,18 +43,15 @@ class Link:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StartLink:
+class StartLink(msgspec.Struct, frozen=True):
     """The link is wanted, now; while waiting, this cuts the waiting short."""
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(msgspec.Struct, frozen=True):
     """The courier is connected and subscribed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectFailed:
+class ConnectFailed(msgspec.Struct, frozen=True, kw_only=True):
     """The courier could not connect. `jitter` is drawn from 0 to 1; `retry_after_ms` is what the server asked for."""
 
     jitter: float
@@ -61,51 +59,43 @@ class ConnectFailed:
     retry_after_ms: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True, kw_only=True):
     """The connection broke. `jitter` is drawn from 0 to 1."""
 
     jitter: float
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TimerFired:
+class TimerFired(msgspec.Struct, frozen=True):
     """The link's timer."""
 
 
-@dataclass(frozen=True, slots=True)
-class StopLink:
+class StopLink(msgspec.Struct, frozen=True):
     """The link is no longer wanted."""
 
 
 LinkEvent = StartLink | Connected | ConnectFailed | Lost | TimerFired | StopLink
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(msgspec.Struct, frozen=True):
     """Let the courier connect; answered by Connected or ConnectFailed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(msgspec.Struct, frozen=True):
     """Say birth and state; then let the pump know that the link is up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnect:
+class Disconnect(msgspec.Struct, frozen=True):
     """Leave without triggering the last will; also ends an attempt under way. Not answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class StartTimer:
+class StartTimer(msgspec.Struct, frozen=True):
     """Say TimerFired after this time; replaces the one that runs."""
 
     delay_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class StopTimer:
+class StopTimer(msgspec.Struct, frozen=True):
     """Forget the timer."""
 
 

@@ -16,9 +16,11 @@ find the next batch. Not here: bytes, disk, the courier.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from edge_agent.core.slot_values import Note
 from shared.machine import Decision, Row, Table
@@ -45,8 +47,7 @@ class LanePhase(Enum):
     SENT = "sent"
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(msgspec.Struct, frozen=True):
     """One class. `more`: records came while loading; `resends` and `refusals` count in a row."""
 
     phase: LanePhase = LanePhase.WAITING
@@ -56,54 +57,46 @@ class Lane:
     refusals: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Pump:
+class Pump(msgspec.Struct, frozen=True):
     """The lanes, most precious first."""
 
     phase: PumpPhase = PumpPhase.OFFLINE
     lanes: tuple[Lane, ...] = (Lane(),) * len(RecordClass)
 
 
-@dataclass(frozen=True, slots=True)
-class WentOnline:
+class WentOnline(msgspec.Struct, frozen=True):
     """The link is up and the birth was sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class WentOffline:
+class WentOffline(msgspec.Struct, frozen=True):
     """The link is lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordsWaiting:
+class RecordsWaiting(msgspec.Struct, frozen=True):
     """A record of this class became durable."""
 
     klass: RecordClass
 
 
-@dataclass(frozen=True, slots=True)
-class BatchReady:
+class BatchReady(msgspec.Struct, frozen=True):
     """Answer to LoadBatch: the oldest batch of its class that is not acknowledged."""
 
     batch: Batch
 
 
-@dataclass(frozen=True, slots=True)
-class NothingWaiting:
+class NothingWaiting(msgspec.Struct, frozen=True):
     """Answer to LoadBatch: the class is empty."""
 
     klass: RecordClass
 
 
-@dataclass(frozen=True, slots=True)
-class AckArrived:
+class AckArrived(msgspec.Struct, frozen=True):
     """The hub answered a batch."""
 
     ack: Ack
 
 
-@dataclass(frozen=True, slots=True)
-class AckTimedOut:
+class AckTimedOut(msgspec.Struct, frozen=True):
     """The lane's timer: no answer to the batch with this digest."""
 
     klass: RecordClass
@@ -113,30 +106,26 @@ class AckTimedOut:
 PumpEvent = WentOnline | WentOffline | RecordsWaiting | BatchReady | NothingWaiting | AckArrived | AckTimedOut
 
 
-@dataclass(frozen=True, slots=True)
-class LoadBatch:
+class LoadBatch(msgspec.Struct, frozen=True):
     """Ask the outbox for the class's next batch; answered by BatchReady or NothingWaiting."""
 
     klass: RecordClass
 
 
-@dataclass(frozen=True, slots=True)
-class SendBatch:
+class SendBatch(msgspec.Struct, frozen=True):
     """Publish it; when the courier does not take it, do nothing: the timer will."""
 
     batch: Batch
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(msgspec.Struct, frozen=True):
     """Let the outbox delete it."""
 
     batch: BatchId
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartAckTimer:
+class StartAckTimer(msgspec.Struct, frozen=True):
     """Say AckTimedOut(klass, digest) after this time; one per class, replaced when started again."""
 
     klass: RecordClass
@@ -144,8 +133,7 @@ class StartAckTimer:
     delay_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class StopAckTimer:
+class StopAckTimer(msgspec.Struct, frozen=True):
     """Forget the class's timer."""
 
     klass: RecordClass

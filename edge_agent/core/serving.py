@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from edge_agent.core.slot_values import Installed
 from shared import limits
@@ -22,8 +23,7 @@ from shared.telemetry import Outcome
 RECENT_ANSWERS: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where a family's requests go: the release last switched to (SwitchTo), and whether its host is up."""
 
     release: Installed | None = None
@@ -78,8 +78,7 @@ def admit(
     return route.release
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(msgspec.Struct, frozen=True):
     """What is remembered of an answer."""
 
     model: str

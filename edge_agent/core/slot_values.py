@@ -11,7 +11,6 @@ Not here: what leads to what (edge_agent/core/slots.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
@@ -133,8 +132,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
 # Events
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offered:
+class Offered(msgspec.Struct, frozen=True, kw_only=True):
     """A verified assignment names this release. `force` lifts its quarantine."""
 
     model: VerifiedModel
@@ -143,20 +141,17 @@ class Offered:
     force: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
+class Withdrawn(msgspec.Struct, frozen=True):
     """The newest verified assignment no longer names this family."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilesHere:
+class FilesHere(msgspec.Struct, frozen=True):
     """The fetch has brought all files onto the shelf."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchFailed:
+class FetchFailed(msgspec.Struct, frozen=True, kw_only=True):
     """The fetch ended without the files; `retry` is the error's: whether the same can succeed later."""
 
     key: str
@@ -165,20 +160,17 @@ class FetchFailed:
     retry: bool
 
 
-@dataclass(frozen=True, slots=True)
-class FetchDue:
+class FetchDue(msgspec.Struct, frozen=True):
     """Time to fetch again; also said when the link came back, to cut the waiting short."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilesVerified:
+class FilesVerified(msgspec.Struct, frozen=True):
     """The files on the shelf are what was signed."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilesBad:
+class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
     """The files on the shelf are not what was signed: at verification, or when a host was to be started on them."""
 
     key: str
@@ -186,27 +178,23 @@ class FilesBad:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class WarmUpAllowed:
+class WarmUpAllowed(msgspec.Struct, frozen=True):
     """There is room to load the candidate beside what runs."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class WarmUpDue:
+class WarmUpDue(msgspec.Struct, frozen=True):
     """Time to try loading the candidate again."""
 
 
-@dataclass(frozen=True, slots=True)
-class HostReady:
+class HostReady(msgspec.Struct, frozen=True):
     """The host of this release has loaded, warmed up and passed the golden check, or was up already."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostFailed:
+class HostFailed(msgspec.Struct, frozen=True, kw_only=True):
     """The host of this release did not come up, failed the golden check (`retry` False), or was lost (`retry` True)."""
 
     key: str
@@ -215,20 +203,17 @@ class HostFailed:
     retry: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RestartDue:
+class RestartDue(msgspec.Struct, frozen=True):
     """Time to start the active release's host again."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerGood:
+class AnswerGood(msgspec.Struct, frozen=True):
     """The host answered a request or a probe."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerBad:
+class AnswerBad(msgspec.Struct, frozen=True, kw_only=True):
     """The model failed on an acceptable input, or gave a wrong answer to a probe; the host is still there."""
 
     key: str
@@ -236,20 +221,17 @@ class AnswerBad:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class ProbationTimedOut:
+class ProbationTimedOut(msgspec.Struct, frozen=True):
     """The probation's time, or its prolongation, is over."""
 
 
-@dataclass(frozen=True, slots=True)
-class Restarted:
+class Restarted(msgspec.Struct, frozen=True):
     """The process has started and read this state from disk; no host runs, no timer, no fetch."""
 
     probation: Probation
 
 
-@dataclass(frozen=True, slots=True)
-class OperatorRollback:
+class OperatorRollback(msgspec.Struct, frozen=True):
     """Someone at the device wants the release before."""
 
 
@@ -271,38 +253,33 @@ class Timer(Enum):
     RESTART = "restart"
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(msgspec.Struct, frozen=True):
     """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch."""
 
     key: str
     files: tuple[FileRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyFiles:
+class VerifyFiles(msgspec.Struct, frozen=True):
     """Hash the files on the shelf once more and read the golden set; answered by FilesVerified or FilesBad."""
 
     key: str
     files: tuple[FileRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestWarmUp:
+class RequestWarmUp(msgspec.Struct, frozen=True):
     """Answer WarmUpAllowed as soon as no other slot is in WARMUP, so that at most one host is loaded on top."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class CancelWork:
+class CancelWork(msgspec.Struct, frozen=True):
     """Stop this release's fetch, verification, warm-up request and probes; nothing need be answered."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartHost:
+class StartHost(msgspec.Struct, frozen=True):
     """See that the release's host runs; answered by HostReady (at once when it is up), HostFailed or FilesBad.
 
     FilesBad is the answer when the shelf finds that a file has changed since it was verified (TransferCorrupt).
@@ -311,58 +288,50 @@ class StartHost:
     release: Installed
 
 
-@dataclass(frozen=True, slots=True)
-class StopHost:
+class StopHost(msgspec.Struct, frozen=True):
     """Drain, then end the release's host, if it runs."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class SwitchTo:
+class SwitchTo(msgspec.Struct, frozen=True):
     """New requests go to this release's host, and are refused with `retry` while it is not up; None serves nothing."""
 
     key: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(msgspec.Struct, frozen=True):
     """Run that many golden samples on the candidate's host; each is answered by AnswerGood or AnswerBad."""
 
     key: str
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class StartTimer:
+class StartTimer(msgspec.Struct, frozen=True):
     """After this time, say the timer's event (`timer_event`)."""
 
     timer: Timer
     delay_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class StopTimer:
+class StopTimer(msgspec.Struct, frozen=True):
     """Forget this timer."""
 
     timer: Timer
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """Tell the hub the device's state soon; several may be merged into one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(msgspec.Struct, frozen=True):
     """Put a DeviceEvent into the outbox, class 0. Lost if the power goes right before; `Report` makes up for it."""
 
     name: str
-    detail: dict[str, str] = field(default_factory=dict)
+    detail: dict[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class CollectGarbage:
+class CollectGarbage(msgspec.Struct, frozen=True):
     """Let the shelf drop every file that no slot keeps (`slots.files_to_keep` over all slots)."""
 
 

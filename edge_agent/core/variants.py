@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+
+import msgspec
 
 from shared.limits import MIB
 from shared.model import Manifest, Variant
 from shared.profile import DeviceProfile
 
 
-@dataclass(frozen=True, slots=True)
-class Misfit:
+class Misfit(msgspec.Struct, frozen=True):
     """No variant fits: what stands against each."""
 
     reason: str

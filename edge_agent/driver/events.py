@@ -2,75 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from edge_agent.core import intake, link, pump
 from edge_agent.core.slot_values import Event
 from shared.ids import FamilyName
 
 
-@dataclass(frozen=True, slots=True)
-class ForSlot:
+class ForSlot(msgspec.Struct, frozen=True):
     """An event of the slot machine, for this family's slot."""
 
     family: FamilyName
     event: Event
 
 
-@dataclass(frozen=True, slots=True)
-class ForLink:
+class ForLink(msgspec.Struct, frozen=True):
     """An event of the link machine."""
 
     event: link.LinkEvent
 
 
-@dataclass(frozen=True, slots=True)
-class ForPump:
+class ForPump(msgspec.Struct, frozen=True):
     """An event of the outbox pump."""
 
     event: pump.PumpEvent
 
 
-@dataclass(frozen=True, slots=True)
-class ForIntake:
+class ForIntake(msgspec.Struct, frozen=True):
     """An event of the intake machine."""
 
     event: intake.IntakeEvent
 
 
-@dataclass(frozen=True, slots=True)
-class MessageArrived:
+class MessageArrived(msgspec.Struct, frozen=True):
     """Bytes on one of the device's down topics; not yet trusted in anything."""
 
     topic: str
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReportDue:
+class ReportDue(msgspec.Struct, frozen=True):
     """Time to tell the hub the device's state."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeartbeatDue:
+class HeartbeatDue(msgspec.Struct, frozen=True):
     """Time to tell the hub the device's state although nothing may have changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReconcileDue:
+class ReconcileDue(msgspec.Struct, frozen=True):
     """Time to offer the accepted assignment's models to their slots again."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Noted:
+class Noted(msgspec.Struct, frozen=True, eq=False):
     """Something happened that the hub shall know: a class 0 record."""
 
     name: str
     detail: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Leave: say goodbye to the hub, stop the hosts, end."""
 
     reason: str

@@ -14,8 +14,9 @@ import logging
 import random
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from edge_agent import __version__
 from edge_agent.core import link, pump
@@ -58,8 +59,7 @@ _LEAF: Final[dict[RecordClass, topics.UpLeaf]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RunningDevice:
+class RunningDevice(msgspec.Struct, frozen=True):
     """Who speaks: the device, its profile's name, and how often it was started."""
 
     device: DeviceId

@@ -9,8 +9,9 @@ The `1` is the wire's major version. A device may publish below its own `up/` an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Literal, get_args
+
+import msgspec
 
 from shared.errors import InvalidValue, ProtocolViolation
 from shared.ids import DeviceId, parse_device_id
@@ -25,8 +26,7 @@ UP_LEAVES: Final[frozenset[str]] = frozenset(get_args(UpLeaf))
 DOWN_LEAVES: Final[frozenset[str]] = frozenset(get_args(DownLeaf))
 
 
-@dataclass(frozen=True, slots=True)
-class UpTopic:
+class UpTopic(msgspec.Struct, frozen=True):
     """Where a message from a device came in; `device` is vouched for by the broker, which confines topics."""
 
     device: DeviceId
