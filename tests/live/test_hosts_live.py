@@ -434,3 +434,4 @@ def test_a_host_that_was_taken_over_is_killed(tmp_path: Path, what: str) -> None
 
     lost = play(tmp_path, sign_classifier(), work, python=str(python))
     assert len(lost) == 1
+    assert "worked on one request" not in lost[0], "it was only noticed because it went on to say nothing"
