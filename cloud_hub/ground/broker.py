@@ -189,6 +189,8 @@ class Broker:
                 stderr=log,
                 # Away from the terminal: Ctrl-C is for the hub, which then ends its broker in order.
                 start_new_session=True,
+                # Without our environment: mosquitto would tell the service manager that *it* is ready.
+                env={},
             )
 
     def _open_log(self) -> IO[bytes]:

@@ -1,0 +1,144 @@
+"""The hub as a process: readiness, signals, kill -9, restarts, and clear words when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.ids import DeviceId
+from shared.wire import topics
+from shared.wire.envelope import encode_envelope
+from shared.wire.messages import Birth
+from tests.fakes.hub_parts import envelope_of
+from tests.fakes.hub_process import HubProcess, Line, is_alive, run_command, wait_until
+
+pytestmark = pytest.mark.live
+
+A = DeviceId("dev-a")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, mosquitto_path: str) -> Iterator[HubProcess]:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    hub = HubProcess(tmp_path, port=ports[0], broker_port=ports[1])
+    hub.init()
+    try:
+        yield hub
+    finally:
+        if hub.process is not None:
+            hub.stop(signal.SIGKILL)
+
+
+def test_it_says_when_it_is_ready_and_ends_in_order(hub: HubProcess, short_tmp: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short_tmp / "notify"))
+        manager.settimeout(20)
+        line = hub.start(env={"NOTIFY_SOCKET": str(short_tmp / "notify")})
+        assert line == f"hub ready: https://localhost:{hub.port} mqtts://localhost:{hub.broker_port}"
+        assert manager.recv(64) == b"READY=1"
+        assert hub.call("GET", "/readyz").status == 200
+        doctor = run_command("doctor", "--data", str(hub.data))
+        assert doctor.returncode == 0, doctor.stdout
+        assert "this hub answers" in doctor.stdout
+        (broker,) = hub.broker_pids()
+        assert hub.stop(signal.SIGTERM) == 0
+        assert manager.recv(64) == b"STOPPING=1"
+    assert not is_alive(broker)
+
+
+def test_ctrl_c_ends_it_too(hub: HubProcess) -> None:
+    hub.start()
+    assert hub.stop(signal.SIGINT) == 130
+    assert hub.broker_pids() == []
+
+
+def test_kill_9_leaves_no_broker_and_the_same_data_starts_again(hub: HubProcess) -> None:
+    hub.start()
+    device = hub.enrol(A)
+    line = Line(device)
+    assert line.connected.wait(20)
+    birth = Birth(boot=1, session=1, epoch="e" * 16, agent_version="1", profile="pi")
+    line.publish(topics.up(A, "birth"), encode_envelope(envelope_of(birth, device=A)))
+    wait_until(lambda: bool(hub.device(A)["online"]), "the birth")
+    (broker,) = hub.broker_pids()
+    os.kill(hub.pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(broker), "the broker's end after the hub's")
+    assert line.lost.wait(20)
+    line.abandon()
+    assert hub.stop() == -signal.SIGKILL
+
+    hub.start()
+    assert not hub.device(A)["online"]
+    again = Line(device)
+    assert again.connected.wait(20)
+    again.close()
+
+
+def test_the_broker_is_started_again_when_it_dies(hub: HubProcess) -> None:
+    hub.start()
+    (broker,) = hub.broker_pids()
+    os.kill(broker, signal.SIGKILL)
+    wait_until(lambda: hub.broker_pids() not in ([], [broker]), "another broker")
+    wait_until(lambda: hub.call("GET", "/readyz").status == 200, "the link to it")
+    assert "broker ended" in hub.log
+    device = hub.enrol(A)
+    line = Line(device)
+    assert line.connected.wait(20)
+    line.close()
+
+
+@pytest.mark.parametrize("which", ["listen", "broker"])
+def test_a_busy_port_is_named(hub: HubProcess, which: str) -> None:
+    port = hub.port if which == "listen" else hub.broker_port
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        done = run_command("serve", "--data", str(hub.data))
+    assert done.returncode == 78
+    assert f"port {port} on 127.0.0.1 is taken" in done.stderr
+    assert "code: config.port_busy" in done.stderr
+    assert f"{which}.port" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.broker_pids() == []
+
+
+def test_a_missing_broker_says_what_to_do(hub: HubProcess) -> None:
+    done = run_command("serve", "--data", str(hub.data), env={"OUTRIDER_HUB_BROKER__BINARY": "no-such-mosquitto"})
+    assert done.returncode == 78
+    assert "code: config.broker_missing" in done.stderr
+    assert "apt-get install mosquitto" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broker_that_does_not_start_is_told_with_its_last_words(hub: HubProcess) -> None:
+    done = run_command("serve", "--data", str(hub.data), env={"OUTRIDER_HUB_BROKER__BINARY": "/bin/false"})
+    assert done.returncode == 78
+    assert "code: config.broker_failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_new_names_get_new_certificates(hub: HubProcess) -> None:
+    before = (hub.data / "tls" / "server.pem").read_bytes()
+    hub.start(env={"OUTRIDER_HUB_PUBLIC__NAMES": "hub.example"})
+    assert (hub.data / "tls" / "server.pem").read_bytes() != before
+    assert hub.call("GET", "/healthz").status == 200
+    assert "certificates issued: tls/server.pem, broker/server.pem" in hub.log
+
+
+def test_an_old_database_names_the_command(hub: HubProcess) -> None:
+    import sqlite3
+
+    with sqlite3.connect(hub.data / "hub.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '0001_devices'")
+    database.close()
+    done = run_command("serve", "--data", str(hub.data))
+    assert done.returncode == 78
+    assert "outrider-hub migrate" in done.stderr
