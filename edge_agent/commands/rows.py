@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SUFFIXES: Final = (".npy", ".csv", ".json")
 MAX_TEXT_BYTES: Final = 256 * MIB
 
-_NUMPY_NAMES: Final = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
-
 
 def files_below(path: Path) -> list[Path]:
     """The file itself, or every readable file in the folder by name; raises InvalidValue when there is none."""
@@ -112,7 +110,9 @@ def _only_input(specs: Mapping[str, TensorSpec], wanted: str | None) -> str:
 def _fit(values: Any, spec: TensorSpec, path: Path) -> NDArray[Any]:
     import numpy as np
 
-    wanted = np.dtype(_NUMPY_NAMES.get(spec.dtype, spec.dtype))
+    from shared.tensors import numpy_dtype
+
+    wanted = numpy_dtype(spec.dtype)
     row_shape = spec.shape[1:]
     shown = f"{spec.dtype}{list(spec.shape)}".replace("-1", "any")
     try:
