@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, _interrupt)
     try:
         folder = claim(options.folder.resolve())
+        figures = options.json.resolve() if options.json is not None else None
+        os.chdir(folder.path)
     except FolderBusy as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tell = Teller([name for name, _, _ in STORY], logs=folder.logs)
     try:
         ok = _play(house, tell)
-        if options.json is not None:
-            tell.write_json(options.json)
+        if figures is not None:
+            tell.write_json(figures)
         if not options.check and ok:
             _stay(house)
         return 0 if ok else 1

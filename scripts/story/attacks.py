@@ -11,7 +11,7 @@ import sqlite3
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
@@ -61,7 +61,7 @@ def one_byte_changed(path: Path) -> Iterator[None]:
         path.chmod(mode)
 
 
-def publish_as_hub(cloud: Cloud, documents: dict[str, bytes]) -> None:
+def publish_as_hub(cloud: Cloud, documents: Mapping[str, Sequence[bytes]]) -> None:
     """Send assignments straight to the devices' topics, with the hub's own certificate."""
     broker = cloud.folder / "broker"
     client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="hub", protocol=mqtt.MQTTv5)
@@ -74,7 +74,8 @@ def publish_as_hub(cloud: Cloud, documents: dict[str, bytes]) -> None:
     client.loop_start()
     try:
         require(connected.wait(PUBLISHED_S), "somebody with the hub's certificate can reach the broker")
-        for device, document in documents.items():
+        pairs = [(device, document) for device, several in documents.items() for document in several]
+        for device, document in pairs:
             topic = topics.down(DeviceId(device), "assignment")
             sent = client.publish(topic, _envelope(device, document), qos=1)
             sent.wait_for_publish(PUBLISHED_S)
@@ -214,7 +215,7 @@ def _envelope(device: str, document: bytes) -> bytes:
     return encode_envelope(
         Envelope(
             v=WIRE_VERSION,
-            id=hashlib.sha256(f"{device}{now_ms}".encode()).hexdigest()[:16],
+            id=hashlib.sha256(document).hexdigest()[:16],
             kind=KIND_OF[Assign],
             device=device,
             boot=0,

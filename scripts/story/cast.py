@@ -23,13 +23,17 @@ PROFILES: Final = ("x86-gateway", "pi4", "pi5")
 """One device per profile, named like it."""
 
 AGENT_TOML: Final = """\
-# The demo's device: its profile, and a trial period short enough to watch.
+# The demo's device: its profile, and a trial short enough to watch.
 profile = "{profile}"
+
+[door]
+path = "{door}"
 
 [probation]
 duration_ms = 1500
 """
 
+MAX_SOCKET_PATH_CHARS: Final = 100
 HUB_UP_S: Final = 30.0
 AGENT_UP_S: Final = 20.0
 ONLINE_S: Final = 20.0
@@ -156,8 +160,9 @@ class Device:
 
     @property
     def door(self) -> Path:
-        """The socket that applications use."""
-        return self.state / "door.sock"
+        """The socket that applications use; relative to the demo's folder where the whole path is too long for one."""
+        path = self.state / "door.sock"
+        return path if len(str(path)) <= MAX_SOCKET_PATH_CHARS else path.relative_to(self.stage.folder.path)
 
     def enrol(self, token: str) -> None:
         """Trade the token for an identity, and say which kind of device this is."""
@@ -165,7 +170,8 @@ class Device:
             "outrider-agent", "enroll", token,
             "--state", str(self.state), "--name", self.name, "--profile", self.profile,
         )  # fmt: skip
-        (self.state / "agent.toml").write_text(AGENT_TOML.format(profile=self.profile), encoding="utf-8")
+        settings = AGENT_TOML.format(profile=self.profile, door=self.door)
+        (self.state / "agent.toml").write_text(settings, encoding="utf-8")
 
     def start(self) -> None:
         """Start the agent and wait until its door is open."""

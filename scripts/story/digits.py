@@ -81,13 +81,16 @@ def train(parts: Split, *, seed: int, hidden: tuple[int, ...] = (256, 128)) -> T
     """Train a multi-layer perceptron and export it; the seed decides start values and the order of samples."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     network = MLPClassifier(hidden_layer_sizes=hidden, max_iter=60, alpha=1e-3, random_state=seed)
     with warnings.catch_warnings():
         # The number of passes is bounded on purpose; the held-back accuracy says whether it was enough.
         warnings.simplefilter("ignore", ConvergenceWarning)
         seen = shifted(parts.train)
-        network.fit(seen.pixels * SCALE, seen.labels)
+        # Matrices this small gain nothing from threads, and lose much where other processes want the cores.
+        with threadpool_limits(limits=1):
+            network.fit(seen.pixels * SCALE, seen.labels)
     accuracy = float(network.score(parts.held_back.pixels * SCALE, parts.held_back.labels))
     return Trained(onnx=export(network), accuracy=accuracy)
 
