@@ -20,7 +20,7 @@ from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.commands.tokens import actor
 from cloud_hub.config import HubConfig, check_host
-from cloud_hub.ground import audit, ca, migrate, transport
+from cloud_hub.ground import audit, broker, ca, migrate, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.auth import IssuedToken, Role, issue_api_token
 from cloud_hub.ground.database import Database
@@ -131,6 +131,12 @@ def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:
     draft.rename(data)
     (data / _COMPLETE).unlink()
     files.sync(data.parent)
+    # Its paths are absolute, so it is written in place. A managed start writes it again, an external broker takes it.
+    broker.write_files(
+        broker.BrokerSettings(
+            folder=config.folder.broker, host=config.broker.host, port=config.broker.port, binary=config.broker.binary
+        )
+    )
 
 
 def _furnish(config: HubConfig, folder: DataFolder, keys: Path, *, now_ms: int) -> None:

@@ -144,11 +144,15 @@ class HubProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-        if self.reader is not None and self.process.stdout is not None:
-            self.reader.join(WAIT_S)
-            self.process.stdout.close()
+        self.release()
         wait_until(lambda: not self.broker_pids(), "the broker's end")
         return status
+
+    def release(self) -> None:
+        """Close the pipe of a process that has ended."""
+        if self.reader is not None and self.process is not None and self.process.stdout is not None:
+            self.reader.join(WAIT_S)
+            self.process.stdout.close()
 
     def context(self) -> ssl.SSLContext:
         """TLS that trusts this hub's CA only."""

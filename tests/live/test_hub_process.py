@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +124,50 @@ def test_a_broker_that_does_not_start_is_told_with_its_last_words(hub: HubProces
     assert done.returncode == 78
     assert "code: config.broker_failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_external_broker_outlives_the_hub(hub: HubProcess, mosquitto_path: str) -> None:
+    config = hub.data / "broker" / "mosquitto.conf"
+    external = {"OUTRIDER_HUB_BROKER__MODE": "external", "OUTRIDER_HUB_BROKER__HOST": "localhost"}
+    with (hub.folder / "broker.log").open("wb") as log:
+        broker = subprocess.Popen([mosquitto_path, "-c", str(config)], stdout=log, stderr=log)
+    try:
+        hub.start(env=external)
+        device = hub.enrol(A)
+        line = Line(device)
+        assert line.connected.wait(20)
+        assert hub.process is not None
+        hub.process.terminate()
+        assert hub.process.wait(timeout=20) == 0
+        birth = Birth(boot=1, session=1, epoch="e" * 16, agent_version="1", profile="pi")
+        line.publish(topics.up(A, "birth"), encode_envelope(envelope_of(birth, device=A)))
+        assert not line.lost.is_set()
+        # The broker kept the birth for the hub's session, so the next hub hears it.
+        hub.release()
+        hub.start(env=external)
+        wait_until(lambda: bool(hub.device(A)["online"]), "the birth that came meanwhile")
+        line.close()
+        hub.process.terminate()
+        assert hub.process.wait(timeout=20) == 0
+    finally:
+        broker.terminate()
+        broker.wait(timeout=20)
+
+
+def test_the_interface_is_described(hub: HubProcess) -> None:
+    hub.start()
+    document = hub.call("GET", "/openapi.json").body
+    operations = {operation["operationId"] for path in document["paths"].values() for operation in path.values()}
+    assert {
+        "enroll",
+        "create_token",
+        "list_devices",
+        "put_blob",
+        "publish_release",
+        "whoami",
+        "list_audit",
+    } <= operations
+    assert len(operations) == sum(len(path) for path in document["paths"].values())
 
 
 def test_new_names_get_new_certificates(hub: HubProcess) -> None:

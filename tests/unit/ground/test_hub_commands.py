@@ -60,9 +60,18 @@ def test_init_makes_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert token_file.read_text().strip() == made["token"]
     assert token_file.stat().st_mode & 0o777 == 0o600
     assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
-    assert {"hub.db", "hub.toml", "ca/ca.key", "keys/snapshot.key", "broker/hub.pem", "tls/server.pem"} <= files(
-        tmp_path / "data"
-    )
+    expected = {
+        "hub.db",
+        "hub.toml",
+        "ca/ca.key",
+        "keys/snapshot.key",
+        "broker/hub.pem",
+        "tls/server.pem",
+        "broker/acl",
+    }
+    assert expected <= files(tmp_path / "data")
+    broker_file = (tmp_path / "data" / "broker" / "mosquitto.conf").read_text()
+    assert f"cafile {tmp_path}/data/broker/ca.pem" in broker_file
     assert not files(tmp_path / "data") & {"root.key", "keys/root.key", "keys/targets.key", "keys/release.key"}
     assert actions(tmp_path) == ["hub.created", "repository.founded", "token.created"]
     assert made["token"] not in (tmp_path / "data" / "hub.db").read_bytes().decode("latin-1")
