@@ -169,7 +169,7 @@ def _refusal(hub_url: str, status: int, data: bytes) -> OutriderError:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         problem = _Problem()
     message = f"the hub at {hub_url} refused: {problem.detail or f'HTTP {status}'}"
-    hint = problem.hint or "ask for a new token: `outrider-hub token create`"
+    hint = problem.hint or "ask for a new token: `outrider-hub token create --kind join`"
     if status == 429 or status >= 500:
         return Unreachable(message, code=problem.code or None, hint=problem.hint or "try again later")
     return TransferRefused(message, code=problem.code or None, hint=hint)

@@ -62,7 +62,7 @@ def load_identity(state_dir: Path) -> Identity:
         raise ConfigError(
             f"this device is not enrolled: {folder / 'identity.json'} is not there",
             code="config.not_enrolled",
-            hint="ask for a join token (`outrider-hub token create`) and run `outrider-agent enroll TOKEN`",
+            hint="ask for a join token (`outrider-hub token create --kind join`) and run `outrider-agent enroll TOKEN`",
         ) from error
     except OSError as error:
         raise ConfigError(
