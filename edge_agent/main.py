@@ -32,7 +32,7 @@ from edge_agent.adapters.vitals import Vitals
 from edge_agent.config import AgentConfig
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.events import MessageArrived, Noted, Stop
-from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -61,11 +61,11 @@ async def run(config: AgentConfig) -> int:
         database = await Database.open(config.database_path, clock=clock)
         try:
             async with asyncio.TaskGroup() as group:
-                agent, door, inbox, works = await _compose(config, identity, profile, clock, database, group)
+                agent, door, loop = await _compose(config, identity, profile, clock, database, group)
                 try:
-                    reason = await _live(agent, door, inbox, identity, profile)
+                    reason = await _live(agent, door, loop.inbox, identity, profile)
                 finally:
-                    works.cancel_all()
+                    loop.end()
         finally:
             await database.close()
     return 130 if reason == "SIGINT" else 0
@@ -90,15 +90,14 @@ async def _compose(
     clock: SystemClock,
     database: Database,
     group: asyncio.TaskGroup,
-) -> tuple[Agent, Door, Inbox, Works]:
+) -> tuple[Agent, Door, Loop]:
     def report() -> None:
         uplink.report_soon()
 
     def lost(reason: str) -> None:
         uplink.lost(reason)
 
-    inbox = Inbox()
-    works, timers = Works(group), Timers(inbox)
+    loop = Loop(group)
     ledger = SqliteLedger(database)
     outbox = await SqliteOutbox.open(database, limit_bytes=profile.disk.queue_bytes)
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
@@ -108,32 +107,26 @@ async def _compose(
     models = Models(
         profile=profile,
         runtimes=runtimes.installed(),
-        inbox=inbox,
-        works=works,
-        timers=timers,
+        loop=loop,
         ledger=ledger,
         shelf=FileShelf(config.state_dir),
         fetcher=fetcher,
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
-        note=lambda name, detail: inbox.post(Noted(name, detail)),
+        note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
     )
     uplink = Uplink(
         running=running,
         clock=clock,
-        inbox=inbox,
-        works=works,
-        timers=timers,
-        courier=_courier(config, identity, inbox, lost),
+        loop=loop,
+        courier=_courier(config, identity, loop.inbox, lost),
         outbox=outbox,
         models=models.running,
     )
-    service = Service(running=running, clock=clock, inbox=inbox, models=models, uplink=uplink, outbox=outbox)
+    service = Service(running=running, clock=clock, loop=loop, models=models, uplink=uplink, outbox=outbox)
     agent = Agent(
         clock=clock,
-        inbox=inbox,
-        works=works,
-        timers=timers,
+        loop=loop,
         ledger=ledger,
         verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
         models=models,
@@ -143,7 +136,7 @@ async def _compose(
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,
     )
-    return agent, Door(path=config.door_path, handle=service.handle, tasks=group), inbox, works
+    return agent, Door(path=config.door_path, handle=service.handle, tasks=group), loop
 
 
 def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Callable[[str], None]) -> MqttCourier:

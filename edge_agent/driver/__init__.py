@@ -1,7 +1,8 @@
 """Carries out what the core decides: one inbox, one writer of state, every task and timer owned.
 
     loop.py      the inbox, the tasks and the timers; what starts and stops
-    models.py    slots: saves their state, then fetches, verifies, starts and switches hosts
+    models.py    slots: saves their state, then fetches, verifies, and says which host answers
+    hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
     uplink.py    the link, the outbox's pump, birth, reports and assignments
     service.py   what the door asks: answers, feedback, readings, status
     events.py    what the parts say to each other through the inbox

@@ -27,7 +27,7 @@ from edge_agent.driver.events import (
     ReportDue,
     Stop,
 )
-from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import Uplink
@@ -50,9 +50,7 @@ class Agent:
         self,
         *,
         clock: Clock,
-        inbox: Inbox,
-        works: Works,
-        timers: Timers,
+        loop: Loop,
         ledger: Ledger,
         verifier: Verifier,
         models: Models,
@@ -63,9 +61,8 @@ class Agent:
         vitals_ms: int,
     ) -> None:
         self._clock = clock
-        self._inbox = inbox
-        self._works = works
-        self._timers = timers
+        self._loop = loop
+        self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
         self._verifier = verifier
         self._models = models
@@ -95,8 +92,7 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
-        self._timers.stop_all()
-        self._works.cancel_all()
+        self._loop.end()
         await self._service.record_rest()
         await self._uplink.say_goodbye()
         await self._models.stop()

@@ -92,3 +92,18 @@ class Timers:
     def _fire(self, name: Hashable, event: Inward) -> None:
         self._handles.pop(name, None)
         self._inbox.post(event)
+
+
+class Loop:
+    """The inbox, the tasks and the timers of one agent."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        """Tasks belong to this group."""
+        self.inbox = Inbox()
+        self.works = Works(group)
+        self.timers = Timers(self.inbox)
+
+    def end(self) -> None:
+        """Forget every timer and cancel every task."""
+        self.timers.stop_all()
+        self.works.cancel_all()

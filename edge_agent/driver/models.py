@@ -28,9 +28,6 @@ from edge_agent.core.slot_values import (
     FilesBad,
     FilesHere,
     FilesVerified,
-    HostFailed,
-    HostReady,
-    Installed,
     Note,
     Offered,
     Phase,
@@ -53,9 +50,10 @@ from edge_agent.core.slot_values import (
 )
 from edge_agent.core.variants import Misfit, choose
 from edge_agent.driver.events import ForSlot
-from edge_agent.driver.loop import Inbox, Timers, Works
-from edge_agent.ports import Fetcher, Hosts, Ledger, ModelHost, Shelf
-from shared.errors import HostLost, OutriderError, StorageError, TransferCorrupt, TransferError
+from edge_agent.driver.hosting import Hosting
+from edge_agent.driver.loop import Loop
+from edge_agent.ports import Fetcher, Hosts, Ledger, Shelf
+from shared.errors import OutriderError, StorageError, TransferCorrupt, TransferError
 from shared.ids import FamilyName
 from shared.inference import ModelState
 from shared.model import FileRef
@@ -74,9 +72,7 @@ class Models:
         *,
         profile: DeviceProfile,
         runtimes: frozenset[str],
-        inbox: Inbox,
-        works: Works,
-        timers: Timers,
+        loop: Loop,
         ledger: Ledger,
         shelf: Shelf,
         fetcher: Fetcher,
@@ -86,17 +82,14 @@ class Models:
     ) -> None:
         self._profile = profile
         self._runtimes = runtimes
-        self._inbox = inbox
-        self._works = works
-        self._timers = timers
+        self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
         self._shelf = shelf
         self._fetcher = fetcher
-        self._starter = hosts
+        self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
         self._note = note
         self._report = report
         self._slots: dict[FamilyName, Slot] = {}
-        self._hosts: dict[str, ModelHost] = {}
         self._routes: dict[str, Route] = {}
         self._targets: dict[FamilyName, str | None] = {}
         self._warm_up_queue: list[tuple[FamilyName, str]] = []
@@ -106,10 +99,6 @@ class Models:
     def routes(self) -> dict[str, Route]:
         """Where each family's requests go."""
         return self._routes
-
-    def host(self, key: str) -> ModelHost | None:
-        """The host of this release, while it is up."""
-        return self._hosts.get(key)
 
     def families(self) -> tuple[FamilyName, ...]:
         """Every family that the device has a slot for."""
@@ -126,10 +115,6 @@ class Models:
     def states(self) -> tuple[ModelState, ...]:
         """Every slot as the door describes it."""
         return tuple(health.model_state(slot, self._answering(slot)) for _, slot in sorted(self._slots.items()))
-
-    def host_pids(self) -> dict[str, int]:
-        """Process ids of the model hosts by release key."""
-        return {key: host.pid for key, host in self._hosts.items()}
 
     # What happens
 
@@ -178,10 +163,8 @@ class Models:
 
     async def stop(self) -> None:
         """End every host."""
-        hosts, self._hosts = list(self._hosts.values()), {}
         self._routes.clear()
-        for host in hosts:
-            await host.stop()
+        await self.hosting.stop_all()
 
     # Effects
 
@@ -196,13 +179,14 @@ class Models:
             case CancelWork(key):
                 self._cancel(family, key)
             case StartHost(release):
-                self._start_host(family, release)
+                self.hosting.start(family, release)
             case StopHost(key):
-                self._stop_host(family, key)
+                self.hosting.stop(family, key)
             case SwitchTo(key):
-                self._switch(family, key)
+                self._targets[family] = key
+                self._route(family)
             case Probe(key, count):
-                self._works.start(("probe", key), self._probe(family, key, count))
+                self.hosting.probe(family, key, count)
             case StartTimer(timer, delay_ms):
                 self._timers.start((family, timer), delay_ms, ForSlot(family, timer_event(timer)))
             case StopTimer(timer):
@@ -236,7 +220,7 @@ class Models:
     def _cancel(self, family: FamilyName, key: str) -> None:
         self._works.cancel(("fetch", family))
         self._works.cancel(("verify", family))
-        self._works.cancel(("probe", key))
+        self.hosting.cancel_probes(key)
         self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
 
     def _admit_warm_up(self) -> None:
@@ -244,88 +228,15 @@ class Models:
             family, key = self._warm_up_queue.pop(0)
             self._inbox.post(ForSlot(family, WarmUpAllowed(key)))
 
-    def _start_host(self, family: FamilyName, release: Installed) -> None:
-        if release.key in self._hosts:
-            self._inbox.post(ForSlot(family, HostReady(release.key)))
-        elif not self._works.running(("host", release.key)):
-            self._works.start(("host", release.key), self._bring_up(family, release))
-
-    async def _bring_up(self, family: FamilyName, release: Installed) -> None:
-        key = release.key
-        model_fd = golden_fd = -1
-        try:
-            model_fd = await asyncio.to_thread(self._shelf.open, release.served.file)
-            golden_fd = await asyncio.to_thread(self._shelf.open, release.manifest.golden.file)
-            fds, model_fd, golden_fd = (model_fd, golden_fd), -1, -1
-            host, ready = await self._starter.start(
-                manifest=release.manifest,
-                variant=release.served,
-                model_fd=fds[0],
-                golden_fd=fds[1],
-                on_lost=lambda reason: self._lost(family, key, reason),
-            )
-        except (TransferCorrupt, StorageError) as error:
-            self._inbox.post(ForSlot(family, FilesBad(key=key, code=error.code, message=error.message)))
-            return
-        except OutriderError as error:
-            failed = HostFailed(key=key, code=error.code, message=error.message, retry=error.retry)
-            self._inbox.post(ForSlot(family, failed))
-            return
-        finally:
-            for descriptor in (model_fd, golden_fd):
-                if descriptor >= 0:
-                    os.close(descriptor)
-        logger.info(
-            "model host ready",
-            extra={"family": family, "version": release.manifest.version, "load_ms": ready.load_ms},
-        )
-        self._hosts[key] = host
-        self._route(family)
-        self._inbox.post(ForSlot(family, HostReady(key)))
-
-    def _lost(self, family: FamilyName, key: str, reason: str) -> None:
-        self._hosts.pop(key, None)
-        self._route(family)
-        logger.warning("model host lost", extra={"family": family, "reason": reason})
-        self._inbox.post(ForSlot(family, HostFailed(key=key, code="model.host_lost", message=reason, retry=True)))
-
-    def _stop_host(self, family: FamilyName, key: str) -> None:
-        self._works.cancel(("host", key))
-        host = self._hosts.pop(key, None)
-        if host is not None:
-            self._route(family)
-            self._works.start(("stop", key, host.pid), host.stop())
-
-    def _switch(self, family: FamilyName, key: str | None) -> None:
-        self._targets[family] = key
-        self._route(family)
-
     def _route(self, family: FamilyName) -> None:
         """Recompute one route; cheap for requests to read, so it is kept rather than derived for each of them."""
         slot, key = self._slots[family], self._targets.get(family)
         release = next((r for r in (slot.candidate, slot.active) if r is not None and r.key == key), None)
-        self._routes[family] = Route(release=release, up=key in self._hosts)
+        self._routes[family] = Route(release=release, up=self.hosting.get(key) is not None)
 
     def _answering(self, slot: Slot) -> str | None:
         key = self._targets.get(slot.family)
-        return key if key in self._hosts else None
-
-    async def _probe(self, family: FamilyName, key: str, count: int) -> None:
-        for _ in range(count):
-            host = self._hosts.get(key)
-            if host is None:
-                return
-            try:
-                good = await host.probe()
-            except HostLost:
-                return  # told by on_lost
-            except OutriderError as error:
-                self.answer_bad(family, key, error)
-                continue
-            if good:
-                self.answer_good(family, key)
-            else:
-                self.answer_bad(family, key, OutriderError("a golden sample got another answer", code="model.golden"))
+        return key if self.hosting.get(key) is not None else None
 
     def answer_good(self, family: FamilyName, key: str) -> None:
         """A host answered. Posted only where it counts: in a settled slot it would be work for nothing."""

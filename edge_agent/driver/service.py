@@ -20,7 +20,7 @@ from edge_agent.core import link, serving
 from edge_agent.core.slot_values import Installed, OperatorRollback
 from edge_agent.core.slots import can_roll_back
 from edge_agent.driver.events import ForLink, ForSlot
-from edge_agent.driver.loop import Inbox
+from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer, ModelHost, Outbox
@@ -59,11 +59,11 @@ class Service:
     """Answers the door."""
 
     def __init__(
-        self, *, running: RunningDevice, clock: Clock, inbox: Inbox, models: Models, uplink: Uplink, outbox: Outbox
+        self, *, running: RunningDevice, clock: Clock, loop: Loop, models: Models, uplink: Uplink, outbox: Outbox
     ) -> None:
         self._running = running
         self._clock = clock
-        self._inbox = inbox
+        self._inbox = loop.inbox
         self._models = models
         self._uplink = uplink
         self._outbox = outbox
@@ -99,7 +99,7 @@ class Service:
         loop = asyncio.get_running_loop()
         began = loop.time()
         admitted = serving.admit(request, routes=self._models.routes(), waiting=self._waiting)
-        host = self._models.host(admitted.key) if isinstance(admitted, Installed) else None
+        host = self._models.hosting.get(admitted.key) if isinstance(admitted, Installed) else None
         if isinstance(admitted, Refusal) or host is None:
             self._refused += 1
             return (admitted, []) if isinstance(admitted, Refusal) else (_just_ended(request), [])
@@ -217,7 +217,7 @@ class Service:
             assignment_version=self._uplink.assignment_version,
             answered=self._answered,
             refused=self._refused,
-            hosts=self._models.host_pids(),
+            hosts=self._models.hosting.pids(),
         )
 
     async def _control(self, request: Control) -> Reply:

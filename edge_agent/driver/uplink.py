@@ -23,7 +23,7 @@ from edge_agent.core import link, pump
 from edge_agent.core.intake import Arrived
 from edge_agent.core.slot_values import Note
 from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue
-from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.loop import Loop
 from edge_agent.ports import Courier, Outbox
 from shared.clock import Clock
 from shared.errors import ProtocolViolation, StorageError, TransferError
@@ -75,18 +75,14 @@ class Uplink:
         *,
         running: RunningDevice,
         clock: Clock,
-        inbox: Inbox,
-        works: Works,
-        timers: Timers,
+        loop: Loop,
         courier: Courier,
         outbox: Outbox,
         models: Callable[[], tuple[RunningModel, ...]],
     ) -> None:
         self._running = running
         self._clock = clock
-        self._inbox = inbox
-        self._works = works
-        self._timers = timers
+        self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._courier = courier
         self._outbox = outbox
         self._models = models

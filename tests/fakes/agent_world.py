@@ -12,7 +12,7 @@ import msgspec
 from edge_agent.core.intake import Arrived
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
-from edge_agent.driver.loop import Inbox, Timers, Works
+from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -219,25 +219,24 @@ class AgentWorld:
         asyncio.run(self._life(story, clean=clean))
 
     async def _life(self, story: Callable[[], Coroutine[Any, Any, None]], *, clean: bool) -> None:
-        self.inbox = Inbox()
         async with asyncio.TaskGroup() as group:
-            works, timers = Works(group), Timers(self.inbox)
-            await self._compose(works, timers)
+            loop = Loop(group)
+            self.inbox = loop.inbox
+            await self._compose(loop)
             await self.agent.start()
-            loop = group.create_task(self.agent.run())
+            running = group.create_task(self.agent.run())
             async with asyncio.timeout(20):
                 await story()
             if clean:
                 self.inbox.post(Stop("test"))
-                await loop
+                await running
                 await self.agent.stop()
             else:
-                loop.cancel()
-                timers.stop_all()
-                works.cancel_all()
+                running.cancel()
+                loop.end()
                 self.broker.clients.clear()
 
-    async def _compose(self, works: Works, timers: Timers) -> None:
+    async def _compose(self, loop: Loop) -> None:
         running = RunningDevice(device=DEVICE, profile="test", boot=await self.ledger.next_boot())
         inbox = self.inbox
         courier = FakeCourier(
@@ -249,9 +248,7 @@ class AgentWorld:
         self.models = Models(
             profile=self.profile,
             runtimes=frozenset({"onnx"}),
-            inbox=inbox,
-            works=works,
-            timers=timers,
+            loop=loop,
             ledger=self.ledger,
             shelf=self.shelf,
             fetcher=self.fetcher,
@@ -262,9 +259,7 @@ class AgentWorld:
         self.uplink = Uplink(
             running=running,
             clock=self.clock,
-            inbox=inbox,
-            works=works,
-            timers=timers,
+            loop=loop,
             courier=courier,
             outbox=self.outbox,
             models=self.models.running,
@@ -272,16 +267,14 @@ class AgentWorld:
         self.service = Service(
             running=running,
             clock=self.clock,
-            inbox=inbox,
+            loop=loop,
             models=self.models,
             uplink=self.uplink,
             outbox=self.outbox,
         )
         self.agent = Agent(
             clock=self.clock,
-            inbox=inbox,
-            works=works,
-            timers=timers,
+            loop=loop,
             ledger=self.ledger,
             verifier=self.verifier,
             models=self.models,
