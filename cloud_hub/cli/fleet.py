@@ -92,6 +92,8 @@ def audit(arguments: argparse.Namespace) -> Exit:
 def _show_device(document: Document) -> None:
     device = read(document, Device, what="device")
     reported = device.reported or Reported()
+    age = screen.ago(device.reported_ms, now_ms=SystemClock().wall_ms())
+    told = f"reported {age} ago" if device.reported_ms else "nothing reported yet"
     pairs = [
         ("device", device.id),
         ("profile", device.profile),
@@ -101,7 +103,7 @@ def _show_device(document: Document) -> None:
         ("agent", device.agent_version or "-"),
         ("labels", labels(device) or "-"),
         ("assignment", str(device.assignment_version)),
-        ("queue", f"{reported.queue_records} records, {screen.size(reported.queue_bytes)}"),
+        ("queue", f"{reported.queue_records} records, {screen.size(reported.queue_bytes)} ({told})"),
     ]
     pairs += [("model", running(model)) for model in reported.models]
     print(screen.fields(pairs))

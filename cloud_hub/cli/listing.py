@@ -40,6 +40,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     agent_version: str = ""
     assignment_version: int = 0
     labels: dict[str, str] = {}
+    reported_ms: int | None = None
     reported: Reported | None = None
 
 

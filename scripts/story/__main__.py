@@ -89,6 +89,7 @@ def _stay(house: House) -> None:
     outrider = ROOT / ".venv" / "bin" / "outrider"
     agent = ROOT / ".venv" / "bin" / "outrider-agent"
     device = house.devices[0]
+    place = "" if device.door.is_absolute() else f"cd {folder.path} && "
     print(
         f"""
 The hub stays up at {house.cloud.url}; its token is in {folder.operator / "admin.token"}.
@@ -100,7 +101,7 @@ Try, in another terminal:
   {outrider} model show {FAMILY}/{house.served}
   {outrider} release ls
   {outrider} audit
-  {agent} status --state {device.state}
+  {place}{agent} status --state {device.state}
 
 Ctrl-C ends everything; {folder.path} keeps the logs.""",
         flush=True,

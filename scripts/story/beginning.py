@@ -25,22 +25,25 @@ LEAST_AGREEMENT: Final = 0.95
 def enrol(house: House, tell: Teller) -> Mapping[str, Figure]:
     """Make the hub, log in, and bring three devices in with one-time tokens."""
     cloud, stage, folder = house.cloud, house.stage, house.folder
-    token_file = folder.operator / "admin.token"
-    made = cloud.init(token_file)
+    admin = folder.operator / "admin.token"
+    made = cloud.init(admin)
     cloud.start()
     tell.say(
         f"The hub made its own certificate authority and its keys, and answers on {cloud.url}; a real MQTT broker "
         f"(mosquitto) runs beside it on port {cloud.broker_port}. The keys that sign releases lie in another folder, "
         "as they would on the operator's own machine: the hub never has them."
     )
-    house.operator.run("login", cloud.url, "--token-file", str(token_file), "--fingerprint", made["ca_fingerprint"])
+    house.operator.run("login", cloud.url, "--token-file", str(admin), "--fingerprint", made["ca_fingerprint"])
+    token_file = folder.operator / "join.token"
     for device in house.devices:
-        token = json.loads(
-            stage.run("outrider-hub", "token", "create", "--data", str(cloud.folder), "--kind", "join", "--json").out
-        )["token"]
-        device.enrol(token)
+        made_token = stage.run(
+            "outrider-hub", "token", "create", "--data", str(cloud.folder), "--kind", "join", "--json"
+        ).out
+        token_file.write_text(json.loads(made_token)["token"], encoding="ascii")
+        device.enrol(token_file)
+    thief = folder.device("thief")
     spent = stage.run(
-        "outrider-agent", "enroll", token, "--state", str(folder.device("thief")), "--name", "thief", status=None
+        "outrider-agent", "enroll", f"@{token_file}", "--state", str(thief), "--name", "thief", status=None
     )
     require(spent.status != 0, "a join token that was used once is refused the second time")
     for device in house.devices:

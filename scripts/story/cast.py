@@ -164,14 +164,12 @@ class Device:
         path = self.state / "door.sock"
         return path if len(str(path)) <= MAX_SOCKET_PATH_CHARS else path.relative_to(self.stage.folder.path)
 
-    def enrol(self, token: str) -> None:
-        """Trade the token for an identity, and say which kind of device this is."""
-        self.stage.run(
-            "outrider-agent", "enroll", token,
-            "--state", str(self.state), "--name", self.name, "--profile", self.profile,
-        )  # fmt: skip
+    def enrol(self, token_file: Path) -> None:
+        """Say which kind of device this is, and trade the token for an identity."""
+        self.state.mkdir(mode=0o700)
         settings = AGENT_TOML.format(profile=self.profile, door=self.door)
         (self.state / "agent.toml").write_text(settings, encoding="utf-8")
+        self.stage.run("outrider-agent", "enroll", f"@{token_file}", "--state", str(self.state), "--name", self.name)
 
     def start(self) -> None:
         """Start the agent and wait until its door is open."""
