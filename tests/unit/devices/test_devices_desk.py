@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from cloud_hub.devices import tables
 from cloud_hub.devices.desk import Desk, Enrolled
 from cloud_hub.ground import audit
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
@@ -131,6 +133,17 @@ def test_fifty_at_once_with_one_token_and_one_gets_in(room: Room) -> None:
     assert sum(isinstance(result, Enrolled) for result in results) == 1
     assert codes == ["enrol.token_spent"] * 49
     assert len(asyncio.run(room.desk.list())) == 1
+
+
+def test_spending_is_one_statement_that_counts_by_itself(room: Room) -> None:
+    digest = hashlib.sha256(decode_join_token(room.token(uses=2)).secret).hexdigest()
+    now_ms = room.clock.wall_ms()
+
+    def spend(at_ms: int) -> bool:
+        return room.database.write_now(lambda conn: tables.spend_grant(conn, digest, now_ms=at_ms))
+
+    assert not spend(now_ms + HOUR_MS)
+    assert [spend(now_ms) for _ in range(3)] == [True, True, False]
 
 
 def test_a_token_for_three_admits_three(room: Room) -> None:
