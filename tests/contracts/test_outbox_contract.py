@@ -276,6 +276,20 @@ def test_telemetry_never_displaces_outcomes_and_events_displace_both(play: Play)
     play(story, limit_bytes=10_000)
 
 
+def test_telemetry_is_refused_where_only_outcomes_could_make_room(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        for number in range(100):
+            await outbox.put(at_ms=1, body=event(str(number)))
+        while outbox.depth().bytes + 100 < 10_000:
+            await outbox.put(at_ms=1, body=Outcome(request="r", correct=True))
+        before = outbox.depth()
+        with pytest.raises(StorageFull):
+            await outbox.put(at_ms=1, body=Reading(name="n" * 150, value=1))
+        assert outbox.depth() == before
+
+    play(story, limit_bytes=10_000)
+
+
 def test_events_are_kept_to_the_last_and_then_refused(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
         stored = 0

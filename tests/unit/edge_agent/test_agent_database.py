@@ -86,6 +86,8 @@ def test_a_cancelled_caller_leaves_the_depth_exact(tmp_path: Path) -> None:
             task = tasks.create_task(outbox.put(at_ms=1, body=Reading(name="x", value=1)))
             await asyncio.sleep(0)
             task.cancel()
+        await database.write(lambda _: None)
+        assert outbox.depth().records[RecordClass.TELEMETRY] == 1
         await outbox.put(at_ms=2, body=Reading(name="x", value=2))
         batch = await outbox.next_batch(RecordClass.TELEMETRY)
         assert batch is not None
