@@ -28,12 +28,14 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         manifest: the manifest's text, byte for byte.
         files: all files of the release, the manifest first.
+        root: the newest root of the hub.
         targets: the current top-level targets metadata, as signed.
         role: the current metadata of `models/<family>`, None before the family's first release.
     """
 
     manifest: str
     files: tuple[FileRef, ...]
+    root: str
     targets: str
     role: str | None = None
 

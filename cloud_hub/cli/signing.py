@@ -69,6 +69,7 @@ def sign(arguments: argparse.Namespace) -> Exit:
         _ask()
     role = _role(inspected, family, release_key=release_key, now_ms=now_ms, days=arguments.expires_days)
     bundle = Bundle(family=family, version=version, role=role, targets=targets)
+    _rehearse(inspected, family, bundle, now_ms=now_ms)
     _write(out, bundle)
     if arguments.json:
         screen.show_json({**inspected.summary(), "bundle": str(out), "new_family": targets is not None})
@@ -133,6 +134,20 @@ def _role(inspected: Inspected, family: FamilyName, *, release_key: CryptoSigner
         _require_own(before, release_key.public_key, what=name)
     role = repository.add_release(before, inspected.manifest, inspected.proposal.files, now_ms=now_ms, days=days)
     return repository.sign(role, release_key).decode()
+
+
+def _rehearse(inspected: Inspected, family: FamilyName, bundle: Bundle, *, now_ms: int) -> None:
+    """Check the bundle as the hub will, so that keys of another hub are noticed here."""
+    proposal = inspected.proposal
+    repository.check_publication(
+        proposal.root.encode(),
+        family=family,
+        current_targets=proposal.targets.encode(),
+        current_role=None if proposal.role is None else proposal.role.encode(),
+        targets=None if bundle.targets is None else bundle.targets.encode(),
+        role=bundle.role.encode(),
+        now_ms=now_ms,
+    )
 
 
 def _require_own(metadata: Metadata[Targets], key: Key, *, what: str) -> None:

@@ -29,11 +29,10 @@ def kill_agent(house: House, tell: Teller) -> Mapping[str, Figure]:
     hosts = device.host_pids()
     require(hosts, f"{device.name} has a model host")
     with _hub_asleep(house):
-        burst = Burst(device, house.held_back, title="killed")
-        burst.start()
-        until(f"{device.name} is in mid-work", lambda: burst.asked >= BURST, seconds=BURST_S)
-        device.stage.kill(device.name)
-        burst.stop()
+        with Burst(device, house.held_back, title="killed") as burst:
+            until(f"{device.name} is in mid-work", partial(_has_asked, burst, BURST), seconds=BURST_S)
+            device.stage.kill(device.name)
+        require(burst.cut_off, "a question was on its way when the agent was killed")
         for pid in hosts:
             wait_gone(f"the model host of {device.name}", pid)
         confirmed = sum(1 for request in device.confirmed if request.startswith("killed-"))
@@ -68,18 +67,13 @@ def kill_agent(house: House, tell: Teller) -> Mapping[str, Figure]:
 def kill_hub(house: House, tell: Teller) -> Mapping[str, Figure]:
     """kill -9 the hub while all devices send; the broker goes with it, and afterwards everything is counted once."""
     broker = house.cloud.broker_pid
-    bursts = [Burst(device, house.held_back, title="hubless") for device in house.devices]
-    for burst in bursts:
-        burst.start()
-    try:
+    with contextlib.ExitStack() as stack:
+        bursts = [stack.enter_context(Burst(device, house.held_back, title="hubless")) for device in house.devices]
         for burst in bursts:
             until("the devices send", partial(_has_asked, burst, HUB_BURST // 3), seconds=BURST_S)
         house.cloud.kill_hub_only()
         for burst in bursts:
             until("the devices answer on", partial(_has_asked, burst, HUB_BURST), seconds=BURST_S)
-    finally:
-        for burst in bursts:
-            burst.stop()
     require(not any(burst.cut_off for burst in bursts), "no question went unanswered while the hub was gone")
     waiting = sum(device.waiting() for device in house.devices)
     house.cloud.start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def side_by_side(devices: Sequence[Device], act: Callable[[Device], Tally]) -> d
 
 
 class Burst:
-    """An application that goes on asking until it is stopped or its agent is gone."""
+    """An application that goes on asking, inside a `with`, until the block ends or its agent is gone."""
 
     def __init__(self, device: Device, held_back: Any, *, title: str) -> None:
         self._device = device
@@ -117,12 +117,12 @@ class Burst:
         self.cut_off = False
         self._thread = threading.Thread(target=self._run, name=f"burst-{device.name}-{title}")
 
-    def start(self) -> None:
-        """Begin."""
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """End after the request that is on its way; waits for it."""
+    def __exit__(self, *_error: object) -> None:
+        """End after the request that is on its way."""
         self._enough.set()
         self._thread.join()
 

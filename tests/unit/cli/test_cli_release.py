@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud_hub.keyring import Keyring
+from cloud_hub.keyring import Keyring, root_keys
 from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import (
     FileRef,
@@ -27,7 +27,6 @@ from shared.model import (
     target_path,
 )
 from shared.trust import repository
-from shared.trust.repository import RoleKeys, RootKeys
 from shared.wire.golden import GoldenSet, GoldenTensor, decode_golden, encode_golden
 from tests.fakes.small_hub import Asked, SmallHub
 from tests.unit.cli.conftest import Run
@@ -78,6 +77,7 @@ class Fleet:
             "version": manifest.version,
             "manifest": encode_manifest(manifest).decode(),
             "files": files,
+            "root": self.root.decode(),
             "targets": self.targets.decode(),
             "role": None if self.role is None else self.role.decode(),
             **changed,
@@ -133,13 +133,7 @@ def fleet(logged_in: SmallHub, tmp_path: Path) -> Fleet:
     offline, online = Keyring(tmp_path / "offline"), Keyring(tmp_path / "online")
     offline.create("root", "targets", "release")
     online.create("snapshot", "timestamp", "assignment")
-    keys = RootKeys(
-        root=RoleKeys(keys=(offline.public("root"),)),
-        targets=RoleKeys(keys=(offline.public("targets"),)),
-        snapshot=RoleKeys(keys=(online.public("snapshot"),)),
-        timestamp=RoleKeys(keys=(online.public("timestamp"),)),
-        assignment=RoleKeys(keys=(online.public("assignment"),)),
-    )
+    keys = root_keys(offline, online)
     import time
 
     now_ms = time.time_ns() // 1_000_000
@@ -218,6 +212,17 @@ def _other_role(fleet: Fleet) -> dict[str, Any]:
     return {"role": repository.sign(role, foreign.signer("release")).decode()}
 
 
+def _other_root(fleet: Fleet) -> dict[str, Any]:
+    """A root that does not know the operator's targets key."""
+    foreign = Keyring(fleet.keys.parent / "foreign")
+    foreign.create("root", "targets", "release", "snapshot", "timestamp", "assignment")
+    return {
+        "root": repository.sign(
+            repository.new_root(root_keys(foreign, foreign), now_ms=NOW_MS), foreign.signer("root")
+        ).decode()
+    }
+
+
 def _other_targets(fleet: Fleet) -> dict[str, Any]:
     foreign = Keyring(fleet.keys.parent / "foreign")
     foreign.create("targets")
@@ -228,6 +233,7 @@ def _other_targets(fleet: Fleet) -> dict[str, Any]:
     ("change", "code"),
     [
         (_other_role, "trust.signature"),
+        (_other_root, "trust.signature"),
         (_other_targets, "trust.signature"),
         (lambda fleet: {"files": []}, "trust.proposal"),
         (lambda fleet: {"manifest": encode_manifest(fleet.manifest).decode() + " "}, "trust.proposal"),
