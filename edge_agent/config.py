@@ -15,100 +15,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
 from edge_agent.identity import check_hub_url, masked_url
+from edge_agent.settings import AgentConfig
 from shared.errors import ConfigError, InvalidValue
 
 CONFIG_NAME: Final = "agent.toml"
 ENV_PREFIX: Final = "OUTRIDER_AGENT_"
 MAX_SOCKET_PATH_BYTES: Final = 107
 """What `sockaddr_un` holds on Linux, without the final zero."""
-
-_Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-_Millis = Annotated[int, msgspec.Meta(ge=100, le=86_400_000)]
-
-
-class HubConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`url`: the hub's address, empty for the one that enrolment left."""
-
-    url: str = ""
-
-
-class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`host` and `port` of the MQTT broker; empty and 0 for those that enrolment left."""
-
-    host: str = ""
-    port: _Port = 0
-
-
-class DoorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`path`: the Unix socket for applications, empty for `<state>/door.sock`."""
-
-    path: str = ""
-
-
-class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`level` and `format` of the log on stderr."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["text", "json"] = "text"
-
-
-class IntervalConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How often the agent speaks by itself.
-
-    Attributes:
-        heartbeat_ms: between two reports of state to the hub when nothing changes.
-        vitals_ms: between two readings of temperature, memory and disk.
-    """
-
-    heartbeat_ms: _Millis = 30_000
-    vitals_ms: _Millis = 60_000
-
-
-class ProbationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a new release is on trial; 0 leaves the profile's figure.
-
-    Attributes:
-        duration_ms: length of the trial.
-        good_answers: how many it must give.
-        max_failures: how many end it.
-    """
-
-    duration_ms: Annotated[int, msgspec.Meta(ge=0, le=604_800_000)] = 0
-    good_answers: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
-    max_failures: Annotated[int, msgspec.Meta(ge=0, le=1_000)] = 0
-
-
-class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that can be configured.
-
-    Attributes:
-        state_dir: where all of the agent's files are; only from a flag or the environment.
-        profile: name of a device profile, or `auto` to detect one.
-    """
-
-    state_dir: Path
-    profile: str = "auto"
-    hub: HubConfig = HubConfig()
-    broker: BrokerConfig = BrokerConfig()
-    door: DoorConfig = DoorConfig()
-    log: LogConfig = LogConfig()
-    intervals: IntervalConfig = IntervalConfig()
-    probation: ProbationConfig = ProbationConfig()
-
-    @property
-    def door_path(self) -> Path:
-        """The Unix socket for applications."""
-        return Path(self.door.path) if self.door.path else self.state_dir / "door.sock"
-
-    @property
-    def database_path(self) -> Path:
-        """The SQLite file."""
-        return self.state_dir / "agent.db"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
-from msgspec.structs import replace
-
 from edge_agent import runtimes
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.courier import MqttCourier, broker_context
@@ -29,7 +27,6 @@ from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock
 from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
-from edge_agent.config import AgentConfig
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
@@ -37,25 +34,25 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.identity import TRUST_DIR, Identity, load_identity
-from edge_agent.profiles import resolve_profile
-from shared.profile import DeviceProfile, Probation
+from edge_agent.settings import AgentConfig, Launch
+from shared.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
 
 STOP_WITHIN_S: Final = 10.0
 
 
-async def run(config: AgentConfig) -> int:
+async def run(launch: Launch) -> int:
     """Run the daemon until SIGTERM (returns 0) or SIGINT (returns 130).
 
     Raises:
-        ConfigError: not enrolled, no such profile, or a door that cannot be opened.
+        ConfigError: not enrolled, or a door that cannot be opened.
         Conflict: another agent uses the state directory.
         StorageError: the state directory cannot be used.
     """
+    config, profile = launch.config, launch.profile
     with AgentLock(config.state_dir):
         identity = load_identity(config.state_dir)
-        profile = device_profile(config, identity)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
         database = await Database.open(config.database_path, clock=clock)
@@ -69,18 +66,6 @@ async def run(config: AgentConfig) -> int:
         finally:
             await database.close()
     return 130 if reason == "SIGINT" else 0
-
-
-def device_profile(config: AgentConfig, identity: Identity) -> DeviceProfile:
-    """The configured profile, else the one it was enrolled with; its probation as configured."""
-    profile = resolve_profile(config.profile, enrolled=identity.profile)
-    override, given = config.probation, profile.probation
-    probation = Probation(
-        duration_ms=override.duration_ms or given.duration_ms,
-        good_answers=override.good_answers or given.good_answers,
-        max_failures=override.max_failures or given.max_failures,
-    )
-    return replace(profile, probation=probation)
 
 
 async def _compose(

@@ -21,9 +21,9 @@ import msgspec
 from edge_agent.adapters.courier import broker_context
 from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.lock import owner_pid
-from edge_agent.config import AgentConfig
 from edge_agent.identity import Identity, check_hub_url, load_identity
 from edge_agent.profiles import AUTO, misfits, resolve_profile, this_machine
+from edge_agent.settings import AgentConfig
 from shared.errors import OutriderError
 from shared.limits import MIB
 from shared.profile import DeviceProfile

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from edge_agent.commands.exits import Exit
 
 PROGRAM = "outrider-agent"
-CONFIG_FLAGS = {"profile": "profile", "door": "door.path", "log_level": "log.level", "log_format": "log.format"}
+CONFIG_FLAGS: Final = {"profile": "profile", "door": "door.path", "log_level": "log.level", "log_format": "log.format"}
 """Flags that set a configuration key."""
 
 

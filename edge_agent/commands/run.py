@@ -1,63 +1,42 @@
-"""`outrider-agent run`: the daemon in the foreground. Composes nothing itself (edge_agent/main.py)."""
+"""`outrider-agent run`: resolves the configuration and the profile, then becomes the daemon.
+
+The process is replaced, not forked: process id, standard streams and the service manager's view stay the same, the
+daemon's memory is free of what only reading the configuration needed, and `-I` keeps the working directory, the
+environment and the user's site packages out of its imports.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
+import os
 import sys
+from typing import NoReturn
 
-import msgspec
+from msgspec.structs import replace
 
-from edge_agent.config import LoadedConfig, LogConfig
-
-
-def run(_: argparse.Namespace, loaded: LoadedConfig) -> int:
-    """Run until told to stop; returns the daemon's exit code."""
-    from edge_agent.main import run as run_agent
-
-    configure_logging(loaded.config.log)
-    return asyncio.run(run_agent(loaded.config))
+from edge_agent.config import LoadedConfig
+from edge_agent.identity import load_identity
+from edge_agent.profiles import resolve_profile
+from edge_agent.settings import AgentConfig, Launch, encode_launch
+from shared.profile import DeviceProfile, Probation
 
 
-def configure_logging(config: LogConfig) -> None:
-    """Send the log to stderr, as text or as one JSON object per line; fields follow the constant message."""
-    stream = logging.StreamHandler(sys.stderr)
-    stream.setFormatter(JsonLines() if config.format == "json" else TextLines())
-    logging.basicConfig(level=config.level.upper(), handlers=[stream], force=True)
+def run(_: argparse.Namespace, loaded: LoadedConfig) -> NoReturn:
+    """Become the daemon; raises ConfigError when the device is not enrolled or has no such profile."""
+    config = loaded.config
+    profile = device_profile(config, enrolled=load_identity(config.state_dir).profile)
+    launch = encode_launch(Launch(config=config, profile=profile))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-I", "-m", "edge_agent.daemon", launch])  # noqa: S606
 
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-def _fields(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
-
-
-class TextLines(logging.Formatter):
-    """`2026-01-31T12:00:00 INFO edge_agent.driver link up broker=hub:8883`."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line, with the record's own fields at its end."""
-        extra = "".join(f" {name}={value}" for name, value in _fields(record).items())
-        return super().formatMessage(record) + extra
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per line; times in milliseconds since 1970."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON; what JSON cannot hold is shown as text."""
-        document: dict[str, object] = {
-            "at_ms": int(record.created * 1000),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_fields(record),
-        }
-        if record.exc_info:
-            document["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(document, enc_hook=str).decode()
+def device_profile(config: AgentConfig, *, enrolled: str) -> DeviceProfile:
+    """The configured profile, else the one it was enrolled with; its probation as configured."""
+    profile = resolve_profile(config.profile, enrolled=enrolled)
+    override, given = config.probation, profile.probation
+    probation = Probation(
+        duration_ms=override.duration_ms or given.duration_ms,
+        good_answers=override.good_answers or given.good_answers,
+        max_failures=override.max_failures or given.max_failures,
+    )
+    return replace(profile, probation=probation)
