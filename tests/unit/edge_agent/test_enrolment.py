@@ -32,7 +32,7 @@ class Hub:
         folder.mkdir()
         self.ca = TestCa(folder)
         self._device = device
-        self._change = change
+        self.change = change
         self.status = 201
 
     def reply(self, request: Request, handler: BaseHTTPRequestHandler) -> None:
@@ -51,7 +51,7 @@ class Hub:
                 "broker": {"host": "localhost", "port": 8883},
                 "root": '{"signed": {"_type": "root"}, "signatures": []}',
             }
-            answer(handler, 201, json.dumps(self._change(body)).encode())
+            answer(handler, 201, json.dumps(self.change(body)).encode())
 
     def serve(self) -> HttpsServer:
         return HttpsServer(self.ca, self.reply)
@@ -113,6 +113,15 @@ def test_one_who_only_repeats_the_true_ca_gets_nothing_either(tmp_path: Path) ->
             enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock())
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.hub_certificate"
+
+
+def test_a_certificate_for_another_key_under_the_right_name_is_refused(tmp_path: Path) -> None:
+    hub = Hub(tmp_path / "hub")
+    stolen = hub.ca.client("dev-a").certificate.read_text()
+    hub.change = lambda body: {**body, "certificate_pem": stolen}
+    with pytest.raises(TrustError) as caught:
+        go(hub, tmp_path / "state")
+    assert caught.value.code == "trust.wrong_device"
 
 
 def foreign_certificate(body: dict[str, object]) -> dict[str, object]:
@@ -193,14 +202,21 @@ def test_a_running_agent_is_not_enrolled_under_its_feet(tmp_path: Path) -> None:
     assert caught.value.code == "conflict.running"
 
 
-def test_a_crash_at_any_step_leaves_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_again", [False, True], ids=["first", "again"])
+def test_a_crash_at_any_step_leaves_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_again: bool
+) -> None:
     class PowerCut(BaseException):
         pass
 
     real_rename = Path.rename
+    hub = Hub(tmp_path / "hub")
+    crashes = 0
     for limit in range(6):
         state = tmp_path / f"state{limit}"
         renames = 0
+        if is_again:
+            go(hub, state)
 
         def rename(self: Path, target: Path) -> Path:
             nonlocal renames
@@ -212,15 +228,18 @@ def test_a_crash_at_any_step_leaves_all_or_nothing(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", rename)
             try:
-                go(Hub(tmp_path / f"hub{limit}"), state)
+                go(hub, state, force=is_again)
             except PowerCut:
+                crashes += 1
                 with pytest.raises(ConfigError):
                     load_identity(state)
             else:
-                assert limit == 5
                 assert load_identity(state).device == "dev-a"
-        again, _ = go(Hub(tmp_path / f"again{limit}"), state, force=True)
-        assert again.identity.device == "dev-a"
+        again, _ = go(hub, state, force=True)
+        key = load_pem_private_key(again.identity.key_path.read_bytes(), password=None)
+        certificate = load_pem_x509_certificate(again.identity.certificate_path.read_bytes())
+        assert key.public_key() == certificate.public_key()
+    assert crashes == 5
 
 
 def test_nothing_of_the_key_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
