@@ -6,9 +6,12 @@ bound is refused before it is kept; an answer that does not parse as its type is
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import hashlib
 import http.client
+import re
 import ssl
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final, TypeVar
@@ -29,6 +32,7 @@ MAX_CA_BYTES: Final = 64 * KIB
 _CHUNK_BYTES: Final = 256 * KIB
 
 MAX_ITEMS: Final = 100_000
+_PEM: Final = re.compile(r"-----BEGIN CERTIFICATE-----\s([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
 
 T = TypeVar("T")
 Document = dict[str, Any]
@@ -89,14 +93,30 @@ def fetch_ca(url: str) -> str:
         connection.close()
     if response.status != 200:
         raise Unreachable(f"{url} answered {response.status} to GET /v1/ca", code="hub.not_a_hub", hint="check the URL")
-    return _text(data)
+    pem = data.decode("ascii", errors="replace")
+    try:
+        fingerprint(pem)
+    except InvalidValue as error:
+        raise TrustError(
+            f"what {url} shows as its CA is not exactly one certificate",
+            code="trust.ca",
+            hint="check the address: this is no hub, or somebody else answers for it",
+        ) from error
+    return pem
 
 
 def fingerprint(pem: str) -> str:
-    """SHA-256 of the certificate's DER form, hex; raises InvalidValue when this is no certificate."""
+    """SHA-256 of the certificate's DER form, hex; raises InvalidValue unless this is one certificate and no more.
+
+    Exactly one, because a pin vouches for what it was computed over, while TLS would trust every certificate of the
+    text: the library's own decoder stops at the padding and never sees a second one.
+    """
+    match = _PEM.fullmatch(pem.strip())
     try:
-        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.strip())).hexdigest()
-    except ValueError as error:
+        if match is None:
+            raise ValueError("it is not exactly one certificate")
+        return hashlib.sha256(base64.b64decode("".join(match.group(1).split()), validate=True)).hexdigest()
+    except (ValueError, binascii.Error) as error:
         raise InvalidValue(f"not a PEM certificate: {error}", code="invalid.certificate") from error
 
 
@@ -298,10 +318,3 @@ def _strange(path: str, error: Exception) -> ProtocolViolation:
         code="protocol.answer",
         hint="are `outrider` and the hub of the same version?",
     )
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError as error:
-        raise InvalidValue("what the hub sent as its CA is not PEM", code="invalid.certificate") from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from cloud_hub.cli.hub import fingerprint
+from cloud_hub.ground.ca import make_ca
 from tests.fakes.small_hub import SmallHub, serve
 from tests.unit.cli.conftest import TOKEN, Run
 
@@ -33,6 +36,19 @@ def test_nothing_secret_travels_to_another_ca(hub: SmallHub, run: Run, tmp_path:
     assert "code: trust.ca" in ended.err
     assert [asked.path for asked in hub.asked] == ["/v1/ca"]
     assert "Authorization" not in hub.asked[0].headers
+    assert not (tmp_path / "config").exists()
+
+
+def test_a_second_ca_behind_the_pinned_one_is_not_trusted(hub: SmallHub, run: Run, tmp_path: Path) -> None:
+    """Decoders of PEM stop at the padding: the pin would hold for the first, and TLS trust the second."""
+    ours = next(pem for pem in _new_cas() if "=" in pem)
+    hub.answers["GET", "/v1/ca"] = (200, f"{ours.strip()}\n{hub.ca_pem}".encode())
+    ended = run("login", hub.url, "--token", TOKEN, "--fingerprint", fingerprint(ours))
+    assert ended.code == 9
+    assert "code: trust.ca" in ended.err
+    assert [asked.path for asked in hub.asked] == ["/v1/ca"]
+    (tmp_path / "both.pem").write_text(f"{ours}{hub.ca_pem}")
+    assert run("login", hub.url, "--token", TOKEN, "--ca", "both.pem").code == 2
     assert not (tmp_path / "config").exists()
 
 
@@ -85,3 +101,8 @@ def test_an_unknown_context_names_those_that_exist(logged_in: SmallHub, run: Run
     ended = run("ls", "devices", "--context", "moon")
     assert ended.code == 78
     assert "127.0.0.1" in ended.err
+
+
+def _new_cas() -> Iterator[str]:
+    while True:
+        yield make_ca(now_ms=time.time_ns() // 1_000_000, label="ours").certificate_pem.decode()
