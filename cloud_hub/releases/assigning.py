@@ -165,7 +165,7 @@ class Assigning:
                 await self._send(row)
 
     def _is_stale(self, row: AssignmentRow, candidate: Candidate, now_ms: int) -> bool:
-        ahead = row.assignment.version < candidate.assignment_version < rules.MAX_COUNTER
+        ahead = rules.is_ahead(row.assignment.version, seen=candidate.assignment_version)
         return ahead or rules.is_due(
             issued_ms=row.assignment.issued_ms, expires_ms=row.assignment.expires_ms, now_ms=now_ms
         )

@@ -37,6 +37,9 @@ State = Literal["building", "ready", "rejected"]
 
 MAX_LABEL_CHARS: Final = 200
 MAX_COUNTER: Final = 2**53 - 1
+MAX_LEAD: Final = 1_000_000
+"""By how many assignments a device may be ahead of a hub that was restored from a backup. A word of more is not
+believed: it would use up the device's versions, and what cannot be signed for one stops all that are signed with it."""
 DROP_SLACK_PT: Final = 1e-9
 """Below any difference that two counts of samples can make; absorbs rounding only."""
 
@@ -257,7 +260,7 @@ def next_assignment(
     Args:
         current: the newest one signed, None for a new device.
         wanted: the release to set; None renews what is there.
-        seen: the newest version that the device says it has; one that no hub can have signed is ignored.
+        seen: the newest version that the device says it has; one that no hub can have signed (`is_ahead`) is ignored.
 
     Returns:
         None when the device would hold more models than a device may.
@@ -271,7 +274,9 @@ def next_assignment(
             forced.add(wanted.family)
     if not 1 <= len(models) <= limits.MAX_MODELS_PER_DEVICE:
         return None
-    last = max(current.version if current else 0, seen if seen < MAX_COUNTER else 0)
+    last = current.version if current else 0
+    if is_ahead(last, seen=seen):
+        last = seen
     return Assignment(
         device=device,
         version=last + 1,
@@ -280,6 +285,11 @@ def next_assignment(
         models=tuple(models[family] for family in sorted(models)),
         force=tuple(sorted(forced)),
     )
+
+
+def is_ahead(version: int, *, seen: int) -> bool:
+    """Whether a device has seen newer assignments than the newest one here, as far as it can be believed."""
+    return version < seen <= version + MAX_LEAD
 
 
 def is_due(*, issued_ms: int, expires_ms: int, now_ms: int) -> bool:

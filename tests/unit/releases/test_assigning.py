@@ -174,6 +174,19 @@ def test_a_hub_from_a_backup_passes_what_its_devices_have_seen(room: ReleaseRoom
     } == {"one": 8, "two": 1}
 
 
+def test_a_device_that_claims_the_last_version_stops_nobody(room: ReleaseRoom) -> None:
+    room.fleet.add("one", assignment_version=2**53 - 2)
+    assign(room)
+    room.fleet.add("one", assignment_version=2**53 - 1)
+    outcome = assign(room, all=True, force=True)
+    assert {assigned.device for assigned in outcome.assigned} == {"one", "two"}
+    room.clock.advance(20 * DAY_MS)
+    look(room)
+    assert all(
+        row.assignment.issued_ms == room.clock.wall for row in asyncio.run(room.desk.assigning.page(after="", limit=10))
+    )
+
+
 def test_assignments_are_listed_by_device(room: ReleaseRoom) -> None:
     assign(room)
     assign(room, all=True, force=True)
