@@ -27,6 +27,7 @@ DEFAULT_DATA: Final = "/var/lib/outrider-hub"
 DAY_S: Final = 24 * 3600
 _HOST: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _LOCAL: Final = ("localhost", "127.0.0.1")
+_ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,28 +112,30 @@ class HubConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hub_url(self) -> str:
         """How the hub is reached, `https://host:port`."""
-        return self.public.url.rstrip("/") or f"https://{_in_url(self._first_name)}:{self.listen.port}"
+        return self.public.url.rstrip("/") or f"https://{_in_url(self._told(self.listen.host))}:{self.listen.port}"
 
     @property
     def broker_host(self) -> str:
         """The broker's host as devices are told."""
         if self.broker.public_host:
             return self.broker.public_host
-        return self._first_name if self.broker.mode == "managed" else self.broker.host
+        return self._told(self.broker.host) if self.broker.mode == "managed" else self.broker.host
 
     @property
     def server_names(self) -> tuple[str, ...]:
         """Names in the certificate of the HTTPS port."""
-        return _names(*self.public.names, _url_host(self.public.url))
+        return _names(*self.public.names, _url_host(self.public.url), own=self.listen.host)
 
     @property
     def broker_names(self) -> tuple[str, ...]:
         """Names in the managed broker's certificate."""
-        return _names(*self.public.names, self.broker.public_host)
+        return _names(*self.public.names, self.broker.public_host, own=self.broker.host)
 
-    @property
-    def _first_name(self) -> str:
-        return self.public.names[0] if self.public.names else "localhost"
+    def _told(self, own: str) -> str:
+        """The name under which others reach what listens on `own`: a public one, else its own address if it has one."""
+        if self.public.names:
+            return self.public.names[0]
+        return "localhost" if own in _ANYWHERE or own in _LOCAL else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +216,12 @@ def describe(loaded: Loaded) -> str:
 
 
 def check_host(text: str) -> bool:
-    """Whether this is a host name or an IP address."""
+    """Whether this is a host name or an IP address, without a zone: a zone may hold any text, line ends included."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return _HOST.fullmatch(text) is not None
-    return True
+    return "%" not in text
 
 
 def _keys() -> dict[str, Any]:
@@ -293,8 +296,10 @@ def _nearest(key: str, keys: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(keys)}"
 
 
-def _names(*names: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in (*names, *_LOCAL) if name))
+def _names(*names: str, own: str) -> tuple[str, ...]:
+    """Names for a certificate; `own` is the address that is listened on, by which the hub itself comes in."""
+    local = (*_LOCAL, "::1") if own == "::" else _LOCAL if own in _ANYWHERE else (*_LOCAL, own)
+    return tuple(dict.fromkeys(name for name in (*names, *local) if name))
 
 
 def _in_url(host: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from cloud_hub import config
 from cloud_hub.__main__ import main
+from cloud_hub.ground.broker import local_address
 from shared.errors import ConfigError
 
 
@@ -37,6 +38,28 @@ def test_lists_and_booleans_come_from_the_environment(tmp_path: Path) -> None:
     assert loaded.server_names == ("a.example", "10.0.0.1", "localhost", "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("host", "reached", "told"),
+    [
+        ("127.0.0.1", "127.0.0.1", "localhost"),
+        ("0.0.0.0", "127.0.0.1", "localhost"),
+        ("::", "::1", "localhost"),
+        ("10.0.0.7", "10.0.0.7", "10.0.0.7"),
+        ("::1", "::1", "::1"),
+    ],
+)
+def test_certificates_carry_the_address_that_is_listened_on(tmp_path: Path, host: str, reached: str, told: str) -> None:
+    """The hub reaches its own broker there, and checks the certificate as devices do."""
+    loaded = load(tmp_path, f"[listen]\nhost = '{host}'\n[broker]\nhost = '{host}'").config
+    assert local_address(host) == reached
+    assert reached in loaded.broker_names
+    assert reached in loaded.server_names
+    assert told in loaded.broker_names
+    assert loaded.broker_host == told
+    assert loaded.hub_url == f"https://{f'[{told}]' if ':' in told else told}:8443"
+    assert load(tmp_path, f"[listen]\nhost = '{host}'\n[public]\nnames = ['a']").config.broker_host == "a"
+
+
 def test_all_faults_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     toml = "[listen]\nprt = 1\nport = 'x'\n[borker]\nhost = 'h'\n[broker]\nport = 70000"
     with pytest.raises(ConfigError) as caught:
@@ -56,6 +79,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> Non
         ("data_dir = '/x'", "data_dir cannot be set in the file"),
         ("[listen]\nport = 9000\n[broker]\nport = 9000", "must differ"),
         ("[public]\nnames = ['a b']", "'a b' is not a host name"),
+        ('[broker]\nhost = "::1%\\nallow_anonymous true"', "is not a host name"),
         ("[public]\nurl = 'http://x'", "is not https://"),
         ("[certificates]\ndevice_days = 0", "certificates.device_days: 0"),
         ("listen = 3", "unknown key 'listen'"),
