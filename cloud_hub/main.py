@@ -98,7 +98,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     require_own_packages()
     config.folder.require()
     clock = SystemClock()
-    with closing(Database(config.folder.database_url)) as database:
+    with config.folder.alone(), closing(Database(config.folder.database_url)) as database:
         migrate.require_current(database)
         authority = transport.load_authority(config.folder)
         renew_certificates(config, authority, clock=clock)
@@ -323,7 +323,13 @@ def _devices(foundation: Foundation, *, root: Callable[[], Awaitable[str]]) -> d
 def _application(foundation: Foundation, *, routers: tuple[APIRouter, ...], state: Mapping[str, Any]) -> ASGIApp:
     config = foundation.config
     app = FastAPI(
-        title="Outrider hub", version=version("outrider"), docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+        title="Outrider hub",
+        version=version("outrider"),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        # It would send callers to whatever host their request names.
+        redirect_slashes=False,
     )
     problems.install(app)
     for router in routers:

@@ -113,6 +113,13 @@ def _check_places(data: Path, offline: Path, token_file: Path | None) -> None:
         raise Conflict(
             f"{token_file} exists; nothing was changed", code="conflict.exists", hint="name a new file for the token"
         )
+    if token_file is not None and not os.access(token_file.parent, os.W_OK | os.X_OK):
+        # Looked at first: the token is shown once, and a hub that is made cannot be made again to see it.
+        raise InvalidValue(
+            f"{token_file.parent} is no directory that can be written to; nothing was changed",
+            code="invalid.token_file",
+            hint="make the directory, or name a file elsewhere",
+        )
 
 
 def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:

@@ -1,4 +1,4 @@
-"""`outrider-hub migrate`: bring the database to this version's schema."""
+"""`outrider-hub migrate`: bring the database to this version's schema. Not while a hub runs on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Apply what is missing, all or nothing."""
     folder = settings.load(arguments).config.folder
     folder.require()
-    with closing(Database(folder.database_url)) as database:
+    with folder.alone(), closing(Database(folder.database_url)) as database:
         before, after = migrate.upgrade(database)
     print(f"the database is at {after}" if before == after else f"the database went from {before} to {after}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import getpass
+import os
 from contextlib import closing
 
 from cloud_hub.cli import screen
@@ -12,13 +12,14 @@ from cloud_hub.devices.desk import make_join_token
 from cloud_hub.ground import migrate, transport
 from cloud_hub.ground.auth import issue_api_token, parse_role
 from cloud_hub.ground.database import Database
+from cloud_hub.ground.folder import local_user
 from cloud_hub.ground.system import SystemClock
 from shared.errors import InvalidValue
 
 
 def actor() -> str:
     """Who works on this machine, for audit rows."""
-    return f"local:{getpass.getuser()}"
+    return f"local:{local_user() or os.geteuid()}"
 
 
 def create(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import IO, Final
 
 from cloud_hub.ground import leash
 from cloud_hub.ground.ca import HUB_NAME
+from cloud_hub.ground.folder import local_user
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.tlsport import port_error
 from shared import limits
@@ -55,14 +55,14 @@ class BrokerSettings:
     binary: str
 
 
-def configuration(settings: BrokerSettings, *, user: str) -> str:
-    """The text of mosquitto.conf."""
+def configuration(settings: BrokerSettings, *, user: str | None) -> str:
+    """The text of mosquitto.conf; without a user, whose name only root needs, it stays who starts it."""
     folder = settings.folder
     return "\n".join(
         [
             "# Written by outrider-hub at each start; changes are lost.",
             "per_listener_settings false",
-            f"user {user}",
+            *([f"user {user}"] if user else []),
             f"listener {settings.port} {settings.host}",
             f"cafile {folder / 'ca.pem'}",
             f"certfile {folder / 'server.pem'}",
@@ -97,7 +97,7 @@ def access_list() -> str:
 def write_files(settings: BrokerSettings) -> None:
     """Write mosquitto.conf and the ACL; mosquitto wants neither to be writable by others."""
     for name, text in (
-        ("mosquitto.conf", configuration(settings, user=getpass.getuser())),
+        ("mosquitto.conf", configuration(settings, user=local_user())),
         ("acl", access_list()),
     ):
         path = settings.folder / name

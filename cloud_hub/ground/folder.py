@@ -2,6 +2,7 @@
 
 hub.toml              configuration
 hub.db                everything but files
+hub.lock              held by the one hub that runs here
 ca/ca.pem, ca.key     the certificate authority
 tls/server.pem, .key  the HTTPS port
 keys/*.key            online signing keys (cloud_hub/keyring.py)
@@ -11,10 +12,14 @@ blobs/ab/<sha256>     models and what belongs to them
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pwd
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import ConfigError, StorageError
+from shared.errors import ConfigError, Conflict, StorageError
 
 
 class DataFolder:
@@ -24,6 +29,7 @@ class DataFolder:
         self.root = root.absolute()
         self.config = self.root / "hub.toml"
         self.database = self.root / "hub.db"
+        self.lock = self.root / "hub.lock"
         self.ca_certificate = self.root / "ca" / "ca.pem"
         self.ca_key = self.root / "ca" / "ca.key"
         self.server_certificate = self.root / "tls" / "server.pem"
@@ -55,6 +61,30 @@ class DataFolder:
                 code="config.no_hub",
                 hint=f"make one with `outrider-hub init --data {self.root} --offline DIR`, or name another with --data",
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the directory for one hub; raises Conflict while another one has it.
+
+        Two hubs would each throw away what the other builds and receives, and forget who is connected to the other.
+        The kernel lets go when the process ends, however it does; no child inherits the hold.
+        """
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"{self.lock} cannot be opened: {error.strerror}", hint="check its owner") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Conflict(
+                    f"a hub is running in {self.root}",
+                    code="conflict.running",
+                    hint="stop it first, or name another data directory with --data",
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def read(path: Path) -> bytes:
@@ -92,3 +122,14 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def local_user() -> str | None:
+    """The name of who runs this process, None where its number has none (containers).
+
+    From the system's table and not from the environment, which keeps another's name under `su` and `sudo -E`.
+    """
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return None

@@ -111,6 +111,14 @@ def test_a_busy_port_is_named(hub: HubProcess, which: str) -> None:
     assert hub.broker_pids() == []
 
 
+def test_a_second_hub_in_the_same_directory_is_refused(hub: HubProcess) -> None:
+    hub.start()
+    done = run_command("serve", "--data", str(hub.data), "--port", "1", "--broker-port", "2")
+    assert done.returncode == 6
+    assert "code: conflict.running" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_missing_broker_says_what_to_do(hub: HubProcess) -> None:
     done = run_command("serve", "--data", str(hub.data), env={"OUTRIDER_HUB_BROKER__BINARY": "no-such-mosquitto"})
     assert done.returncode == 78

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
 import socket
 from pathlib import Path
 
@@ -100,6 +102,16 @@ def test_a_folder_without_a_hub_says_how_to_make_one(tmp_path: Path) -> None:
     assert "outrider-hub init" in caught.value.hint
 
 
+def test_a_data_directory_has_one_hub(tmp_path: Path) -> None:
+    folder = DataFolder(tmp_path)
+    with folder.alone():
+        with pytest.raises(Conflict) as caught, folder.alone():
+            raise AssertionError("two hubs in one directory")
+        assert caught.value.code == "conflict.running"
+    with folder.alone():
+        assert folder.lock.stat().st_mode & 0o777 == 0o600
+
+
 def test_the_brokers_configuration_holds_what_it_must() -> None:
     text = broker.configuration(
         broker.BrokerSettings(folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto"), user="me"
@@ -119,8 +131,20 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
         "max_packet_size 262144",
     ):
         assert line in lines
+    nameless = broker.configuration(
+        broker.BrokerSettings(folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto"), user=None
+    )
+    assert [line for line in lines if line != "user me"] == nameless.splitlines()
     assert "pattern write outrider/1/%u/up/#" in broker.access_list().splitlines()
     assert "pattern read outrider/1/%u/down/#" in broker.access_list().splitlines()
+
+
+def test_the_environment_does_not_say_who_runs_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "x\nallow_anonymous true")
+    assert files.local_user() == pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
+    assert files.local_user() is None
 
 
 def test_a_missing_broker_says_what_to_install() -> None:

@@ -15,6 +15,7 @@ from cloud_hub.commands import init as init_command
 from cloud_hub.devices import tables
 from cloud_hub.ground import audit, ca, transport
 from cloud_hub.ground.database import Database
+from cloud_hub.ground.folder import DataFolder
 from shared.join import decode_join_token
 from shared.trust import repository
 
@@ -76,6 +77,14 @@ def test_init_makes_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert actions(tmp_path) == ["hub.created", "repository.founded", "token.created"]
     assert made["token"] not in (tmp_path / "data" / "hub.db").read_bytes().decode("latin-1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "offline", "token"]
+
+
+def test_a_token_that_cannot_be_written_is_said_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(tmp_path, "--token-file", str(tmp_path / "nowhere" / "token")) == 2
+    assert "code: invalid.token_file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_init_leaves_what_is_there_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +214,13 @@ def test_migrate_says_where_the_database_is(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["migrate", "--data", str(tmp_path / "data")]) == 0
     assert "the database is at 0" in capsys.readouterr().out
+
+
+def test_nothing_migrates_under_a_running_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init(tmp_path)
+    with DataFolder(tmp_path / "data").alone():
+        assert main(["migrate", "--data", str(tmp_path / "data")]) == 6
+    assert "code: conflict.running" in capsys.readouterr().err
 
 
 def test_doctor_finds_what_is_wrong(tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]) -> None:
