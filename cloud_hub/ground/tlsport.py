@@ -2,6 +2,9 @@
 
 uvicorn does not put the peer's certificate into the ASGI scope, so a small subclass of its protocol does, under
 `extensions[auth.PEER_CERTIFICATE]`. The TLS layer asks for a certificate, takes none, and refuses a wrong one.
+
+The same subclass bounds a request's head in time and size. uvicorn has no bound on either, so that anybody could hold
+connections for ever or fill the memory before being asked who they are; bodies are `bounds.py`'s.
 """
 
 from __future__ import annotations
@@ -20,27 +23,69 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cloud_hub.ground.auth import PEER_CERTIFICATE
 from shared.errors import ConfigError
+from shared.limits import KIB
 
+HEAD_S: Final = 20.0
+"""From a connection's beginning, or a request's first byte, to the end of its head."""
+MAX_HEAD_BYTES: Final = 512 * KIB
+"""Above what one read brings, which may hold the end of a body and the next head."""
 _GRACE_S: Final = 5
 _KEEP_ALIVE_S: Final = 30
 
 
 class CertifiedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose scopes carry the client certificate of their connection (DER, or None)."""
+    """HTTP/1.1 whose scopes carry the client certificate of their connection (DER, or None), and whose heads end."""
 
     _certificate: bytes | None = None
+    _in_head = True
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Remember what the handshake verified."""
         super().connection_made(transport)
         secured = transport.get_extra_info("ssl_object")
         self._certificate = secured.getpeercert(binary_form=True) if secured is not None else None
+        self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser; a head that goes on for too long ends the connection."""
+        super().data_received(data)
+        if not self._in_head:
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+        elif self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            # These bytes, which may be less than a request line, have ended uvicorn's own wait for the next request.
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
     def on_message_begin(self) -> None:
-        """Hand it on with each request."""
+        """Hand the certificate on with each request."""
         super().on_message_begin()
         scope: Any = self.scope
         scope["extensions"] = {PEER_CERTIFICATE: self._certificate}
+
+    def on_headers_complete(self) -> None:
+        """The head has ended; what follows is the body."""
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body has ended; what follows is the next head."""
+        super().on_message_complete()
+        self._in_head, self._head_bytes = True, 0
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class HttpsServer(uvicorn.Server):
