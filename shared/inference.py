@@ -6,7 +6,7 @@ A request's tensors are in the frame's payload; the header describes them. Every
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,6 +16,9 @@ from shared.model import ITEM_BYTES, DType, Signature
 
 Rung = Literal["full", "smaller", "cached", "cloud", "refused"]
 """The step of the degradation ladder that an answer came from."""
+
+RequestId = Annotated[str, msgspec.Meta(max_length=limits.MAX_REQUEST_ID_CHARS)]
+"""The caller's name for a request; checked where requests are decoded."""
 
 
 class TensorHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,15 +42,15 @@ class Infer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
 
     model: str
     inputs: tuple[TensorHead, ...]
-    id: str = ""
+    id: RequestId = ""
     deadline_ms: int = 1000
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback", tag_field="type"):
     """Tell what was true of an answer: a label, or whether it was correct, or a business figure."""
 
-    request: str
-    id: str = ""
+    request: RequestId
+    id: RequestId = ""
     label: str | None = None
     correct: bool | None = None
     value: float | None = None
@@ -58,27 +61,27 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
     name: str
     value: float
-    id: str = ""
+    id: RequestId = ""
 
 
 class Describe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="describe", tag_field="type"):
     """Ask what a model takes and gives; empty `model` lists all."""
 
-    id: str = ""
+    id: RequestId = ""
     model: str = ""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="status", tag_field="type"):
     """Ask how the agent is."""
 
-    id: str = ""
+    id: RequestId = ""
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="control", tag_field="type"):
     """A command of `outrider-agent` to the running daemon: `queue.flush`, `queue.drop`, `model.rollback`."""
 
     command: str
-    id: str = ""
+    id: RequestId = ""
     argument: str = ""
 
 

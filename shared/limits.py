@@ -25,6 +25,8 @@ MAX_TENSORS: Final = 64
 MAX_TENSOR_RANK: Final = 8
 MAX_DOOR_CONNECTIONS: Final = 64
 MAX_WAITING_REQUESTS: Final = 256
+MAX_REQUEST_ID_CHARS: Final = 128
+"""A request's id is kept for its feedback and goes into records, so it is a name and not a document."""
 
 # Metadata (TUF) and releases
 MAX_ROOT_BYTES: Final = 512 * KIB

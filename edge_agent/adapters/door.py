@@ -267,7 +267,7 @@ class _OnlyId(msgspec.Struct):
 def _request_id(header: bytes) -> str:
     """The id of a request that does not parse as a whole, so that its caller learns which one it was."""
     try:
-        return msgspec.msgpack.decode(header, type=_OnlyId).id[: limits.MAX_ENVELOPE_ID_CHARS]
+        return msgspec.msgpack.decode(header, type=_OnlyId).id[: limits.MAX_REQUEST_ID_CHARS]
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return ""
 

@@ -34,11 +34,13 @@ from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Verifier, Vitals
 from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, StorageFull, TrustError
+from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent
 
 logger = logging.getLogger(__name__)
 
 RETRY_MS: Final = 5_000
+MAX_DETAIL_CHARS: Final = 400
 RECONCILE_MS: Final = 900_000
 """How often the accepted assignment is offered again, for slots whose last attempt ended without a fault of its own."""
 
@@ -92,8 +94,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
-        self._loop.end()
         await self._service.record_rest()
+        self._loop.end()
         await self._uplink.say_goodbye()
         await self._models.stop()
 
@@ -101,8 +103,8 @@ class Agent:
         try:
             await self._hand_over(event)
         except StorageError as error:
-            # Nothing was done yet: a part saves before it acts. Serving goes on while the disk is full.
-            logger.error("state cannot be saved, trying again", extra={"why": error.message})
+            # Nothing was done yet: a slot is saved before it acts. Serving goes on while the disk is full.
+            logger.error("the disk refuses the agent's state, trying again", extra={"why": error.message})
             self._timers.start(("again", id(event)), RETRY_MS, event)
 
     async def _hand_over(self, event: Inward) -> None:
@@ -149,11 +151,11 @@ class Agent:
                 case intake.Verify(document):
                     self._works.start("verify-assignment", self._verify(document))
                 case intake.OfferModels(verified):
-                    await self._models.offer(verified)
+                    await self._offer(verified)
                     self._uplink.report_soon()
                 case intake.NoteRefusal(code, message):
                     logger.warning("assignment refused", extra={"code": code, "why": message})
-                    self._inbox.post(Noted("release.refused", {"code": code, "message": message[:400]}))
+                    self._inbox.post(Noted("release.refused", {"code": code, "message": message}))
                 case intake.Pause(delay_ms):
                     self._timers.start("intake", delay_ms, ForIntake(PauseOver()))
 
@@ -170,6 +172,14 @@ class Agent:
         else:
             self._inbox.post(ForIntake(Accepted(verified)))
 
+    async def _offer(self, verified: VerifiedAssignment) -> None:
+        try:
+            await self._models.offer(verified)
+        except StorageError as error:
+            # Intake has moved on, so its event must not be handled twice; the assignment is on disk and is read again.
+            logger.error("the disk refuses the agent's state, trying again", extra={"why": error.message})
+            self._timers.start("reconcile", RETRY_MS, ReconcileDue())
+
     async def _reconcile(self) -> None:
         verified = await self._ledger.load_verified()
         if verified is not None:
@@ -179,7 +189,9 @@ class Agent:
 
     async def _note(self, name: str, detail: dict[str, str]) -> None:
         try:
-            await self._uplink.keep(DeviceEvent(name=name, detail=detail))
+            # Some of it was said by others: the hub, a model's own process.
+            clipped = {key: text[:MAX_DETAIL_CHARS] for key, text in detail.items()}
+            await self._uplink.keep(DeviceEvent(name=name, detail=clipped))
         except StorageFull as error:
             logger.error("event not recorded", extra={"event": name, "why": error.message})
 

@@ -58,7 +58,7 @@ from shared.ids import FamilyName
 from shared.inference import ModelState
 from shared.model import FileRef
 from shared.profile import DeviceProfile
-from shared.release import VerifiedAssignment
+from shared.release import VerifiedAssignment, VerifiedModel
 from shared.wire.messages import RunningModel
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ class Models:
         self._routes: dict[str, Route] = {}
         self._targets: dict[FamilyName, str | None] = {}
         self._warm_up_queue: list[tuple[FamilyName, str]] = []
+        self._warm_up_allowed: tuple[FamilyName, str] | None = None
+        self._misfits: dict[FamilyName, str] = {}
 
     # What others ask
 
@@ -133,9 +135,7 @@ class Models:
             named.add(family)
             chosen = choose(model.manifest, profile=self._profile, runtimes=self._runtimes)
             if isinstance(chosen, Misfit):
-                logger.warning("release does not fit this device", extra={"family": family, "why": chosen.reason})
-                detail = {"family": family, "version": model.manifest.version, "message": chosen.reason}
-                self._note("release.misfit", detail)
+                self._note_misfit(model, chosen)
                 continue
             offered = Offered(
                 model=model,
@@ -147,12 +147,24 @@ class Models:
         for family in set(self._slots) - named:
             await self.handle(family, Withdrawn())
 
+    def _note_misfit(self, model: VerifiedModel, misfit: Misfit) -> None:
+        """Say it once for each release, although its assignment is offered again and again."""
+        family = model.manifest.family
+        if self._misfits.get(family) == model.manifest_digest:
+            return
+        self._misfits[family] = model.manifest_digest
+        logger.warning("release does not fit this device", extra={"family": family, "why": misfit.reason})
+        detail = {"family": family, "version": model.manifest.version, "message": misfit.reason}
+        self._note("release.misfit", detail)
+
     async def handle(self, family: FamilyName, event: Event) -> None:
         """Let the slot decide, save its state, carry out its effects."""
         before = self._slots.get(family) or slots.new_slot(family, probation=self._profile.probation)
         decision = slots.decide(before, event)
         if decision.state is not before:
             await self._ledger.save_slot(family, encode_state(decision.state))
+        if isinstance(event, WarmUpAllowed):
+            self._warm_up_allowed = None
         self._slots[family] = decision.state
         self._route(family)
         if decision.state.phase is not before.phase:
@@ -224,8 +236,10 @@ class Models:
         self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
 
     def _admit_warm_up(self) -> None:
-        if self._warm_up_queue and all(slot.phase is not Phase.WARMUP for slot in self._slots.values()):
-            family, key = self._warm_up_queue.pop(0)
+        if self._warm_up_allowed is not None or not self._warm_up_queue:
+            return  # an allowance counts from when it was given, not from when its slot hears of it
+        if all(slot.phase is not Phase.WARMUP for slot in self._slots.values()):
+            family, key = self._warm_up_allowed = self._warm_up_queue.pop(0)
             self._inbox.post(ForSlot(family, WarmUpAllowed(key)))
 
     def _route(self, family: FamilyName) -> None:

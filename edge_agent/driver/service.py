@@ -25,7 +25,7 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer, ModelHost, Outbox
 from shared.clock import Clock
-from shared.errors import HostLost, InputRefused, InvalidValue, ModelError, StorageError
+from shared.errors import HostLost, InputRefused, InvalidValue, ModelError, OutriderError
 from shared.ids import FamilyName
 from shared.inference import (
     AgentState,
@@ -74,6 +74,7 @@ class Service:
         self._answered = 0
         self._refused = 0
         self._disk_refuses = False
+        self._recording = asyncio.Lock()
 
     async def handle(self, request: Request, payload: Buffer) -> Response:
         """The reply to one request and the payload to send after it; raises OutriderError for the door to refuse."""
@@ -136,7 +137,8 @@ class Service:
         except (InputRefused, HostLost):
             raise  # the caller's fault, or told to the slot by the host's own end
         except ModelError as error:
-            self._models.answer_bad(family, release.key, error)
+            if not error.retry:  # an overload says nothing of the model
+                self._models.answer_bad(family, release.key, error)
             raise
         finally:
             self._waiting -= 1
@@ -149,21 +151,24 @@ class Service:
             batch = [await self._unrecorded.get()]
             while len(batch) < MAX_RECORDED_AT_ONCE and not self._unrecorded.empty():
                 batch.append(self._unrecorded.get_nowait())
-            await self._record(batch)
+            async with self._recording:
+                await self._record(batch)
 
     async def record_rest(self) -> None:
-        """Bring what is left into the outbox; for the end."""
+        """Bring what is left into the outbox, and wait for what `record` has in hand; before its end."""
         rest = []
         while not self._unrecorded.empty():
             rest.append(self._unrecorded.get_nowait())
-        await self._record(rest)
+        async with self._recording:
+            await self._record(rest)
 
     async def _record(self, batch: list[tuple[int, Result]]) -> None:
         puts = (self._uplink.keep(result, at_ms=at_ms) for at_ms, result in batch)
         told = await asyncio.gather(*puts, return_exceptions=True)
-        refusals = [error for error in told if isinstance(error, StorageError)]
+        # A result that no outbox takes (a label without end, from a model's own process) must not end the recording.
+        refusals = [error for error in told if isinstance(error, OutriderError)]
         for error in told:
-            if isinstance(error, BaseException) and not isinstance(error, StorageError):
+            if isinstance(error, BaseException) and not isinstance(error, OutriderError):
                 raise error
         if bool(refusals) != self._disk_refuses:
             self._disk_refuses = bool(refusals)
@@ -194,9 +199,7 @@ class Service:
         if request.model:
             states = tuple(state for state in states if state.family == request.model)
         if request.model and not states:
-            return Refusal(
-                id=request.id, code="model.unknown", message=f"there is no model {request.model[:80]!r} here"
-            )
+            return _unknown_model(request.id, request.model)
         return Description(id=request.id, models=states)
 
     def _status(self, request: Status) -> Reply:
@@ -235,7 +238,9 @@ class Service:
 
     def _roll_back(self, request: Control) -> Reply:
         slot = self._models.slot(request.argument)
-        if slot is None or not can_roll_back(slot):
+        if slot is None:
+            return _unknown_model(request.id, request.argument)
+        if not can_roll_back(slot):
             return Refusal(
                 id=request.id,
                 code="release.no_previous",
@@ -267,6 +272,11 @@ def _klass(name: str) -> RecordClass:
         raise InvalidValue(
             f"unknown record class {name[:40]!r}", code="invalid.class", hint=f"one of {names}"
         ) from None
+
+
+def _unknown_model(request_id: str, model: str) -> Refusal:
+    message = f"there is no model {model[:80]!r} here"
+    return Refusal(id=request_id, code="model.unknown", message=message, hint="see 'outrider-agent model ls'")
 
 
 def _just_ended(request: Infer) -> Refusal:

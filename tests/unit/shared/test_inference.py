@@ -121,3 +121,13 @@ def test_an_input_sent_twice_or_too_often_is_refused() -> None:
     for count in (0, 2, limits.MAX_TENSORS + 1):
         with pytest.raises(InputRefused):
             check_inputs(DIGITS, (head,) * count, 256 * count)
+
+
+def test_a_request_id_is_a_name_and_not_a_document() -> None:
+    longest = "x" * limits.MAX_REQUEST_ID_CHARS
+    assert decode_request(encode_header(inference.Status(id=longest))).id == longest
+    for request in (inference.Status(id=longest + "x"), inference.Infer(model="m", inputs=(), id=longest + "x")):
+        with pytest.raises(InputRefused, match="id"):
+            decode_request(encode_header(request))
+    with pytest.raises(InputRefused, match="request"):
+        decode_request(encode_header(inference.Feedback(request=longest + "x", correct=True)))

@@ -1,0 +1,194 @@
+"""What must not end the daemon, nor make it forget: hostile lengths, a disk that refuses for a while, a busy host."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge_agent.core.slot_values import Phase
+from edge_agent.driver.events import ReconcileDue
+from edge_agent.ports import HostAnswer
+from shared.errors import ModelError, StorageFull
+from shared.ids import Digest, FamilyName
+from shared.inference import Answer, Measure, TensorHead
+from shared.model import Manifest, Variant, encode_manifest
+from shared.profile import MemoryBudget
+from shared.release import VerifiedModel
+from shared.telemetry import Body, RecordClass
+from shared.wire.messages import Ack
+from tests.fakes.agent_world import AgentWorld, answer, profile, release, until
+from tests.fakes.hosts import FakeHosts
+
+
+def phase(world: AgentWorld, family: str = "digits") -> Phase | None:
+    slot = world.models.slot(family)
+    return None if slot is None else slot.phase
+
+
+async def serve(world: AgentWorld) -> None:
+    world.arrive(world.publish(release(world, "1.0.0")))
+    await until(lambda: phase(world) is Phase.COMMITTED, "committed")
+
+
+def test_a_label_without_end_is_not_recorded_and_the_agent_lives_on() -> None:
+    world = AgentWorld()
+    hostile = False
+
+    def rant(manifest: Manifest, variant: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
+        told = answer(manifest, variant, inputs, payload)
+        return msgspec.structs.replace(told, labels=("x" * 40_000,)) if hostile else told
+
+    async def story() -> None:
+        nonlocal hostile
+        await serve(world)
+        hostile = True
+        await world.infer("r1")
+        hostile = False
+        assert isinstance(await world.infer("r2"), Answer)
+        await until(lambda: world.hub.results() == 1, "the good answer is recorded")
+
+    world.hosts = FakeHosts(rant)
+    world.life(story)
+
+
+def test_a_refusal_of_the_hub_with_an_endless_code_does_not_end_the_agent() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        await serve(world)
+        await until(lambda: world.outbox.depth().bytes == 0, "nothing waits")
+        world.hub.silent = True
+        await world.infer("r1")
+        await until(lambda: world.outbox.depth().records.get(RecordClass.TELEMETRY, 0) > 0, "a record waits")
+        batch = await world.outbox.next_batch(RecordClass.TELEMETRY)
+        assert batch is not None
+        world.hub.send("ack", Ack(batch=batch.batch, status="refused", code="c" * 100_000))
+        world.hub.silent = False
+        await until(lambda: "telemetry.refused" in world.hub.events(), "the refusal is told")
+        assert isinstance(await world.infer("r2"), Answer)
+
+    world.life(story)
+
+
+def test_an_accepted_assignment_is_carried_out_once_the_disk_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = AgentWorld()
+    save = world.ledger.save_slot
+    refusals = 2
+
+    async def full(family: str, state: bytes) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise StorageFull("no room left")
+        await save(family, state)
+
+    async def story() -> None:
+        world.ledger.save_slot = full  # type: ignore[method-assign]
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: refusals == 0, "tried again")
+        await until(lambda: phase(world) is Phase.COMMITTED, "committed")
+
+    monkeypatch.setattr("edge_agent.driver.agent.RETRY_MS", 5)
+    world.life(story)
+
+
+def test_one_warm_up_at_a_time_however_many_slots_ask_at_once() -> None:
+    world = AgentWorld()
+    families = [FamilyName("a-first"), FamilyName("b-second"), FamilyName("c-third")]
+    start = world.hosts.start
+    most = 0
+
+    async def never(**_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def slowly(**wanted: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(phase(world, family) is Phase.WARMUP for family in families))
+        await asyncio.sleep(0.01)
+        return await start(**wanted)
+
+    async def first() -> None:
+        world.hosts.start = never  # type: ignore[method-assign]
+        world.arrive(world.publish(*(other_family(release(world, "1.0.0"), family) for family in families)))
+        await until(
+            lambda: sorted(phase(world, family) is Phase.STAGED for family in families) == [False, True, True],
+            "one is warming up, two wait for it",
+        )
+
+    async def second() -> None:
+        await until(lambda: all(phase(world, family) is Phase.COMMITTED for family in families), "all committed")
+
+    world.life(first, clean=False)
+    world.hosts.start = slowly  # type: ignore[method-assign]
+    world.life(second)
+    assert most == 1
+
+
+def test_a_release_that_does_not_fit_is_told_once() -> None:
+    world = AgentWorld()
+    world.profile = msgspec.structs.replace(profile(), memory=MemoryBudget(host_bytes=1, total_bytes=1))
+
+    async def story() -> None:
+        big = release(world, "1.0.0")
+        variants = tuple(msgspec.structs.replace(variant, ram_bytes=2) for variant in big.manifest.variants)
+        big = msgspec.structs.replace(big, manifest=msgspec.structs.replace(big.manifest, variants=variants))
+        world.arrive(world.publish(big))
+        await until(lambda: "release.misfit" in world.hub.events(), "told")
+        for _ in range(3):
+            world.inbox.post(ReconcileDue())
+        await world.ask(Measure(name="last", value=1.0))
+        await until(lambda: world.hub.results() == 1, "all of it arrived")
+        assert world.hub.events().count("release.misfit") == 1
+
+    world.life(story)
+
+
+def test_an_overloaded_host_is_no_fault_of_the_release() -> None:
+    world = AgentWorld()
+    world.profile = profile(duration_ms=150)
+
+    def busy(*_: Any) -> HostAnswer:
+        error = ModelError("256 requests wait for the model", code="overload")
+        error.retry = True
+        raise error
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: phase(world) is Phase.PROBATION, "on trial")
+        for _ in range(5):
+            with pytest.raises(ModelError):
+                await world.infer()
+        await until(lambda: phase(world) in (Phase.COMMITTED, Phase.IDLE), "the trial is over")
+        assert phase(world) is Phase.COMMITTED
+
+    world.hosts = FakeHosts(busy)
+    world.life(story)
+
+
+def test_answers_given_right_before_the_end_are_recorded() -> None:
+    world = AgentWorld()
+    world.broker.up = False
+    put = world.outbox.put
+
+    async def slowly(*, at_ms: int, body: Body) -> int:
+        await asyncio.sleep(0.05)
+        return await put(at_ms=at_ms, body=body)
+
+    async def story() -> None:
+        await serve(world)
+        world.outbox.put = slowly  # type: ignore[method-assign]
+        await asyncio.gather(*(world.infer(f"r{number}") for number in range(20)))
+
+    world.life(story)
+    assert world.outbox.depth().records[RecordClass.TELEMETRY] == 20
+
+
+def other_family(model: VerifiedModel, family: FamilyName) -> VerifiedModel:
+    """The same release under another name."""
+    manifest = msgspec.structs.replace(model.manifest, family=family)
+    digest = Digest(hashlib.sha256(encode_manifest(manifest)).hexdigest())
+    return VerifiedModel(manifest=manifest, manifest_digest=digest)
