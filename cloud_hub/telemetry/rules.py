@@ -33,6 +33,9 @@ Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
 MAX_SEQ: Final = 2**53
+MAX_STORED_BYTES: Final = 2 * limits.MAX_BATCH_BYTES
+"""Of a batch's records once unpacked. Devices cut batches at `MAX_BATCH_BYTES` of unpacked records, and defaults add a
+little; but columns can name one long text five hundred times, and would blow up into a hundred megabytes."""
 MAX_RANGES: Final = 20_000
 """Gaps a stream may have; each batch rewrites the list, so it must not grow without bound."""
 
@@ -119,8 +122,8 @@ def open_batch(device: DeviceId, batch: Batch) -> OpenBatch:
     klass = RecordClass(claim.klass)
     if any(CLASS_OF[type(record.body)] is not klass for record in records):
         raise TelemetryRefused(f"the batch holds records that are not of class {klass}", code="telemetry.class")
-    stored = tuple(_stored(record) for record in records)
-    return OpenBatch(stream=Stream(device=device, epoch=claim.epoch, klass=klass), id=claim, records=stored)
+    stream = Stream(device=device, epoch=claim.epoch, klass=klass)
+    return OpenBatch(stream=stream, id=claim, records=_stored_all(records))
 
 
 def _check_numbers(claim: BatchId, records: Sequence[Record]) -> None:
@@ -129,6 +132,17 @@ def _check_numbers(claim: BatchId, records: Sequence[Record]) -> None:
         raise TelemetryRefused(f"the batch holds {len(numbers)} records", code="telemetry.numbers")
     if (numbers[0], numbers[-1]) != (claim.first, claim.last) or len(set(numbers)) != len(numbers):
         raise TelemetryRefused("the batch's records are not numbered as its id says", code="telemetry.numbers")
+
+
+def _stored_all(records: Sequence[Record]) -> tuple[StoredRecord, ...]:
+    stored: list[StoredRecord] = []
+    length = 0
+    for record in records:
+        stored.append(_stored(record))
+        length += len(stored[-1].body)
+        if length > MAX_STORED_BYTES:
+            raise TelemetryRefused(f"the batch unpacks to over {MAX_STORED_BYTES} bytes", code="telemetry.too_large")
+    return tuple(stored)
 
 
 def _stored(record: Record) -> StoredRecord:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cloud_hub.telemetry import rules
 from cloud_hub.telemetry.rules import StoredRecord, TelemetryRefused
+from shared import limits
 from shared.ids import DeviceId
 from shared.telemetry import BatchId, Body, DeviceEvent, Outcome, Reading, Record, RecordClass
 from shared.wire.columns import encode_columns
@@ -80,6 +81,17 @@ def batch(records: list[Record], **changed: object) -> Batch:
 def readings(*seqs: int) -> list[Record]:
     """A reading for each number."""
     return [Record(seq=seq, at_ms=1000 + seq, body=Reading(name="t", value=float(seq))) for seq in seqs]
+
+
+def test_a_small_batch_that_unpacks_to_much_is_refused() -> None:
+    text = "x" * (limits.MAX_BATCH_BYTES - 8192)
+    blown = [Record(seq=seq, at_ms=1, body=Reading(name=text, value=1.0)) for seq in range(1, 501)]
+    assert len(batch(blown).columns) < limits.MAX_BATCH_BYTES
+    with pytest.raises(TelemetryRefused) as caught:
+        rules.open_batch(DEVICE, batch(blown))
+    assert caught.value.code == "telemetry.too_large"
+    largest = [Record(seq=1, at_ms=1, body=Reading(name="x" * limits.MAX_RECORD_BYTES, value=1.0))]
+    assert len(rules.open_batch(DEVICE, batch(largest)).records) == 1
 
 
 def test_an_honest_batch_opens() -> None:
