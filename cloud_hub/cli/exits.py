@@ -77,4 +77,7 @@ def exit_of_status(status: int, code: str) -> Exit:
     """The exit code for what the hub answered: by the problem's code where that says more, else by HTTP status."""
     if code.startswith("trust."):
         return Exit.NOT_TRUSTED
+    if code.startswith("invalid."):
+        # As when this program notices it by itself: what was given cannot be used.
+        return Exit.USAGE
     return _BY_STATUS.get(status, Exit.FAILED)

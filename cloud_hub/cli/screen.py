@@ -62,13 +62,15 @@ def show_json(document: Any, *, line: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to the person, on stderr."""
-    print(clean(text), file=sys.stderr)
+    """Say something to the person, on stderr, in as many lines as it has."""
+    print("\n".join(clean(line) for line in text.split("\n")), file=sys.stderr)
 
 
 def show_error(error: OutriderError) -> None:
     """Say what went wrong, its code and what to try."""
-    print(f"error: {clean(error.message)}", file=sys.stderr)
+    # Further lines are set in, so that none of them can pass for the code or the advice.
+    message = "\n  ".join(clean(line.strip()) for line in error.message.split("\n"))
+    print(f"error: {message}", file=sys.stderr)
     print(f"code: {clean(error.code)}", file=sys.stderr)
     if error.hint:
         print(f"try: {clean(error.hint)}", file=sys.stderr)

@@ -6,15 +6,15 @@ import argparse
 import re
 from typing import Final
 
+from cloud_hub.cli.arguments import Parser
+
 PACKAGE: Final = "cloud_hub.commands"
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def build() -> argparse.ArgumentParser:
+def build() -> Parser:
     """The parser; each leaf sets `run` to `module:function` below `cloud_hub.commands`."""
-    parser = argparse.ArgumentParser(
-        prog="outrider-hub", description="The hub of a fleet: enrolment, signed releases, telemetry."
-    )
+    parser = Parser(prog="outrider-hub", description="The hub of a fleet: enrolment, signed releases, telemetry.")
     parser.add_argument("--version", action="store_true", dest="show_version", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _init(commands)
@@ -42,7 +42,7 @@ def duration_s(text: str) -> int:
     return int(match.group(1)) * _UNITS_S[match.group(2)]
 
 
-def _init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _init(commands: argparse._SubParsersAction[Parser]) -> None:
     leaf = _leaf(commands, "init", "make a hub: CA, keys, database, first operator token", run="init:run")
     leaf.add_argument(
         "--offline", required=True, metavar="DIR", help="new directory for the offline signing keys; move it away"
@@ -57,7 +57,7 @@ def _init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     leaf.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def _token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _token(commands: argparse._SubParsersAction[Parser]) -> None:
     token = commands.add_parser("token", help="join tokens for devices, API tokens for people and programs")
     inner = token.add_subparsers(title="commands", metavar="COMMAND", required=True)
     leaf = _leaf(inner, "create", "make a token; its text is shown once", run="tokens:create")
@@ -73,16 +73,14 @@ def _token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     leaf.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def _leaf(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, *, run: str
-) -> argparse.ArgumentParser:
-    leaf = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+def _leaf(commands: argparse._SubParsersAction[Parser], name: str, summary: str, *, run: str) -> Parser:
+    leaf: Parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     leaf.set_defaults(run=run)
     leaf.add_argument("--data", metavar="DIR", help="the hub's data directory (OUTRIDER_HUB_DATA_DIR)")
     return leaf
 
 
-def _overrides(leaf: argparse.ArgumentParser) -> None:
+def _overrides(leaf: Parser) -> None:
     leaf.add_argument("--host", metavar="ADDRESS", help="listen.host")
     leaf.add_argument("--port", type=int, metavar="PORT", help="listen.port")
     leaf.add_argument("--broker-host", metavar="ADDRESS", help="broker.host")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,12 +27,15 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.problems import NotAllowed
 from cloud_hub.ground.schema import metadata
 from shared.clock import Clock
-from shared.errors import InvalidValue
+from shared.errors import InvalidValue, StorageError
 from shared.ids import DeviceId
+
+logger = logging.getLogger(__name__)
 
 PEER_CERTIFICATE: Final = "outrider.peer_certificate"
 """Key in the ASGI scope's `extensions`; the value is the verified client certificate in DER, or None."""
 
+MAX_TOKEN_TTL_MS: Final = 3660 * 24 * 3600 * 1000
 _PREFIX: Final = "orh"
 _LAST_USED_EVERY_MS: Final = 60_000
 _MAX_TOKEN_CHARS: Final = 256
@@ -112,6 +116,8 @@ def issue_api_token(
         raise InvalidValue("devices have certificates, not tokens", code="invalid.role")
     if not 0 < len(name) <= 128:
         raise InvalidValue("a token's name has 1 to 128 characters", code="invalid.token_name")
+    if ttl_ms is not None and not 0 < ttl_ms <= MAX_TOKEN_TTL_MS:
+        raise InvalidValue("a token lives longer than nothing and at most ten years", code="invalid.ttl")
     token_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     expires_ms = None if ttl_ms is None else at_ms + ttl_ms
     conn.execute(
@@ -203,7 +209,11 @@ class Gate:
         def work(conn: Connection) -> None:
             conn.execute(update)
 
-        await self._database.write(work)
+        try:
+            await self._database.write(work)
+        except StorageError as error:
+            # Only a note, and a full disk is when people have to look.
+            logger.warning("use of a token was not noted: %s", error.code)
 
 
 Dependency = Callable[[Request], Awaitable[Principal]]

@@ -64,7 +64,7 @@ async def whoami(principal: Annotated[Principal, Depends(require_any())]) -> Who
 async def list_audit(
     request: Request,
     _principal: Annotated[Principal, Depends(require(Role.OPERATOR))],
-    after: Annotated[int, Query(ge=0)] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=limits.MAX_PAGE_ITEMS)] = 100,
 ) -> AuditPageOut:
     """Who did what to what, oldest first; each row's hash binds it to the one before."""

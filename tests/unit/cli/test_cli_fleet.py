@@ -72,7 +72,7 @@ def test_an_empty_list_says_so_on_stderr_only(logged_in: SmallHub, run: Run) -> 
         (404, "not_found", 3),
         (409, "conflict", 6),
         (422, "trust.signature", 9),
-        (422, "invalid.labels", 1),
+        (422, "invalid.labels", 2),
         (500, "internal", 1),
         (503, "storage", 5),
     ],

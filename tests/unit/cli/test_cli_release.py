@@ -200,6 +200,9 @@ def test_nobody_to_ask_means_no_signature(fleet: Fleet, run: Run) -> None:
     assert ended.code == 2
     assert "--yes" in ended.err
     assert "75.0%" in ended.err
+    # A person has to read this: every file and every variant on a line of its own.
+    assert any(line.startswith("manifest.json ") for line in ended.err.splitlines())
+    assert any(line.startswith("VARIANT ") for line in ended.err.splitlines())
     assert not Path("sign-1.0.0.release.json").exists()
 
 

@@ -288,6 +288,18 @@ def test_the_audit_log_comes_in_pages(hub: Calls) -> None:
     assert [item["subject"] for item in rest["items"]] == ["2"]
     assert rest["next"] is None
     assert hub.call("GET", "/v1/audit", headers=hub.token(Role.VIEWER)).status_code == 403
+    assert hub.call("GET", f"/v1/audit?after={2**63 - 1}", headers=header).json()["items"] == []
+    assert hub.call("GET", f"/v1/audit?after={2**63}", headers=header).status_code == 422
+
+
+def test_a_full_disk_does_not_keep_anybody_from_looking(hub: Calls) -> None:
+    header = hub.token(Role.VIEWER)
+
+    async def full(_work: Any) -> None:
+        raise StorageFull("no room")
+
+    hub.database.write = full  # type: ignore[method-assign,assignment]
+    assert hub.call("GET", "/v1/whoami", headers=header).status_code == 200
 
 
 def test_the_use_of_a_token_is_noted_once_a_minute(hub: Calls) -> None:

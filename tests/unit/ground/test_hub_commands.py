@@ -196,11 +196,21 @@ def test_tokens_are_made_and_only_their_hash_is_kept(tmp_path: Path, capsys: pyt
         ["--kind", "join", "--uses", "0"],
         ["--kind", "join", "--device", "hub"],
         ["--kind", "join", "--device", "pi-1", "--uses", "2"],
+        ["--kind", "api", "--ttl", "3661d"],
     ],
 )
 def test_tokens_that_make_no_sense(tmp_path: Path, arguments: list[str]) -> None:
     assert init(tmp_path) == 0
     assert main(["token", "create", "--data", str(tmp_path / "data"), *arguments]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--prt", "1"], ["serve", "--por", "1"], ["token", "create"], ["x"]])
+def test_wrong_arguments_end_as_every_error_does(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error, code, advice = capsys.readouterr().err.splitlines()
+    assert (error[:7], code, advice[:5]) == ("error: ", "code: usage", "try: ")
 
 
 def test_commands_without_a_hub_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
