@@ -59,6 +59,16 @@ def default_state_dir() -> Path:
     return Path.home() / ".local" / "state" / "outrider-agent"
 
 
+def daemon_environment() -> dict[str, str]:
+    """What the daemon sees of the environment: everything but our own settings, which it was given already.
+
+    One heap for all threads (mallopt(3), M_ARENA_MAX): the daemon's threads wait for disk and network, and a heap for
+    each would keep a megabyte that nobody uses.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return {**kept, "MALLOC_ARENA_MAX": "1"}
+
+
 def load_config(
     *,
     state_dir: str | None = None,

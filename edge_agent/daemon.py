@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from edge_agent.commands import screen
-from edge_agent.commands.exits import Exit, exit_of
-from edge_agent.logs import configure_logging
-from edge_agent.main import run
-from edge_agent.settings import decode_launch
 from shared.errors import OutriderError
 
 
 def main() -> int:
     """Run until told to stop; returns the exit code."""
+    # msgspec prefers typing_extensions wherever another package happens to have brought it, for names that typing
+    # has; for a device that is 0.4 MB too much. None makes that import fail, which msgspec provides for.
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
+    from edge_agent.logs import configure_logging
+    from edge_agent.main import run
+    from edge_agent.settings import decode_launch
+
     try:
         launch = decode_launch(sys.argv[1] if len(sys.argv) == 2 else "")
         configure_logging(launch.config.log)
@@ -27,7 +29,7 @@ def main() -> int:
             raise  # a defect: its trace is worth more than a polite line
         return _end(cause)
     except KeyboardInterrupt:
-        return Exit.INTERRUPTED
+        return 130
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -37,6 +39,9 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _end(error: OutriderError) -> int:
+    from edge_agent.commands import screen
+    from edge_agent.commands.exits import exit_of
+
     screen.show_error(error)
     return exit_of(error)
 

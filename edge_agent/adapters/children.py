@@ -28,8 +28,14 @@ _FIRST_LOOK_S: Final = 0.001
 _EXIT_S: Final = 0.5
 _REAP_S: Final = 5.0
 _PROC: Final = Path("/proc")
-_ENVIRONMENT: Final = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""All that a child gets: no secret of the core's environment, and no thread that the runtime was not given."""
+_ENVIRONMENT: Final = {
+    "LC_ALL": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""All that a child gets: no secret of the core's environment, no thread that the runtime was not given, and one heap
+for all threads (mallopt(3)), because each further one keeps memory of its own."""
 
 
 class Child:

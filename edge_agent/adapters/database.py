@@ -219,6 +219,8 @@ def _connect(path: Path) -> Connection:
             raise StorageError(f"{path}: this file system cannot hold a write-ahead log", code="storage.wal")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA journal_size_limit=4194304")
+        # The queue is written at one end and read at the other: a large cache would hold what nobody asks for again.
+        connection.execute("PRAGMA cache_size=-256")
         path.chmod(0o600)
     except BaseException:
         connection.close()

@@ -81,7 +81,7 @@ class LiveHosts:
         options = self._options
         try:
             process, link, record = spawn(
-                (options.python, "-I", "-m", "edge_agent.host"),
+                (options.python, "-I", "-X", "no_debug_ranges", "-m", "edge_agent.host"),
                 directory=self._directory,
                 descriptors=(model_fd, golden_fd),
                 arguments=(str(options.niceness),),

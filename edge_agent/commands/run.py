@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from msgspec.structs import replace
 
-from edge_agent.config import LoadedConfig
+from edge_agent.config import LoadedConfig, daemon_environment
 from edge_agent.identity import load_identity
 from edge_agent.profiles import resolve_profile
 from edge_agent.settings import AgentConfig, Launch, encode_launch
@@ -27,7 +27,9 @@ def run(_: argparse.Namespace, loaded: LoadedConfig) -> NoReturn:
     profile = device_profile(config, enrolled=load_identity(config.state_dir).profile)
     launch = encode_launch(Launch(config=config, profile=profile))
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-I", "-m", "edge_agent.daemon", launch])  # noqa: S606
+    # Column positions are for tracebacks' underlines; a quarter of a megabyte is too dear for that here.
+    command = [sys.executable, "-I", "-X", "no_debug_ranges", "-m", "edge_agent.daemon", launch]
+    os.execve(sys.executable, command, daemon_environment())  # noqa: S606
 
 
 def device_profile(config: AgentConfig, *, enrolled: str) -> DeviceProfile:

@@ -18,6 +18,7 @@ from edge_agent.runtimes import find_loader
 from shared import limits
 from shared.errors import ModelError, OutriderError, ProtocolViolation
 from shared.model import Manifest, Variant, decode_manifest
+from shared.onnx_gate import check_onnx
 from shared.tensors import from_wire, to_wire
 from shared.wire.golden import decode_golden
 
@@ -61,8 +62,12 @@ def _load(
     network = confine.give_up_rights(parent=parent, niceness=niceness)
     model = _read(model_fd, length=variant.file.length, at_most=limits.MAX_MODEL_BYTES)
     golden = _read(golden_fd, length=manifest.golden.file.length, at_most=limits.MAX_GOLDEN_BYTES)
+    if variant.runtime == "onnx":
+        check_onnx(model)
     session = Session(manifest=manifest, variant=variant, engine=loader(model, threads=request.threads))
     agreement = session.check_golden(decode_golden(golden, manifest.signature))
+    del model, golden
+    confine.return_free_memory()
     return session, protocol.Loaded(agreement=agreement, rss_bytes=confine.rss_bytes(), network=network)
 
 

@@ -62,6 +62,13 @@ def give_up_rights(*, parent: int, niceness: int) -> bool:
     return network
 
 
+def return_free_memory() -> None:
+    """Give the kernel back what loading has freed (malloc_trim(3)), where the C library has that call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def rss_bytes() -> int:
     """This process's resident size."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

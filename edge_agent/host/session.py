@@ -14,13 +14,16 @@ import msgspec
 import numpy as np
 
 from edge_agent.runtimes import Engine
+from shared import limits
 from shared.errors import ModelError
 from shared.model import Manifest, Variant
 from shared.tensors import Array, numpy_dtype, prepare, probabilities
 from shared.wire.golden import GoldenSet
 
 _GOLDEN_CHUNK_ROWS = 64
-"""Rows run at once in the golden check: enough to be quick, few enough to be small."""
+_GOLDEN_CHUNK_BYTES = 16 * limits.KIB
+"""How much of the golden set is run at once. A runtime keeps the memory of its largest run for ever, so a check with
+larger batches than applications send would cost the device memory that it never needs again."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +150,8 @@ class Session:
         }
         sizes = {spec.shape[0] for spec in self._specs.values()}
         fixed = max(sizes)
-        step = fixed if fixed > 0 else _GOLDEN_CHUNK_ROWS
+        row_bytes = sum(len(tensor.data) for tensor in golden.inputs) // golden.samples
+        step = fixed if fixed > 0 else max(1, min(_GOLDEN_CHUNK_ROWS, _GOLDEN_CHUNK_BYTES // max(row_bytes, 1)))
         for start in range(0, golden.samples, step):
             rows = min(step, golden.samples - start)
             chunk = {name: array[start : start + rows] for name, array in arrays.items()}

@@ -1,27 +1,22 @@
-"""The door's price: a model asked through the framed socket against the same model in this process; memory; start.
+"""The door's price: a model asked through the framed socket against the same file in this process; memory; start.
 
 `framed_vs_inprocess`: p50 of a blocking client's `infer` (client -> door -> model host and back, three processes)
-over p50 of the bare engine's `run`, blocks of both taken in turns, a 2 ms convolution net on 16 kB, one thread, no
-cache. `host_start_ms`: median from the start of a model host's process to its first answer, golden check included.
-
-`run(agent)` takes whatever serves: by default a bare core (door and host without link, slots and outbox), whose
-memory is told as `bare_core_…`; given an `Agent`, the memory of that one is told under the contract's names.
+over p50 of the bare engine's `run` on the very file that is served, blocks of both taken in turns, a net of about
+2 ms on 16 kB, one thread, no cache. `host_start_ms`: median from the start of a model host's process to its first
+answer, golden check included. `core_rss_mb`, `with_model_rss_mb`: of a daemon that has verified, committed and served
+that release (tests/bench/_served.py), alone and together with its model host; PSS beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -31,7 +26,7 @@ from edge_agent.adapters.system import SystemClock
 from edge_agent.client import Client
 from edge_agent.runtimes import find_loader
 from shared.inference import TensorHead
-from shared.model import encode_manifest
+from tests.bench._served import Served, served
 from tests.fakes.releases import Build, build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,33 +37,56 @@ STARTS = 7
 WANTED_MS = 2.0
 
 
-class Agent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that serves `two_ms_model()` at its door."""
-
-    door: Path
-    pid: int
-    host_pid: int
-
-
-def run(agent: Agent | None = None) -> dict[str, float]:
-    """Measure; takes about ten seconds."""
+def run() -> dict[str, float]:
+    """Measure; takes about half a minute."""
     made = two_ms_model()
     figures = {"host_start_ms": host_start_ms(made)}
-    if agent is not None:
-        return figures | framed_vs_inprocess(agent.door, made) | memory(agent, prefix="")
-    with tempfile.TemporaryDirectory(prefix="or-", dir="/tmp") as folder, bare_core(Path(folder), made) as bare:
-        return figures | framed_vs_inprocess(bare.door, made) | memory(bare, prefix="bare_")
+    with served(made) as agent:
+        figures |= framed_vs_inprocess(agent.door, made, agent.model)
+        return figures | memory(agent)
 
 
 def two_ms_model() -> Build:
-    """A convolution net that takes about 2 ms on this machine, on one 64 x 64 image of float32 (16 kB)."""
+    """A convolution net whose int8 variant takes about 2 ms here, on one 64 x 64 image of float32 (16 kB).
+
+    The hub's variant is what will be served and timed; how much faster it is than float32 is tried on a small one.
+    """
+    speed_up = _int8_speed_up(convolutions(8))
     layers = 1
     while True:
         made = convolutions(layers)
-        took = statistics.median(_timed(_runner(made), 15)[5:])
+        took = statistics.median(_timed(_runner(made.model), 15)[5:]) / speed_up
         if took >= WANTED_MS * 0.9 or layers >= 64:
             return made
         layers = max(layers + 1, round(layers * min(WANTED_MS / took, 4)))
+
+
+def _int8_speed_up(made: Build) -> float:
+    """How many times faster a static QDQ variant is than float32, as the hub builds it."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class OneImage(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._rest = [{"x": np.ones((1, 1, SIDE, SIDE), dtype=np.float32)}]
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            return self._rest.pop() if self._rest else None
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        source.write_bytes(made.model)
+        quantize_static(
+            source,
+            target,
+            OneImage(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        int8 = target.read_bytes()
+    slow, fast = (statistics.median(_timed(_runner(model), 30)[10:]) for model in (made.model, int8))
+    return slow / fast
 
 
 def convolutions(layers: int) -> Build:
@@ -105,10 +123,10 @@ def convolutions(layers: int) -> Build:
     return build(graph, golden={"x": images}, answers=answers, labels=tuple("0123456789"))
 
 
-def framed_vs_inprocess(door: Path, made: Build) -> dict[str, float]:
+def framed_vs_inprocess(door: Path, made: Build, model: bytes) -> dict[str, float]:
     """Blocks of both in turns; p50 in milliseconds and their ratio."""
     image = np.random.default_rng(2).standard_normal((1, 1, SIDE, SIDE)).astype(np.float32)
-    inprocess = _runner(made, image)
+    inprocess = _runner(model, image)
     framed: list[float] = []
     bare: list[float] = []
     with Client(door) as client:
@@ -151,15 +169,18 @@ def host_start_ms(made: Build) -> float:
         return statistics.median(asyncio.run(start_once(Path(folder))) for _ in range(STARTS))
 
 
-def memory(agent: Agent, *, prefix: str) -> dict[str, float]:
-    """Resident and proportional size of the core alone and with its model host, in MB (1,000,000 bytes)."""
+def memory(agent: Served) -> dict[str, float]:
+    """Resident and proportional size of the core alone and with its model host.
+
+    In MB of 1,048,576 bytes, as free(1) counts.
+    """
     core_rss, core_pss = sizes_mb(agent.pid)
     host_rss, host_pss = sizes_mb(agent.host_pid)
     return {
-        f"{prefix}core_rss_mb": core_rss,
-        f"{prefix}core_pss_mb": core_pss,
-        f"{prefix}with_model_rss_mb": core_rss + host_rss,
-        f"{prefix}with_model_pss_mb": core_pss + host_pss,
+        "core_rss_mb": core_rss,
+        "core_pss_mb": core_pss,
+        "with_model_rss_mb": core_rss + host_rss,
+        "with_model_pss_mb": core_pss + host_pss,
     }
 
 
@@ -169,40 +190,13 @@ def sizes_mb(pid: int) -> tuple[float, float]:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name in fields:
-            fields[name] = int(rest.split()[0]) * 1024 / 1e6
+            fields[name] = int(rest.split()[0]) / 1024
     return fields["Rss"], fields["Pss"]
 
 
-@contextlib.contextmanager
-def bare_core(folder: Path, made: Build) -> Iterator[Agent]:
-    """tests/fakes/door_core.py as a process of its own."""
-    (folder / "manifest.json").write_bytes(encode_manifest(made.manifest))
-    (folder / "model").write_bytes(made.model)
-    (folder / "golden").write_bytes(made.golden)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fakes.door_core", str(folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        line = json.loads(process.stdout.readline())
-        yield Agent(door=folder / "door.sock", pid=int(line["pid"]), host_pid=int(line["host_pid"]))
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _runner(made: Build, image: NDArray[np.float32] | None = None) -> Callable[[], object]:
+def _runner(model: bytes, image: NDArray[np.float32] | None = None) -> Callable[[], object]:
     """A call of the bare engine in this process."""
-    engine = find_loader("onnx")(made.model, threads=1)
+    engine = find_loader("onnx")(model, threads=1)
     feeds = {"x": np.zeros((1, 1, SIDE, SIDE), dtype=np.float32) if image is None else image}
     return lambda: engine.run(feeds)
 

@@ -385,7 +385,7 @@ HOSTILE = """#!{python}
 import socket, sys, time
 from edge_agent.framing import FrameReader, build_frame
 from edge_agent.host import protocol
-link = socket.socket(fileno=int(sys.argv[4]))
+link = socket.socket(fileno=int(sys.argv[sys.argv.index("edge_agent.host") + 1]))
 reader = FrameReader()
 def receive():
     while (frame := reader.next_frame()) is None:
