@@ -41,7 +41,7 @@ from cloud_hub.ground.post import Post
 from cloud_hub.ground.rates import Buckets
 from cloud_hub.ground.readiness import notify
 from cloud_hub.ground.switchboard import Rooms, Switchboard
-from cloud_hub.ground.system import SystemClock
+from cloud_hub.ground.system import SystemClock, raise_file_limit
 from cloud_hub.ground.tlsport import HttpsServer
 from cloud_hub.keyring import Keyring
 from cloud_hub.releases import desk as releases_room
@@ -97,6 +97,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     """
     require_own_packages()
     config.folder.require()
+    raise_file_limit()
     clock = SystemClock()
     with config.folder.alone(), closing(Database(config.folder.database_url)) as database:
         migrate.require_current(database)

@@ -41,7 +41,8 @@ PORT_WAIT_S: Final = 3.0
 _POLL_S: Final = 0.05
 _BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY_MS: Final = 60_000
-_MAX_LOG_BYTES: Final = 4 * limits.MIB
+MAX_LOG_BYTES: Final = 4 * limits.MIB
+LOG_LOOK_S: Final = 10.0
 _ELSEWHERE: Final = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/sbin")
 
 
@@ -163,7 +164,7 @@ class Broker:
                         code="config.broker_failed",
                         hint=f"see {self._log_path}",
                     )
-                await process.wait()
+                await self._attend(process)
             finally:
                 await _end(process)
             failures = 0 if self._clock.mono_ms() - began_ms > _STEADY_MS else failures + 1
@@ -193,10 +194,18 @@ class Broker:
                 env={},
             )
 
+    async def _attend(self, process: asyncio.subprocess.Process) -> None:
+        """Wait for its end, and meanwhile for its log: whoever reaches the port can make it write."""
+        while True:
+            try:
+                async with asyncio.timeout(LOG_LOOK_S):
+                    await process.wait()
+                return
+            except TimeoutError:
+                await asyncio.to_thread(trim_log, self._log_path)
+
     def _open_log(self) -> IO[bytes]:
-        with contextlib.suppress(FileNotFoundError):
-            if self._log_path.stat().st_size > _MAX_LOG_BYTES:
-                self._log_path.replace(self._log_path.with_suffix(".log.1"))
+        trim_log(self._log_path)
         try:
             return self._log_path.open("ab")
         except OSError as error:
@@ -224,6 +233,22 @@ class Broker:
         except OSError:
             lines = []
         return lines[-1] if lines else "it said nothing"
+
+
+def trim_log(path: Path) -> None:
+    """Move the end of a log that has grown too long to `.1`, and empty it in place: its writer appends and goes on."""
+    try:
+        with path.open("rb+") as log:
+            length = log.seek(0, os.SEEK_END)
+            if length <= MAX_LOG_BYTES:
+                return
+            log.seek(length - MAX_LOG_BYTES)
+            path.with_suffix(f"{path.suffix}.1").write_bytes(log.read(MAX_LOG_BYTES))
+            log.truncate(0)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s was not shortened: %s", path, error.strerror)
 
 
 def local_address(host: str) -> str:

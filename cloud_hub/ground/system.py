@@ -1,8 +1,21 @@
-"""The hub's only reader of clocks."""
+"""The machine under the hub: its clocks, of which this is the only reader, and what it lets a process have."""
 
 from __future__ import annotations
 
+import resource
 import time
+from typing import Final
+
+MAX_FILES: Final = 65_536
+"""Open files, and so connections, that the hub and the broker it starts may each have if the machine allows."""
+
+
+def raise_file_limit() -> None:
+    """Take what the machine allows: the usual default is a thousand, which is a thousand devices."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class SystemClock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cloud_hub.ground.system import MAX_FILES
 from shared.ids import DeviceId
 from shared.wire import topics
 from shared.wire.envelope import encode_envelope
@@ -49,6 +51,9 @@ def test_it_says_when_it_is_ready_and_ends_in_order(hub: HubProcess, short_tmp: 
         doctor = run_command("doctor", "--data", str(hub.data))
         assert doctor.returncode == 0, doctor.stdout
         assert "this hub answers" in doctor.stdout
+        # The broker inherits it; by default a process may have a thousand connections.
+        soft, hard = resource.prlimit(hub.broker_pids()[0], resource.RLIMIT_NOFILE)
+        assert soft >= min(hard, MAX_FILES)
         (broker,) = hub.broker_pids()
         assert hub.stop(signal.SIGTERM) == 0
         assert manager.recv(64) == b"STOPPING=1"

@@ -147,6 +147,22 @@ def test_the_environment_does_not_say_who_runs_the_hub(monkeypatch: pytest.Monke
     assert files.local_user() is None
 
 
+def test_the_brokers_log_stays_short_under_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / "mosquitto.log"
+    broker.trim_log(path)
+    with path.open("ab", buffering=0) as writer:
+        for _ in range(3):
+            writer.write(b"x" * broker.MAX_LOG_BYTES + b"last words\n")
+            broker.trim_log(path)
+            assert path.stat().st_size == 0
+            writer.write(b"more\n")
+            broker.trim_log(path)
+            assert path.read_bytes() == b"more\n"
+    kept = path.with_name("mosquitto.log.1")
+    assert kept.stat().st_size == broker.MAX_LOG_BYTES
+    assert kept.read_bytes().endswith(b"last words\n")
+
+
 def test_a_missing_broker_says_what_to_install() -> None:
     with pytest.raises(ConfigError) as caught:
         broker.find_binary("no-such-broker")
