@@ -6,6 +6,7 @@ Rules of this file:
    bytes in a stall period is given up, so that a server that drips cannot hold the agent (slow retrieval). What
    arrived stays on the shelf and the next try resumes there.
 3. No more is read than was promised (endless data).
+4. One transfer of a file at a time: one that was given up may still be at the shelf when the next one begins.
 
 The standard library's client runs in a thread; on cancellation its socket is shut down, so that the thread ends.
 Not here: trying again (the driver), and judging metadata (the verifier child).
@@ -66,6 +67,7 @@ class HubFetcher:
         self._clock = clock
         self._stall_ms = stall_ms
         self._agent = agent
+        self._transfers = _Transfers()
 
     async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
         """A metadata file, None where the hub has none of that name.
@@ -97,9 +99,14 @@ class HubFetcher:
             TransferCorrupt: what arrived is not the file; it is dropped.
             StorageError, StorageFull: the disk refused.
         """
-        if shelf.has(file.digest):
-            return
-        await self._in_thread(lambda call: _fetch_blob(call, file, shelf))
+
+        def work(call: _Call) -> None:
+            with self._transfers.one_of(file, within_ms=self._stall_ms):
+                if not shelf.has(file.digest):
+                    _fetch_blob(call, file, shelf)
+
+        if not shelf.has(file.digest):
+            await self._in_thread(work)
 
     async def _in_thread(self, work: Callable[[_Call], T]) -> T:
         call = _Call(
@@ -117,6 +124,28 @@ class HubFetcher:
             raise
         finally:
             watchdog.cancel()
+
+
+class _Transfers:
+    """Lets one transfer of each file run; used by the threads."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Condition()
+        self._running: set[str] = set()
+
+    @contextlib.contextmanager
+    def one_of(self, file: FileRef, *, within_ms: int) -> Iterator[None]:
+        """Wait for the transfer before this one; raises Unreachable when it does not end."""
+        with self._ended:
+            if not self._ended.wait_for(lambda: file.digest not in self._running, timeout=within_ms / 1000):
+                raise Unreachable(f"{file.path} is being fetched already", code="transfer.busy")
+            self._running.add(file.digest)
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running.discard(file.digest)
+                self._ended.notify_all()
 
 
 class _Call:
@@ -223,12 +252,25 @@ class _Call:
 
 
 def _fetch_blob(call: _Call, file: FileRef, shelf: Shelf) -> None:
+    has_part = shelf.resume_at(file.digest) > 0
+    try:
+        _fetch_rest(call, file, shelf)
+    except TransferCorrupt:
+        if not has_part:
+            raise
+        # The part from an earlier try was damaged, by a power cut for instance: that is no fault of what is signed.
+        shelf.append(file.digest, b"", offset=0)
+        _fetch_rest(call, file, shelf)
+
+
+def _fetch_rest(call: _Call, file: FileRef, shelf: Shelf) -> None:
     path, etag = f"/v1/blobs/{file.digest}", f'"{file.digest}"'
     offset = shelf.resume_at(file.digest)
-    if offset >= file.length:
-        offset = _finish_or_restart(file, shelf, offset)
-        if offset < 0:
-            return
+    if offset == file.length:
+        shelf.publish(file)
+        return
+    if offset > file.length:
+        offset = 0
     headers = {"Range": f"bytes={offset}-", "If-Range": etag} if offset else {}
     response = call.get(path, headers)
     if response.status == 416:
@@ -247,17 +289,6 @@ def _fetch_blob(call: _Call, file: FileRef, shelf: Shelf) -> None:
         shelf.append(file.digest, b"", offset=0)
         raise TransferCorrupt(f"the hub at {call.peer} has {offset} bytes of {file.path}, {file.length} are signed")
     shelf.publish(file)
-
-
-def _finish_or_restart(file: FileRef, shelf: Shelf, offset: int) -> int:
-    """Publish what is whole already and return -1; 0 to begin again when it is not the file."""
-    if offset == file.length:
-        try:
-            shelf.publish(file)
-        except TransferCorrupt:
-            return 0
-        return -1
-    return 0
 
 
 def _continues(response: http.client.HTTPResponse, *, offset: int, length: int) -> bool:

@@ -183,9 +183,13 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
     """A file is not what was signed: the release's fault at verification, the disk's later."""
     candidate = state.candidate
     if state.active is not None and event.key == state.active.key:
+        if event.retry:
+            return host_failed(state, HostFailed(key=event.key, code=event.code, message=event.message, retry=True))
         return _active_damaged(state, state.active)
     if candidate is None or event.key != candidate.key:
         return Decision(state)
+    if event.retry and state.phase in (Phase.VERIFYING, Phase.WARMUP):
+        return _abandon(state, event.code, event.message, quarantine=state.quarantine)
     if state.phase is Phase.VERIFYING or (state.phase is Phase.WARMUP and state.transitions >= MAX_TRANSITIONS):
         return _give_up(state, event.code, event.message)
     if state.phase is Phase.WARMUP:

@@ -171,11 +171,15 @@ class FilesVerified(msgspec.Struct, frozen=True):
 
 
 class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
-    """The files on the shelf are not what was signed: at verification, or when a host was to be started on them."""
+    """The files on the shelf are not what was signed: at verification, or when a host was to be started on them.
+
+    With `retry` it is the disk that refused to show them, and they may be all right.
+    """
 
     key: str
     code: str
     message: str
+    retry: bool = False
 
 
 class WarmUpAllowed(msgspec.Struct, frozen=True):
@@ -261,7 +265,7 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class VerifyFiles(msgspec.Struct, frozen=True):
-    """Hash the files on the shelf once more and read the golden set; answered by FilesVerified or FilesBad."""
+    """Hash the files on the shelf once more; answered by FilesVerified or FilesBad."""
 
     key: str
     files: tuple[FileRef, ...]
@@ -282,7 +286,7 @@ class CancelWork(msgspec.Struct, frozen=True):
 class StartHost(msgspec.Struct, frozen=True):
     """See that the release's host runs; answered by HostReady (at once when it is up), HostFailed or FilesBad.
 
-    FilesBad is the answer when the shelf finds that a file has changed since it was verified (TransferCorrupt).
+    FilesBad is the answer when a file has changed since it was verified or is gone, with `retry` when the disk refuses.
     """
 
     release: Installed

@@ -153,7 +153,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
             _WARMUP: (_WARMUP, _FETCHING, *_ENDS),
             _PROBATION: (_PROBATION,),
             _COMMITTED: (_COMMITTED, _FETCHING),
-            _BACK: (_BACK, _FETCHING),
+            _BACK: (_BACK, _FETCHING, _COMMITTED),
         },
         stays="late: nothing is installed",
     ),

@@ -11,12 +11,13 @@ import logging
 import os
 from collections.abc import Callable
 
-from edge_agent.core.slot_values import AnswerBad, AnswerGood, FilesBad, HostFailed, HostReady, Installed
+from edge_agent.core.slot_values import AnswerBad, AnswerGood, Event, FilesBad, HostFailed, HostReady, Installed
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Hosts, ModelHost, Shelf
 from shared.errors import HostLost, OutriderError, StorageError, TransferCorrupt
 from shared.ids import FamilyName
+from shared.model import FileRef
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Hosting:
         self._starter = hosts
         self._on_change = on_change
         self._hosts: dict[str, ModelHost] = {}
+        self._starting: set[str] = set()
 
     def get(self, key: str | None) -> ModelHost | None:
         """The host of this release, while it is up."""
@@ -44,11 +46,13 @@ class Hosting:
         """See that the release's host runs; answered by HostReady, HostFailed or FilesBad."""
         if release.key in self._hosts:
             self._inbox.post(ForSlot(family, HostReady(release.key)))
-        elif not self._works.running(("host", release.key)):
+        elif release.key not in self._starting:
+            self._starting.add(release.key)
             self._works.start(("host", release.key), self._bring_up(family, release))
 
     def stop(self, family: FamilyName, key: str) -> None:
         """Drain and end the release's host, or give up bringing it up."""
+        self._starting.discard(key)
         self._works.cancel(("host", key))
         self._works.cancel(("probe", key))
         host = self._hosts.pop(key, None)
@@ -72,24 +76,39 @@ class Hosting:
 
     async def _bring_up(self, family: FamilyName, release: Installed) -> None:
         key = release.key
+        ended: list[str] = []
+
+        def lost(reason: str) -> None:
+            ended.append(reason)
+            if self._hosts.get(key) is host:
+                self._lost(family, key, reason)
+
+        host: ModelHost | None = None
+        outcome: Event
         try:
-            host, load_ms = await self._load(family, release)
-        except (TransferCorrupt, StorageError) as error:
-            self._inbox.post(ForSlot(family, FilesBad(key=key, code=error.code, message=error.message)))
+            host, load_ms = await self._load(release, lost)
+            if ended:
+                raise HostLost(f"the model host ended right after its start: {ended[0]}")
+        except TransferCorrupt as error:
+            outcome = FilesBad(key=key, code=error.code, message=error.message)
+        except StorageError as error:
+            gone = error.code == "storage.missing"
+            outcome = FilesBad(key=key, code=error.code, message=error.message, retry=not gone)
         except OutriderError as error:
-            failed = HostFailed(key=key, code=error.code, message=error.message, retry=error.retry)
-            self._inbox.post(ForSlot(family, failed))
+            outcome = HostFailed(key=key, code=error.code, message=error.message, retry=error.retry)
         else:
             version = release.manifest.version
             logger.info("model host ready", extra={"family": family, "version": version, "load_ms": load_ms})
             self._hosts[key] = host
             self._on_change(family)
-            self._inbox.post(ForSlot(family, HostReady(key)))
+            outcome = HostReady(key)
+        self._starting.discard(key)
+        self._inbox.post(ForSlot(family, outcome))
 
-    async def _load(self, family: FamilyName, release: Installed) -> tuple[ModelHost, int]:
-        model_fd = await asyncio.to_thread(self._shelf.open, release.served.file)
+    async def _load(self, release: Installed, on_lost: Callable[[str], None]) -> tuple[ModelHost, int]:
+        model_fd = await self._open(release.served.file)
         try:
-            golden_fd = await asyncio.to_thread(self._shelf.open, release.manifest.golden.file)
+            golden_fd = await self._open(release.manifest.golden.file)
         except BaseException:
             os.close(model_fd)
             raise
@@ -98,9 +117,18 @@ class Hosting:
             variant=release.served,
             model_fd=model_fd,
             golden_fd=golden_fd,
-            on_lost=lambda reason: self._lost(family, release.key, reason),
+            on_lost=on_lost,
         )
         return host, ready.load_ms
+
+    async def _open(self, file: FileRef) -> int:
+        """The shelf's descriptor; closed again if by then nobody waits for it, because the thread cannot be stopped."""
+        opening = asyncio.get_running_loop().run_in_executor(None, self._shelf.open, file)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)
+            raise
 
     def _lost(self, family: FamilyName, key: str, reason: str) -> None:
         self._hosts.pop(key, None)
@@ -129,3 +157,8 @@ class Hosting:
             else:
                 message = "a golden sample got another answer than the recorded one"
                 self._inbox.post(ForSlot(family, AnswerBad(key=key, code="model.golden", message=message)))
+
+
+def _close(opening: asyncio.Future[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())

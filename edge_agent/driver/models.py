@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from typing import Final
 
 from edge_agent.core import health, slots
 from edge_agent.core.serving import Route
@@ -63,6 +64,9 @@ from shared.wire.messages import RunningModel
 
 logger = logging.getLogger(__name__)
 
+FETCHES_AT_ONCE: Final = 2
+"""Each holds a thread for as long as the hub takes: more of them could keep the link and the hosts from theirs."""
+
 
 class Models:
     """All slots of the device, their hosts, and who answers for which family."""
@@ -94,6 +98,8 @@ class Models:
         self._targets: dict[FamilyName, str | None] = {}
         self._warm_up_queue: list[tuple[FamilyName, str]] = []
         self._warm_up_allowed: tuple[FamilyName, str] | None = None
+        self._fetching: dict[FamilyName, str] = {}
+        self._fetch_turns = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._misfits: dict[FamilyName, str] = {}
 
     # What others ask
@@ -183,7 +189,7 @@ class Models:
     def _carry_out(self, family: FamilyName, effect: Effect) -> None:
         match effect:
             case Fetch(key, files):
-                self._works.start(("fetch", family), self._fetch(family, key, files))
+                self._start_fetch(family, key, files)
             case VerifyFiles(key, files):
                 self._works.start(("verify", family), self._verify(family, key, files))
             case RequestWarmUp(key):
@@ -210,26 +216,39 @@ class Models:
             case CollectGarbage():
                 self._collect()
 
+    def _start_fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
+        # A link that came back asks for it again; a transfer that runs on is not begun anew for that.
+        if self._fetching.get(family) == key:
+            return
+        self._fetching[family] = key
+        self._works.start(("fetch", family), self._fetch(family, key, files))
+
     async def _fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
         try:
-            for file in files:
-                if not self._shelf.has(file.digest):
-                    await self._fetcher.blob(file, self._shelf)
+            async with self._fetch_turns:
+                for file in files:
+                    if not self._shelf.has(file.digest):
+                        await self._fetcher.blob(file, self._shelf)
         except (TransferError, StorageError) as error:
+            self._fetching.pop(family, None)
             failed = FetchFailed(key=key, code=error.code, message=error.message, retry=error.retry)
             self._inbox.post(ForSlot(family, failed))
         else:
+            self._fetching.pop(family, None)
             self._inbox.post(ForSlot(family, FilesHere(key)))
 
     async def _verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
         try:
             await asyncio.to_thread(_check_files, self._shelf, files)
         except (TransferCorrupt, StorageError) as error:
-            self._inbox.post(ForSlot(family, FilesBad(key=key, code=error.code, message=error.message)))
+            is_disk = isinstance(error, StorageError)
+            bad = FilesBad(key=key, code=error.code, message=error.message, retry=is_disk)
+            self._inbox.post(ForSlot(family, bad))
         else:
             self._inbox.post(ForSlot(family, FilesVerified(key)))
 
     def _cancel(self, family: FamilyName, key: str) -> None:
+        self._fetching.pop(family, None)
         self._works.cancel(("fetch", family))
         self._works.cancel(("verify", family))
         self.hosting.cancel_probes(key)

@@ -11,6 +11,7 @@ from edge_agent.core.slot_values import (
     CRASH_LOOP,
     MAX_EXTENSIONS,
     MAX_FETCH_DELAY_MS,
+    MAX_ROLLBACK_STARTS,
     MAX_TRANSITIONS,
     AnswerBad,
     AnswerGood,
@@ -400,3 +401,39 @@ def test_steps_have_a_budget() -> None:
     script.stands(Phase.COMMITTED)
     assert script.slot.error_code == "release.loops"
     assert script.slot.quarantine == (V2,)
+
+
+def unreadable(name: str) -> FilesBad:
+    """The disk refuses to show the files."""
+    return FilesBad(key=name, code="storage", message="too many open files", retry=True)
+
+
+def test_a_disk_that_refuses_for_a_moment_does_not_cost_the_active_release() -> None:
+    script = Script().say(*committed("1.0.0", at=1), host_lost(V1))
+    script.say(unreadable(V1))
+    script.stands(Phase.COMMITTED)
+    assert script.slot.active == installed("1.0.0", at=1)
+    script.wants(StartTimer(Timer.RESTART, 1_000))
+    script.wants_no(Fetch, SwitchTo)
+
+
+def test_a_disk_that_refuses_for_long_ends_a_rollback_where_it_leads() -> None:
+    script = Script().say(*committed("1.0.0", at=1), *on_probation("2.0.0", at=2), OperatorRollback())
+    script.stands(Phase.ROLLING_BACK)
+    script.say(*[unreadable(V1)] * MAX_ROLLBACK_STARTS)
+    script.stands(Phase.COMMITTED)
+    assert script.slot.active == installed("1.0.0", at=1)
+
+
+@pytest.mark.parametrize("before", [Phase.VERIFYING, Phase.WARMUP])
+def test_a_candidate_whose_files_the_disk_refuses_to_show_is_not_quarantined(before: Phase) -> None:
+    script = Script().say(*committed("1.0.0", at=1), offer("2.0.0", at=2), FilesHere(V2))
+    if before is Phase.WARMUP:
+        script.say(FilesVerified(V2), WarmUpAllowed(V2))
+    script.stands(before)
+    script.say(unreadable(V2))
+    script.stands(Phase.COMMITTED)
+    assert (script.slot.quarantine, script.slot.candidate) == ((), None)
+    assert script.notes == ["release.failed"]
+    script.say(offer("2.0.0", at=2))
+    script.stands(Phase.FETCHING)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import threading
 from typing import Any
 
 import msgspec
 import pytest
 
-from edge_agent.core.slot_values import Phase
+from edge_agent.core.slot_values import Phase, Withdrawn
 from edge_agent.driver.events import ReconcileDue
-from edge_agent.ports import HostAnswer
-from shared.errors import ModelError, StorageFull
+from edge_agent.ports import HostAnswer, Shelf
+from shared.errors import ModelError, StorageError, StorageFull
 from shared.ids import Digest, FamilyName
 from shared.inference import Answer, Measure, TensorHead
-from shared.model import Manifest, Variant, encode_manifest
+from shared.model import FileRef, Manifest, Variant, encode_manifest
 from shared.profile import MemoryBudget
 from shared.release import VerifiedModel
 from shared.telemetry import Body, RecordClass
@@ -185,6 +187,138 @@ def test_answers_given_right_before_the_end_are_recorded() -> None:
 
     world.life(story)
     assert world.outbox.depth().records[RecordClass.TELEMETRY] == 20
+
+
+def test_a_host_that_ends_right_after_its_start_is_started_again() -> None:
+    world = AgentWorld()
+    start = world.hosts.start
+    crashes = 1
+
+    async def short(**wanted: Any) -> Any:
+        nonlocal crashes
+        host, ready = await start(**wanted)
+        if crashes:
+            crashes -= 1
+            host.crash()
+        return host, ready
+
+    async def story() -> None:
+        await serve(world)
+        world.hosts.start = short  # type: ignore[method-assign]
+        world.hosts.started[-1].crash()
+        await until(lambda: len(world.hosts.started) == 3, "started again")
+        await until(lambda: world.models.routes()["digits"].up, "up")
+        assert isinstance(await world.infer(), Answer)
+
+    world.life(story)
+
+
+def test_a_disk_that_refuses_for_a_moment_does_not_take_the_model_away() -> None:
+    world = AgentWorld()
+    refusals = 2
+    opened = world.shelf.open
+
+    def refuse(file: FileRef) -> int:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise StorageError("too many open files")
+        return opened(file)
+
+    async def story() -> None:
+        await serve(world)
+        world.broker.go_down()
+        world.fetcher.away = True
+        world.shelf.open = refuse  # type: ignore[method-assign]
+        world.hosts.started[-1].crash()
+        await until(lambda: refusals == 0 and world.models.routes()["digits"].up, "up again without the hub")
+        assert isinstance(await world.infer(), Answer)
+
+    world.life(story)
+
+
+def test_a_start_that_is_given_up_leaves_no_descriptor_open() -> None:
+    world = AgentWorld()
+    opened = world.shelf.open
+    descriptors: list[int] = []
+    go_on = threading.Event()
+
+    def slowly(file: FileRef) -> int:
+        descriptors.append(opened(file))
+        assert go_on.wait(10)
+        return descriptors[-1]
+
+    async def story() -> None:
+        await serve(world)
+        world.shelf.open = slowly  # type: ignore[method-assign]
+        world.hosts.started[-1].crash()
+        await until(lambda: len(descriptors) == 1, "the start is under way")
+        await world.models.handle(FamilyName("digits"), Withdrawn())
+        assert is_open(descriptors[0])
+        go_on.set()
+        await until(lambda: not is_open(descriptors[0]), "closed")
+
+    world.life(story)
+
+
+def test_no_more_than_two_families_are_fetched_at_once() -> None:
+    world = AgentWorld()
+    families = [FamilyName(f"family-{number}") for number in range(5)]
+    fetch = world.fetcher.blob
+    running = most = 0
+
+    async def slowly(file: FileRef, shelf: Shelf) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        await fetch(file, shelf)
+
+    async def story() -> None:
+        world.fetcher.blob = slowly  # type: ignore[method-assign]
+        releases = (other_family(release(world, f"{number}.0.0"), name) for number, name in enumerate(families, 1))
+        world.arrive(world.publish(*releases))
+        await until(lambda: all(phase(world, family) is Phase.COMMITTED for family in families), "all committed")
+
+    world.life(story)
+    assert most == 2
+
+
+def test_a_link_that_comes_back_does_not_begin_a_running_fetch_anew() -> None:
+    world = AgentWorld()
+    begun = 0
+    go_on = asyncio.Event()
+    fetch = world.fetcher.blob
+
+    async def slowly(file: FileRef, shelf: Shelf) -> None:
+        nonlocal begun
+        begun += 1
+        await go_on.wait()
+        await fetch(file, shelf)
+
+    async def story() -> None:
+        world.fetcher.blob = slowly  # type: ignore[method-assign]
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: begun == 1, "begun")
+        births = world.hub.births
+        world.broker.go_down()
+        world.broker.up = True
+        await until(lambda: world.hub.births > births, "the link is back")
+        go_on.set()
+        await until(lambda: phase(world) is Phase.COMMITTED, "committed")
+        assert begun == 2  # the model and its golden set, once each
+
+    world.life(story)
+
+
+def is_open(descriptor: int) -> bool:
+    """Whether the descriptor is one."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def other_family(model: VerifiedModel, family: FamilyName) -> VerifiedModel:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.fetcher import HubFetcher, hub_context
+from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock
 from shared.errors import TransferCorrupt, TransferRefused, Unreachable
 from shared.ids import Digest
@@ -60,6 +61,41 @@ def test_a_file_is_fetched_with_the_devices_certificate(ca: TestCa) -> None:
     assert shelf.files[FILE.digest] == DATA
     assert (request.path, request.peer) == (f"/v1/blobs/{FILE.digest}", "dev-a")
     assert fetch(ca, serve_range, shelf) == []
+
+
+def test_a_transfer_that_was_given_up_does_not_meet_the_next_one_at_the_shelf(ca: TestCa, tmp_path: Path) -> None:
+    hashing, go_on = threading.Event(), threading.Event()
+    shelf = FileShelf(tmp_path)
+    publish = shelf.publish
+
+    def slow_publish(file: FileRef) -> None:
+        hashing.set()
+        assert go_on.wait(10)
+        publish(file)
+
+    shelf.publish = slow_publish  # type: ignore[method-assign]
+
+    async def story(url: str) -> None:
+        device = fetcher(ca, url)
+        first = asyncio.create_task(device.blob(FILE, shelf))
+        await asyncio.to_thread(hashing.wait, 10)
+        first.cancel()
+        asyncio.get_running_loop().call_later(0.2, go_on.set)
+        await device.blob(FILE, shelf)
+
+    with HttpsServer(ca, serve_range) as server:
+        asyncio.run(story(server.url))
+        assert len(server.requests) == 1
+    assert shelf.has(FILE.digest)
+
+
+@pytest.mark.parametrize("kept", [len(DATA), len(DATA) // 2])
+def test_a_damaged_part_is_fetched_anew(ca: TestCa, kept: int) -> None:
+    shelf = FakeShelf()
+    shelf.append(FILE.digest, bytes(kept), offset=0)
+    requests = fetch(ca, serve_range, shelf)
+    assert shelf.files[FILE.digest] == DATA
+    assert requests[-1].headers.get("Range") is None
 
 
 def test_a_broken_transfer_resumes_where_it_stopped(ca: TestCa) -> None:
