@@ -1,7 +1,8 @@
-"""numpy on one side, heads and bytes on the other; and the two pieces of arithmetic that both ends must share.
+"""numpy on one side, heads and bytes on the other; and the three pieces of arithmetic that both ends must share.
 
-Rules: elements are little-endian and row-major; `from_wire` copies nothing that is aligned; the preparation of inputs
-and the reading of class scores are here, so that building a release, serving it and checking it cannot differ.
+Rules: elements are little-endian and row-major; `from_wire` copies nothing that is aligned; the preparation of inputs,
+the reading of class scores and the comparison of raw outputs are here, so that building a release, serving it and
+checking it cannot differ.
 
 Not here: what a model accepts (shared/inference.py), and anything that runs one. The only module of `shared` that
 imports numpy; the agent's core never imports this one.
@@ -40,6 +41,9 @@ _DTYPES: Final[dict[DType, np.dtype[Any]]] = {
 _NAMES: Final[dict[np.dtype[Any], DType]] = {dtype: name for name, dtype in _DTYPES.items()}
 _PROBABILITY_SLACK: Final = 1e-3
 """How far from 1 a row may sum and still be read as probabilities: quantized outputs round each element."""
+
+RAW_TOLERANCE: Final = 0.05
+"""A row of a `raw` model agrees with fp32 when the relative L2 distance of its first output is at most this."""
 
 
 def numpy_dtype(name: DType) -> np.dtype[Any]:
@@ -137,6 +141,14 @@ def probabilities(scores: Array, *, rows: int) -> NDArray[np.float32]:
     np.exp(table, out=table)
     table /= table.sum(axis=1, keepdims=True)
     return table
+
+
+def rows_close(scores: Array, reference: Array) -> Array:
+    """For each row, whether the output is within RAW_TOLERANCE of the reference's; both of shape (rows, values)."""
+    wanted = reference.astype(np.float64)
+    distance = np.linalg.norm(scores.astype(np.float64) - wanted, axis=1)
+    close: Array = distance <= RAW_TOLERANCE * np.maximum(np.linalg.norm(wanted, axis=1), 1e-12)
+    return close
 
 
 def _trailing(values: tuple[float, ...], spec: TensorSpec) -> NDArray[np.float32]:

@@ -54,8 +54,8 @@ class Inspected:
         for variant, measured in zip(self.manifest.variants, self.measured, strict=True):
             if not measured.fits(variant, min_agreement=self.manifest.golden.min_agreement):
                 raise TrustError(
-                    f"variant {variant.name!r} answers {measured.agreement:.1%} of the golden rows as the manifest "
-                    f"records, with an accuracy of {measured.accuracy:.1%} instead of {variant.accuracy:.1%}",
+                    f"variant {variant.name!r} has an accuracy of {measured.accuracy:.1%} here, the manifest records "
+                    f"{variant.accuracy:.1%}; it answers {_share(measured.agreement)} of the golden rows as recorded",
                     code="trust.golden",
                     hint="do not sign; compare with `outrider model show`, and ask who runs the hub",
                 )
@@ -105,7 +105,7 @@ class Inspected:
             screen.table(
                 ["VARIANT", "ACCURACY", "SEEN HERE", "AGREES"],
                 [
-                    [variant.name, f"{variant.accuracy:.1%}", f"{seen.accuracy:.1%}", f"{seen.agreement:.1%}"]
+                    [variant.name, f"{variant.accuracy:.1%}", f"{seen.accuracy:.1%}", _share(seen.agreement)]
                     for variant, seen in zip(manifest.variants, self.measured, strict=True)
                 ],
             ),
@@ -130,12 +130,13 @@ def inspect(hub: Hub, family: FamilyName, version: ModelVersion) -> Inspected:
         raise _odd(f"the golden samples do not fit the manifest: {error.message}") from error
     if golden.samples != manifest.golden.samples:
         raise _odd(f"the golden file holds {golden.samples} samples, the manifest says {manifest.golden.samples}")
-    measured = []
+    models: dict[str, bytes] = {}
     for variant in manifest.variants:
         if variant.runtime != "onnx":
             raise _odd(f"variant {variant.name!r} needs the runtime {variant.runtime!r}, which is not checked here")
-        measured.append(measure(manifest, variant, _fetch(hub, variant.file, limits.MAX_MODEL_BYTES), golden))
-    return Inspected(proposal=proposal, manifest=manifest, golden=golden, measured=tuple(measured))
+        models[variant.name] = _fetch(hub, variant.file, limits.MAX_MODEL_BYTES)
+    measured = measure(manifest, models, golden)
+    return Inspected(proposal=proposal, manifest=manifest, golden=golden, measured=measured)
 
 
 def _manifest(proposal: Proposal, family: FamilyName, version: ModelVersion) -> Manifest:
@@ -167,6 +168,10 @@ def _fetch(hub: Hub, file: FileRef, max_bytes: int) -> bytes:
     if file.length > max_bytes:
         raise _odd(f"{file.path} is {file.length} bytes long, at most {max_bytes} are taken")
     return hub.blob(file.digest, length=file.length, title=file.path.rpartition("/")[2])
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _path(file: FileRef) -> str:

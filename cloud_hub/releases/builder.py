@@ -247,6 +247,7 @@ def _measure(reference: Reference, graph: Graph, *, name: str, file: Path) -> Va
     import numpy as np
 
     from cloud_hub.releases import figures
+    from shared.tensors import rows_close
 
     push = reference.job.push
     scores = reference.scores if name == "fp32" else _run(graph, reference.signature, reference.rows)
@@ -258,7 +259,7 @@ def _measure(reference: Reference, graph: Graph, *, name: str, file: Path) -> Va
         agreement = float((answers == fp32_answers).mean())
         recorded = tuple(int(answer) for answer in answers)
     else:
-        right = figures.rows_close(scores, reference.scores)
+        right = rows_close(scores, reference.scores)
         fp32_right = np.ones_like(right)
         agreement, recorded = float(right.mean()), ()
     accuracy = float(right.mean())

@@ -17,8 +17,6 @@ from shared.tensors import Array, probabilities
 from shared.wire.golden import GoldenSet
 
 BOOTSTRAP_DRAWS: Final = 4000
-RAW_TOLERANCE: Final = 0.05
-"""A row of a `raw` model agrees with fp32 when the relative L2 distance of its first output is at most this."""
 
 
 def fit_signature(
@@ -89,14 +87,6 @@ def classes_of(scores: Array) -> Array:
     """The predicted class of each row, read as devices read it (shared/tensors.py)."""
     classes: Array = probabilities(scores, rows=len(scores)).argmax(axis=1)
     return classes
-
-
-def rows_close(scores: Array, reference: Array) -> Array:
-    """For each row, whether the output is within RAW_TOLERANCE of the reference's."""
-    wanted = reference.astype(np.float64)
-    distance = np.linalg.norm(scores.astype(np.float64) - wanted, axis=1)
-    close: Array = distance <= RAW_TOLERANCE * np.maximum(np.linalg.norm(wanted, axis=1), 1e-12)
-    return close
 
 
 def drop_bound_pt(right: Array, fp32_right: Array) -> float:

@@ -39,12 +39,12 @@ SIGNATURE = Signature(
 )
 
 
-def onnx_model() -> bytes:
+def onnx_model(operator: str = "Identity") -> bytes:
     """Two scores that are the two inputs after preparation."""
     from onnx import TensorProto, helper
 
     graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])],
+        [helper.make_node(operator, ["x"], ["y"])],
         "same",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
@@ -251,6 +251,20 @@ def test_a_proposal_that_is_not_right_is_not_signed(
     assert ended.code == 9, ended.err
     assert f"code: {code}" in ended.err
     assert not Path("sign-1.0.0.release.json").exists()
+
+
+@pytest.mark.parametrize(("operator", "exits"), [("Identity", 0), ("Neg", 9)])
+def test_a_raw_model_is_compared_with_its_fp32_variant_here(fleet: Fleet, run: Run, operator: str, exits: int) -> None:
+    other = onnx_model(operator)
+    fp32 = Variant(name="fp32", runtime="onnx", file=file_ref("fp32.onnx", fleet.model), accuracy=1.0, answers=())
+    int8 = Variant(name="int8", runtime="onnx", file=file_ref("int8.onnx", other), accuracy=1.0, answers=())
+    manifest = msgspec.structs.replace(fleet.manifest, task="raw", labels=(), variants=(int8, fp32))
+    fleet.propose(manifest)
+    fleet.hub.answers["GET", f"/v1/blobs/{hashlib.sha256(other).hexdigest()}"] = (200, other)
+    ended = run("release", "sign", "sign/1.0.0", "--keys", str(fleet.keys), "--yes")
+    assert ended.code == exits, ended.err
+    assert Path("sign-1.0.0.release.json").exists() == (exits == 0)
+    assert ("code: trust.golden" in ended.err) == (exits != 0)
 
 
 @pytest.mark.parametrize(("answers", "accuracy"), [((1, 1, 0, 1), 0.75), ((0, 1, 0, 1), 1.0)])
