@@ -14,7 +14,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 
 
 class FolderBusy(Exception):
-    """Another demo runs in this folder."""
+    """Another demo runs in this folder, or the folder is not a demo's and holds something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,20 @@ class Folder:
         }
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether it is empty, or a demo's: those hold a lock with a process id."""
+    if not path.is_dir():
+        return False
+    held = {entry.name for entry in path.iterdir()}
+    if not held - {"lock"}:
+        return True
+    return "lock" in held and (path / "lock").read_bytes()[:32].strip().isdigit()
+
+
 def claim(path: Path) -> Folder:
-    """Lock the folder and clear it; raises FolderBusy while another demo runs in it."""
+    """Lock the folder and clear it; raises FolderBusy while another demo runs in it, or when no demo has made it."""
+    if path.exists() and not _is_ours(path):
+        raise FolderBusy(f"{path} is not a demo's folder and would be cleared; name a new or an empty one")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

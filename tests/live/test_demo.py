@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.story.folder import FolderBusy, claim
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.live
@@ -135,3 +136,15 @@ def test_a_second_demo_leaves_the_first_one_alone(short_tmp: Path) -> None:
         assert str(first.pid) in said
         assert first.poll() is None
     wait_until_gone(folder)
+
+
+def test_a_folder_that_is_not_a_demos_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FolderBusy):
+        claim(tmp_path)
+    (tmp_path / "lock").write_text("somebody else's")
+    with pytest.raises(FolderBusy):
+        claim(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    os.close(claim(tmp_path / "new").lock)
+    os.close(claim(tmp_path / "new").lock)
