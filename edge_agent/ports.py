@@ -202,7 +202,7 @@ class ModelHost(Protocol):
         ...
 
     async def probe(self) -> bool:
-        """Run a golden sample and say whether the answer is the recorded one."""
+        """Run a golden sample and say whether the answer is the recorded one; raises HostLost and TimeoutError."""
         ...
 
     async def stop(self) -> None:

@@ -39,6 +39,8 @@ PIPELINE: Final = 64
 CLOGGED_S: Final = 10.0
 MAX_ARRIVING_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
 """Memory for payloads that are still arriving, over all connections."""
+MAX_HELD_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
+"""Memory for payloads that have arrived and wait for their answer, over all connections."""
 MAX_PATH_BYTES: Final = 100
 """The kernel takes 107 (unix(7)), other systems 103; staying below both keeps a state directory movable."""
 _UNSENT_BYTES: Final = limits.MIB
@@ -60,6 +62,7 @@ class Door:
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self._waiting = 0
+        self._held_bytes = 0
 
     async def open(self) -> None:
         """Start listening.
@@ -112,13 +115,17 @@ class Door:
         self._connections.add(connection)
         return connection.link
 
-    def begin(self, connection: _Connection, request: Request, payload: bytearray) -> bool:
-        """Work on a request in a task of its own; False when too many wait already."""
+    def begin(self, connection: _Connection, request: Request, payload: bytearray) -> Refusal | None:
+        """Work on a request in a task of its own; a refusal when too many, or too large ones, wait already."""
         if self._waiting >= limits.MAX_WAITING_REQUESTS or self._server is None:
-            return False
+            return _overload(request.id, "overload", f"{limits.MAX_WAITING_REQUESTS} requests wait for an answer")
+        if self._held_bytes + len(payload) > MAX_HELD_BYTES:
+            message = f"the requests that wait for an answer hold {self._held_bytes} of {MAX_HELD_BYTES} bytes"
+            return _overload(request.id, "overload.memory", message)
         self._waiting += 1
+        self._held_bytes += len(payload)
         self._tasks.create_task(self._answer(connection, request, payload), name="door request")
-        return True
+        return None
 
     def forget(self, connection: _Connection) -> None:
         """The connection has ended."""
@@ -131,6 +138,7 @@ class Door:
     async def _answer(self, connection: _Connection, request: Request, payload: bytearray) -> None:
         parts: Sequence[Buffer] = ()
         reply: Reply
+        size = len(payload)
         try:
             reply, parts = await self._handle(request, payload)
         except OutriderError as error:
@@ -142,6 +150,7 @@ class Door:
             reply = Refusal(id=request.id, code="internal", message="the agent failed; its log says why")
         finally:
             self._waiting -= 1
+            self._held_bytes -= size
         connection.reply(reply, parts)
 
 
@@ -200,15 +209,9 @@ class _Connection:
         except InputRefused as error:
             self.link.send(encode_header(refusal(_request_id(header), error)))
             return
-        if not self._door.begin(self, request, payload):
-            overload = Refusal(
-                id=request.id,
-                code="overload",
-                message=f"{limits.MAX_WAITING_REQUESTS} requests wait for an answer",
-                hint="ask again later",
-                retry=True,
-            )
-            self.link.send(encode_header(overload))
+        refused = self._door.begin(self, request, payload)
+        if refused is not None:
+            self.link.send(encode_header(refused))
             return
         self._asked += 1
         self._flow()
@@ -253,6 +256,10 @@ class _Connection:
         self.link.send(encode_header(reply))
         self.link.finish()
         self._loop.call_later(_LINGER_S, self.link.abort)
+
+
+def _overload(request: str, code: str, message: str) -> Refusal:
+    return Refusal(id=request, code=code, message=message, hint="ask again later", retry=True)
 
 
 def refusal(request: str, error: OutriderError) -> Refusal:

@@ -186,13 +186,10 @@ class LiveHost:
         return answer
 
     async def probe(self) -> bool:
-        """Run a golden sample and say whether the answer is the recorded one; False too when none comes."""
+        """Run a golden sample and say whether the answer is the recorded one; raises as `infer` does."""
         self._last_id += 1
         probe = protocol.Probe(id=self._last_id)
-        try:
-            return await self._ask(_Asked(probe.id, protocol.encode(probe), ()), self._options.stuck_ms / 1000) is True
-        except (HostLost, TimeoutError):
-            return False
+        return await self._ask(_Asked(probe.id, protocol.encode(probe), ()), self._options.stuck_ms / 1000) is True
 
     async def stop(self) -> None:
         """Drain, end and reap the child; kills it after a grace period. Safe to call twice."""
@@ -228,6 +225,9 @@ class LiveHost:
             return await asked.answer
         finally:
             timer.cancel()
+            # What nobody waits for any more shall hold neither a place nor its payload.
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(asked)
 
     def _pump(self) -> None:
         while self._waiting and len(self._running) < _WINDOW:

@@ -134,7 +134,8 @@ def test_probe_answers(hosts: Hosts, tmp_path: Path) -> None:
     async def work(host: ModelHost, _ready: HostReady, _: list[str]) -> None:
         assert await host.probe() is True
         await host.stop()
-        assert await host.probe() is False
+        with pytest.raises(HostLost):
+            await host.probe()
 
     assert run(hosts, tmp_path, work) == []
 

@@ -93,7 +93,9 @@ class FakeHost:
 
     async def probe(self) -> bool:
         """As told."""
-        return self.healthy and not self.stopped
+        if self.stopped:
+            raise HostLost("the model host is not running")
+        return self.healthy
 
     async def stop(self) -> None:
         """End without news."""

@@ -143,6 +143,22 @@ def test_an_endless_loop_times_out_and_is_killed(tmp_path: Path) -> None:
     assert lost == ["it worked on one request for more than 400 ms"]
 
 
+def test_requests_that_nobody_waits_for_any_more_take_no_place(tmp_path: Path) -> None:
+    async def work(host: LiveHost, ready: HostReady) -> None:
+        heads = (TensorHead(name="turns", dtype="int64", shape=(1,)),)
+
+        async def give_up() -> None:
+            with pytest.raises(TimeoutError):
+                await host.infer(heads, struct.pack("<q", 2**60), deadline_ms=50)
+
+        for _ in range(2):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(200):
+                    group.create_task(give_up())
+
+    play(tmp_path, spinner(), work, stuck_ms=20_000)
+
+
 def test_a_stuck_host_does_not_hold_up_stop_for_long(tmp_path: Path) -> None:
     async def work(host: LiveHost, ready: HostReady) -> None:
         heads = (TensorHead(name="turns", dtype="int64", shape=(1,)),)
