@@ -51,6 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
         correct: whether the answer was right; derived from `label` where only that was given.
         value: a business figure attached to the answer, unit by agreement.
         latency_us: how long the answer had taken.
+        source: who says so: empty for the application, `hub` for a late answer of the hub's larger model.
     """
 
     request: str
@@ -61,6 +62,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     correct: bool | None = None
     value: float | None = None
     latency_us: int = 0
+    source: str = ""
 
 
 class DeviceEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="event", tag_field="kind"):

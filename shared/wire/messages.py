@@ -98,7 +98,36 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True):
     document: bytes
 
 
-Message = Birth | Death | Batch | Ack | Reported | Assign
+class RoundTask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message of a federated run for the device: inline, or as a blob to fetch over HTTPS.
+
+    Attributes:
+        run: the run's name.
+        message: unique per message; the reply names it, and a repeated task is answered from what is kept.
+        content: a Flower Message in its protobuf form (shared/wire/flower.py); empty when it is a blob.
+        blob, length: SHA-256 and size of the content, when it is too large to travel here.
+        deadline_ms: the reply is worth something this many milliseconds after the task was sent.
+    """
+
+    run: str
+    message: str
+    deadline_ms: int
+    content: bytes = b""
+    blob: str = ""
+    length: int = 0
+
+
+class RoundReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The device's answer to a RoundTask: inline, or uploaded before to `/v1/rounds/{run}/replies/{message}`."""
+
+    run: str
+    message: str
+    content: bytes = b""
+    blob: str = ""
+    length: int = 0
+
+
+Message = Birth | Death | Batch | Ack | Reported | Assign | RoundTask | RoundReply
 
 KINDS: Final[dict[str, type[Message]]] = {
     "birth": Birth,
@@ -107,10 +136,12 @@ KINDS: Final[dict[str, type[Message]]] = {
     "ack": Ack,
     "reported": Reported,
     "assign": Assign,
+    "round_task": RoundTask,
+    "round_reply": RoundReply,
 }
 KIND_OF: Final[dict[type[Message], str]] = {struct: kind for kind, struct in KINDS.items()}
 
-_Body = TypeVar("_Body", Birth, Death, Batch, Ack, Reported, Assign)
+_Body = TypeVar("_Body", Birth, Death, Batch, Ack, Reported, Assign, RoundTask, RoundReply)
 _encoder = msgspec.msgpack.Encoder()
 
 
