@@ -248,7 +248,7 @@ def growing() -> Build:
     ("made", "code"),
     [
         (sign_classifier(altered=(1, 0, 0, 1)), "model.golden"),
-        (sign_classifier(model=b"\x08\x09this is no model"), "model.corrupt"),
+        (sign_classifier(model=b"\x08\x09this is no model"), "model.admission"),
         (
             sign_classifier(runtime="litert"),
             "model.corrupt" if importlib.util.find_spec("ai_edge_litert") else "model.runtime_missing",
