@@ -160,7 +160,7 @@ class Verifier(Protocol):
     """Decides, in a short-lived child, whether an assignment and the releases that it names are to be trusted."""
 
     async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
-        """The verified assignment; raises TrustError with the attack's name, or TransferError without the files."""
+        """The verified assignment; raises TrustError with the attack's name; any other error is no word on it."""
         ...
 
 

@@ -267,7 +267,8 @@ def _quarantine(path: Path, *, reason: str, clock: Clock) -> StorageError:
 
 def _salvage_floors(path: Path) -> bytes | None:
     with contextlib.suppress(sqlite3.Error):
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        # As a URI, because a path may hold characters that mean something in one (`?`, `#`, `%`).
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         try:
             row = connection.execute("SELECT value FROM meta WHERE key = 'floors'").fetchone()
             return bytes(row[0]) if row is not None else None

@@ -27,7 +27,15 @@ from urllib.parse import quote, unquote
 from edge_agent.framing import FrameReader, build_frame
 from edge_agent.ports import Fetcher
 from shared import limits
-from shared.errors import ProtocolViolation, StorageError, TransferCorrupt, TransferRefused, TrustError, Unreachable
+from shared.errors import (
+    OutriderError,
+    ProtocolViolation,
+    StorageError,
+    TransferCorrupt,
+    TransferRefused,
+    TrustError,
+    Unreachable,
+)
 from shared.ids import DeviceId, Digest
 from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
@@ -207,6 +215,7 @@ class LiveVerifier:
         Raises:
             TrustError: with the attack's name; `trust.verifier_lost` when the child ended without a verdict.
             TransferError: a file could not be had; `transfer.deadline` when time ran out.
+            OutriderError: `verifier.start` when the system starts no child.
         """
         if len(document) > limits.MAX_ASSIGNMENT_BYTES:
             raise TrustError(f"an assignment of {len(document)} bytes is too large", code="trust.endless_data")
@@ -289,9 +298,10 @@ class _Child:
                 )
             except OSError as error:
                 self._ours.close()
-                raise TrustError(
+                # No word on what was to be verified: the same document is tried again later.
+                raise OutriderError(
                     f"the verifier cannot be started: {error}",
-                    code="trust.verifier_lost",
+                    code="verifier.start",
                     hint=f"check that {command[0]} runs and that memory is left",
                 ) from error
 

@@ -92,6 +92,7 @@ class Uplink:
         self._revision = 0
         self._unknown: set[str] = set()
         self._resting: set[RecordClass] = set()
+        self._told_why = ""
         self.assignment_version = 0
 
     @property
@@ -132,10 +133,14 @@ class Uplink:
         if self._link.phase is before:
             return
         if self.online:
+            self._told_why = ""
             logger.info("hub link up", extra={"boot": self._running.boot, "session": self._session})
         elif before is link.LinkPhase.ONLINE:
             logger.warning("hub link lost", extra={"why": self._link.detail})
             self._inbox.post(ForPump(pump.WentOffline()))
+        elif self._link.detail and self._link.detail != self._told_why:
+            self._told_why = self._link.detail  # it is tried again and again; only what is new is worth a line
+            logger.warning("hub cannot be reached", extra={"why": self._link.detail})
 
     def lost(self, reason: str) -> None:
         """The courier says that the link is gone."""

@@ -16,7 +16,7 @@ from edge_agent.driver.events import ReconcileDue
 from edge_agent.ports import HostAnswer, Shelf
 from shared.errors import ModelError, StorageError, StorageFull
 from shared.ids import Digest, FamilyName
-from shared.inference import Answer, Measure, TensorHead
+from shared.inference import Answer, Control, Measure, TensorHead
 from shared.model import FileRef, Manifest, Variant, encode_manifest
 from shared.profile import MemoryBudget
 from shared.release import VerifiedModel
@@ -310,6 +310,20 @@ def test_a_link_that_comes_back_does_not_begin_a_running_fetch_anew() -> None:
         assert begun == 2  # the model and its golden set, once each
 
     world.life(story)
+
+
+def test_a_hub_that_was_never_there_is_told_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    world = AgentWorld()
+    world.broker.up = False
+
+    async def story() -> None:
+        await until(lambda: world.uplink.state == "offline" and bool(world.uplink.detail), "tried once")
+        for _ in range(3):
+            await world.ask(Control(command="queue.flush"))
+            await until(lambda: world.uplink.state == "offline", "tried again")
+
+    world.life(story)
+    assert [record.message for record in caplog.records].count("hub cannot be reached") == 1
 
 
 def is_open(descriptor: int) -> bool:

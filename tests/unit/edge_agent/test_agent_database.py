@@ -124,7 +124,10 @@ def test_a_damaged_file_is_moved_aside_and_the_next_start_works(tmp_path: Path) 
     in_database(tmp_path, act)
 
 
-def test_the_floors_survive_damage_elsewhere_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "50%20 #1?x"])
+def test_the_floors_survive_damage_elsewhere_in_the_file(tmp_path: Path, name: str) -> None:
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     floors = Floors(assignment_version=9, roles={"root": 3}, time_ms=5)
 
     async def fill(database: Database) -> None:

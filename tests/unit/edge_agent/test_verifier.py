@@ -13,7 +13,15 @@ import pytest
 
 from edge_agent.adapters.verifier import LiveVerifier, PassingShelf, TrustFolder
 from shared import limits
-from shared.errors import StorageError, TransferCorrupt, TransferError, TransferRefused, TrustError, Unreachable
+from shared.errors import (
+    OutriderError,
+    StorageError,
+    TransferCorrupt,
+    TransferError,
+    TransferRefused,
+    TrustError,
+    Unreachable,
+)
 from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
 from shared.wire.verification import Keep
@@ -132,15 +140,24 @@ def test_verifications_take_turns(hub: TrustRepository, trust_dir: Path) -> None
         (sys.executable, "-c", "import sys; sys.exit(3)"),
         (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
         (sys.executable, "-c", "import os; os.write(0, b'GET / HTTP/1.1' * 9); import time; time.sleep(60)"),
-        ("/nonexistent/python",),
     ],
-    ids=["exits", "killed", "talks nonsense", "cannot start"],
+    ids=["exits", "killed", "talks nonsense"],
 )
 def test_a_lost_verifier_is_a_refusal(hub: TrustRepository, trust_dir: Path, command: tuple[str, ...]) -> None:
     verifier = LiveVerifier(trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=command)
     with pytest.raises(TrustError) as caught:
         verify(verifier, hub.assign(DIGITS))
     assert caught.value.code == "trust.verifier_lost"
+
+
+def test_a_verifier_that_cannot_be_started_is_no_word_on_the_assignment(hub: TrustRepository, trust_dir: Path) -> None:
+    verifier = LiveVerifier(
+        trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=("/nonexistent/python",)
+    )
+    with pytest.raises(OutriderError) as caught:
+        verify(verifier, hub.assign(DIGITS))
+    assert not isinstance(caught.value, TrustError)
+    assert caught.value.code == "verifier.start"
 
 
 def test_without_a_root_there_is_no_verification(hub: TrustRepository, tmp_path: Path) -> None:
