@@ -180,7 +180,10 @@ def _exchange(
 ) -> tuple[int, bytes]:
     host, port = check_hub_url(hub_url)
     connection = http.client.HTTPSConnection(host, port, context=context, timeout=TIMEOUT_S)
+    may_be_spent = False
     try:
+        connection.connect()
+        may_be_spent = method == "POST"
         headers = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(method, path, body=body, headers=headers)
         with connection.getresponse() as response:
@@ -194,13 +197,19 @@ def _exchange(
     except (OSError, http.client.HTTPException) as error:
         raise Unreachable(
             f"the hub at {hub_url} cannot be reached: {str(error) or type(error).__name__}",
-            hint="check the address, the network and that `outrider-hub serve` is running; the token is not spent",
+            hint=_LOST_ANSWER if may_be_spent else _NOT_SPENT,
         ) from error
     finally:
         connection.close()
     if len(data) > MAX_ANSWER_BYTES:
         raise ProtocolViolation(f"the hub's answer exceeds {MAX_ANSWER_BYTES} bytes", code="protocol.too_large")
     return status, data
+
+
+_NOT_SPENT: Final = "check the address, the network and that `outrider-hub serve` is running; the token is not spent"
+_LOST_ANSWER: Final = (
+    "the hub may have taken the token already: try again, and ask for a new one if it is spent"
+)
 
 
 def _new_key(path: Path) -> str:

@@ -10,20 +10,38 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Hashable
-from typing import Any
+from typing import Any, Final
 
-from edge_agent.driver.events import Inward
+from edge_agent.driver.events import Inward, MessageArrived
+
+logger = logging.getLogger(__name__)
+
+MAX_UNHANDLED: Final = 1_000
+"""Events beyond which messages are not taken in: whoever floods a device shall not fill its memory."""
 
 
 class Inbox:
-    """What has happened and was not handled yet, in order of arrival."""
+    """What has happened and was not handled yet, in order of arrival.
+
+    What happened here is never dropped. A message from the hub is, when too much waits: the hub says it again, since
+    it gets no answer to it.
+    """
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Inward] = asyncio.Queue()
+        self._is_flooded = False
 
     def post(self, event: Inward) -> None:
         """Append an event; only from the loop's thread."""
+        if isinstance(event, MessageArrived):
+            flooded = self._queue.qsize() >= MAX_UNHANDLED
+            if flooded and not self._is_flooded:
+                logger.warning("messages are dropped", extra={"unhandled": self._queue.qsize()})
+            self._is_flooded = flooded
+            if flooded:
+                return
         self._queue.put_nowait(event)
 
     async def next(self) -> Inward:

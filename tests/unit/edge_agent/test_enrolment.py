@@ -176,6 +176,20 @@ def test_what_is_no_token_and_nobody_there_are_told_apart(tmp_path: Path, free_p
     assert "not spent" in caught.value.hint
 
 
+def test_a_lost_answer_does_not_promise_that_the_token_is_unspent(tmp_path: Path) -> None:
+    hub = Hub(tmp_path / "hub")
+    reply = hub.reply
+
+    def hang_up(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        if request.path == "/v1/ca":
+            reply(request, handler)
+
+    hub.reply = hang_up  # type: ignore[method-assign]
+    with pytest.raises(Unreachable) as caught:
+        go(hub, tmp_path / "state")
+    assert "may have taken the token" in caught.value.hint
+
+
 def test_a_second_enrolment_needs_force_and_sets_the_former_state_aside(tmp_path: Path) -> None:
     state, hub = tmp_path / "state", Hub(tmp_path / "hub")
     first, _ = go(hub, state)
