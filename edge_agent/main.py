@@ -28,6 +28,7 @@ from edge_agent.adapters.system import SystemClock
 from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
 from edge_agent.driver.agent import Agent
+from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
@@ -108,7 +109,16 @@ async def _compose(
         outbox=outbox,
         models=models.running,
     )
-    service = Service(running=running, clock=clock, loop=loop, models=models, uplink=uplink, outbox=outbox)
+    answering = Answering(clock=clock, models=models, uplink=uplink)
+    service = Service(
+        running=running,
+        clock=clock,
+        loop=loop,
+        models=models,
+        uplink=uplink,
+        outbox=outbox,
+        answering=answering,
+    )
     agent = Agent(
         clock=clock,
         loop=loop,
@@ -116,7 +126,7 @@ async def _compose(
         verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
         models=models,
         uplink=uplink,
-        service=service,
+        answering=answering,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,

@@ -4,7 +4,8 @@
     models.py    slots: saves their state, then fetches, verifies, and says which host answers
     hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
     uplink.py    the link, the outbox's pump, birth, reports and assignments
-    service.py   what the door asks: answers, feedback, readings, status
+    answering.py inference requests: admitted, run, answered by their deadline, recorded
+    service.py   what else the door asks: feedback, readings, status, commands
     events.py    what the parts say to each other through the inbox
 
 Nothing here decides. Where a line of this package needs an `if` that is not about a failure, it belongs in the core.

@@ -14,6 +14,7 @@ from typing import Final, assert_never
 from edge_agent.core import intake, link
 from edge_agent.core.intake import Accepted, Intake, IntakeEvent, PauseOver, Refused, Unavailable
 from edge_agent.core.slot_values import FetchDue
+from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
     ForLink,
@@ -29,7 +30,6 @@ from edge_agent.driver.events import (
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
-from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Verifier, Vitals
 from shared.clock import Clock
@@ -57,7 +57,7 @@ class Agent:
         verifier: Verifier,
         models: Models,
         uplink: Uplink,
-        service: Service,
+        answering: Answering,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
@@ -69,7 +69,7 @@ class Agent:
         self._verifier = verifier
         self._models = models
         self._uplink = uplink
-        self._service = service
+        self._answering = answering
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -79,7 +79,7 @@ class Agent:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         self._inbox.post(ReconcileDue())
-        self._works.start("record", self._service.record())
+        self._works.start("record", self._answering.record())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -94,7 +94,7 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
-        await self._service.record_rest()
+        await self._answering.record_rest()
         self._loop.end()
         await self._uplink.say_goodbye()
         await self._models.stop()

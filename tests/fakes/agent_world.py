@@ -11,6 +11,7 @@ import msgspec
 
 from edge_agent.core.intake import Arrived
 from edge_agent.driver.agent import Agent
+from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
@@ -181,6 +182,7 @@ class AgentWorld:
         self.inbox = Inbox()
         self.models: Models
         self.uplink: Uplink
+        self.answering: Answering
         self.service: Service
         self.agent: Agent
 
@@ -264,6 +266,7 @@ class AgentWorld:
             outbox=self.outbox,
             models=self.models.running,
         )
+        self.answering = Answering(clock=self.clock, models=self.models, uplink=self.uplink)
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -271,6 +274,7 @@ class AgentWorld:
             models=self.models,
             uplink=self.uplink,
             outbox=self.outbox,
+            answering=self.answering,
         )
         self.agent = Agent(
             clock=self.clock,
@@ -279,7 +283,7 @@ class AgentWorld:
             verifier=self.verifier,
             models=self.models,
             uplink=self.uplink,
-            service=self.service,
+            answering=self.answering,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,
