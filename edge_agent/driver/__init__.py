@@ -1,7 +1,8 @@
 """Carries out what the core decides: one inbox, one writer of state, every task and timer owned.
 
     loop.py      the inbox, the tasks and the timers; what starts and stops
-    models.py    slots: saves their state, then fetches, verifies, and says which host answers
+    models.py    slots: saves their state, carries out their effects, and says which host answers
+    files.py     the files of releases: fetched and hashed once more
     hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
     uplink.py    the link, the outbox's pump, birth, reports and assignments
     answering.py inference requests: admitted, run, answered by their deadline, recorded

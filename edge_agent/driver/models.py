@@ -1,4 +1,4 @@
-"""The slots at work: saves what the slot machine decided, then fetches, verifies, starts, switches and stops.
+"""The slots at work: saves what the slot machine decided, then has it fetched, verified, started, switched, stopped.
 
 Rules of this file:
 1. A slot's state is on disk before the first of its effects is carried out.
@@ -9,11 +9,8 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 from collections.abc import Callable
-from typing import Final
 
 from edge_agent.core import health, slots
 from edge_agent.core.serving import Route
@@ -25,10 +22,6 @@ from edge_agent.core.slot_values import (
     Effect,
     Event,
     Fetch,
-    FetchFailed,
-    FilesBad,
-    FilesHere,
-    FilesVerified,
     Note,
     Offered,
     Phase,
@@ -51,21 +44,18 @@ from edge_agent.core.slot_values import (
 )
 from edge_agent.core.variants import Misfit, choose
 from edge_agent.driver.events import ForSlot
+from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Fetcher, Hosts, Ledger, Shelf
-from shared.errors import OutriderError, StorageError, TransferCorrupt, TransferError
+from shared.errors import OutriderError
 from shared.ids import FamilyName
 from shared.inference import ModelState
-from shared.model import FileRef
 from shared.profile import DeviceProfile
 from shared.release import VerifiedAssignment, VerifiedModel
 from shared.wire.messages import RunningModel
 
 logger = logging.getLogger(__name__)
-
-FETCHES_AT_ONCE: Final = 2
-"""Each holds a thread for as long as the hub takes: more of them could keep the link and the hosts from theirs."""
 
 
 class Models:
@@ -89,7 +79,7 @@ class Models:
         self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
         self._shelf = shelf
-        self._fetcher = fetcher
+        self._files = Files(loop=loop, shelf=shelf, fetcher=fetcher)
         self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
         self._note = note
         self._report = report
@@ -98,8 +88,6 @@ class Models:
         self._targets: dict[FamilyName, str | None] = {}
         self._warm_up_queue: list[tuple[FamilyName, str]] = []
         self._warm_up_allowed: tuple[FamilyName, str] | None = None
-        self._fetching: dict[FamilyName, str] = {}
-        self._fetch_turns = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._misfits: dict[FamilyName, str] = {}
 
     # What others ask
@@ -189,9 +177,9 @@ class Models:
     def _carry_out(self, family: FamilyName, effect: Effect) -> None:
         match effect:
             case Fetch(key, files):
-                self._start_fetch(family, key, files)
+                self._files.fetch(family, key, files)
             case VerifyFiles(key, files):
-                self._works.start(("verify", family), self._verify(family, key, files))
+                self._files.verify(family, key, files)
             case RequestWarmUp(key):
                 self._warm_up_queue.append((family, key))
             case CancelWork(key):
@@ -216,41 +204,8 @@ class Models:
             case CollectGarbage():
                 self._collect()
 
-    def _start_fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
-        # A link that came back asks for it again; a transfer that runs on is not begun anew for that.
-        if self._fetching.get(family) == key:
-            return
-        self._fetching[family] = key
-        self._works.start(("fetch", family), self._fetch(family, key, files))
-
-    async def _fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
-        try:
-            async with self._fetch_turns:
-                for file in files:
-                    if not self._shelf.has(file.digest):
-                        await self._fetcher.blob(file, self._shelf)
-        except (TransferError, StorageError) as error:
-            self._fetching.pop(family, None)
-            failed = FetchFailed(key=key, code=error.code, message=error.message, retry=error.retry)
-            self._inbox.post(ForSlot(family, failed))
-        else:
-            self._fetching.pop(family, None)
-            self._inbox.post(ForSlot(family, FilesHere(key)))
-
-    async def _verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
-        try:
-            await asyncio.to_thread(_check_files, self._shelf, files)
-        except (TransferCorrupt, StorageError) as error:
-            is_disk = isinstance(error, StorageError)
-            bad = FilesBad(key=key, code=error.code, message=error.message, retry=is_disk)
-            self._inbox.post(ForSlot(family, bad))
-        else:
-            self._inbox.post(ForSlot(family, FilesVerified(key)))
-
     def _cancel(self, family: FamilyName, key: str) -> None:
-        self._fetching.pop(family, None)
-        self._works.cancel(("fetch", family))
-        self._works.cancel(("verify", family))
+        self._files.cancel(family)
         self.hosting.cancel_probes(key)
         self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
 
@@ -285,8 +240,3 @@ class Models:
         freed = self._shelf.collect(slots.files_to_keep(self._slots.values()))
         if freed:
             logger.info("old model files removed", extra={"freed_bytes": freed})
-
-
-def _check_files(shelf: Shelf, files: tuple[FileRef, ...]) -> None:
-    for file in files:
-        os.close(shelf.open(file))
