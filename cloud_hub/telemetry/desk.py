@@ -1,8 +1,8 @@
 """The telemetry desk: takes batches, stores each record once, acknowledges after the commit, and answers questions.
 
 Rules:
-1. Records, the stream's ranges and the batch's digest are written in one transaction; the acknowledgement goes out
-   after it. A hub that dies in between is sent the batch again and answers `duplicate`.
+1. Records, the stream's ranges, the batch's digest and the figures that gates read are written in one transaction;
+   the acknowledgement goes out after it. A hub that dies in between is sent the batch again and answers `duplicate`.
 2. What cannot be stored now is dropped without an answer and counted: the device has it and sends it again.
 3. What can never be stored is answered `refused` with the reason.
 4. Batches that wait are committed together: one disk sync for all, so more load makes larger commits, not more.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -24,6 +24,7 @@ from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.telemetry import rules, tables
+from cloud_hub.telemetry.figures import Figures, minute_of, tally
 from cloud_hub.telemetry.rules import OpenBatch, Received, TelemetryRefused
 from shared.clock import Clock
 from shared.errors import OutriderError
@@ -216,6 +217,19 @@ class Desk:
         rows = await self._database.read(lambda conn: tables.list_streams(conn, device))
         return tuple(_summary(row) for row in rows)
 
+    async def figures(self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None) -> list[Figures]:
+        """What the fleet said of a family's releases, one entry per device and version.
+
+        Args:
+            family: the model family.
+            since_ms: by the hub's clock: what arrived in the minute of this time or later.
+            devices: only these; None for all.
+        """
+        wanted = None if devices is None else sorted(set(devices))
+        return await self._database.read(
+            lambda conn: tables.read_figures(conn, family, since_minute=minute_of(since_ms), devices=wanted)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
@@ -252,6 +266,7 @@ def _take(conn: Connection, batch: OpenBatch, *, at_ms: int) -> _Taken:
     if merged.fresh:
         tables.insert_batch(conn, batch)
         tables.insert_records(conn, batch.stream, merged.fresh, at_ms=at_ms)
+        tables.add_figures(conn, batch.stream.device, tally(merged.fresh), minute=minute_of(at_ms))
     after = replace(
         received,
         ranges=ranges,

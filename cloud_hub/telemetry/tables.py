@@ -5,7 +5,7 @@ Functions take a connection inside the caller's transaction; none of them begins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import Connection
 
 from cloud_hub.ground.schema import metadata
+from cloud_hub.telemetry.figures import Figures, Tally
 from cloud_hub.telemetry.rules import (
     OpenBatch,
     Received,
@@ -22,6 +23,7 @@ from cloud_hub.telemetry.rules import (
     encode_ranges,
 )
 from shared.ids import DeviceId
+from shared.sketch import Sketch, decode_sketch, merge_all
 from shared.telemetry import RecordClass
 
 records = sa.Table(
@@ -65,6 +67,22 @@ batches = sa.Table(
     sa.Column("last", sa.BigInteger, primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False),
 )
+
+figures = sa.Table(
+    "telemetry_figures",
+    metadata,
+    # In the order in which gates ask: one family, from a minute on.
+    sa.Column("family", sa.String(63), primary_key=True),
+    sa.Column("minute", sa.BigInteger, primary_key=True),
+    sa.Column("device", sa.String(63), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("answered", sa.BigInteger, nullable=False),
+    sa.Column("right", sa.BigInteger, nullable=False),
+    sa.Column("wrong", sa.BigInteger, nullable=False),
+    sa.Column("latency", sa.LargeBinary, nullable=False),
+)
+
+_DEVICES_PER_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +208,61 @@ def list_streams(conn: Connection, device: DeviceId) -> list[StreamRow]:
         )
         for row in conn.execute(query)
     ]
+
+
+def add_figures(conn: Connection, device: DeviceId, tallies: Mapping[tuple[str, str], Tally], *, minute: int) -> None:
+    """Add what a batch brought to the minute's figures."""
+    c = figures.c
+    for (family, version), tally in tallies.items():
+        key = {"family": family, "minute": minute, "device": device, "version": version}
+        same = sa.and_(c.family == family, c.minute == minute, c.device == device, c.version == version)
+        latency = tally.latency
+        if latency.buckets:
+            before = conn.execute(sa.select(c.latency).where(same)).scalar_one_or_none()
+            latency = latency if before is None else latency.merge(decode_sketch(bytes(before)))
+        statement = insert(figures).values(
+            **key, answered=tally.answered, right=tally.right, wrong=tally.wrong, latency=latency.encode()
+        )
+        changed: dict[str, object] = {
+            "answered": c.answered + statement.excluded.answered,
+            "right": c.right + statement.excluded.right,
+            "wrong": c.wrong + statement.excluded.wrong,
+        }
+        if latency.buckets:
+            changed["latency"] = statement.excluded.latency
+        conn.execute(
+            statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
+        )
+
+
+def read_figures(
+    conn: Connection, family: str, *, since_minute: int, devices: Sequence[DeviceId] | None
+) -> list[Figures]:
+    """The family's figures from this minute on, one per device and version, in their order."""
+    c = figures.c
+    query = sa.select(figures).where(c.family == family, c.minute >= since_minute)
+    rows: list[sa.Row[tuple[object, ...]]] = []
+    if devices is None:
+        rows.extend(conn.execute(query))
+    else:
+        for start in range(0, len(devices), _DEVICES_PER_QUERY):
+            rows.extend(conn.execute(query.where(c.device.in_(devices[start : start + _DEVICES_PER_QUERY]))))
+    groups: dict[tuple[str, str], list[sa.Row[tuple[object, ...]]]] = {}
+    for row in rows:
+        groups.setdefault((row.device, row.version), []).append(row)
+    return [_sum(DeviceId(device), version, group) for (device, version), group in sorted(groups.items())]
+
+
+def _sum(device: DeviceId, version: str, rows: Sequence[sa.Row[tuple[object, ...]]]) -> Figures:
+    latency: Sketch = merge_all(decode_sketch(bytes(row.latency)) for row in rows)
+    return Figures(
+        device=device,
+        version=version,
+        answered=sum(row.answered for row in rows),
+        right=sum(row.right for row in rows),
+        wrong=sum(row.wrong for row in rows),
+        latency=latency,
+    )
 
 
 def _key(stream: Stream) -> dict[str, object]:

@@ -106,7 +106,7 @@ BODIES: list[tuple[Body, RecordClass, dict[str, object]]] = [
     (
         Outcome(request="r", correct=False),
         RecordClass.OUTCOME,
-        {"request": "r", "model": "", "version": "", "variant": "", "correct": False, "latency_us": 0},
+        {"request": "r", "model": "", "version": "", "variant": "", "correct": False, "latency_us": 0, "source": ""},
     ),
 ]
 
