@@ -111,13 +111,7 @@ async def _compose(
     )
     answering = Answering(clock=clock, models=models, uplink=uplink)
     service = Service(
-        running=running,
-        clock=clock,
-        loop=loop,
-        models=models,
-        uplink=uplink,
-        outbox=outbox,
-        answering=answering,
+        running=running, clock=clock, loop=loop, models=models, uplink=uplink, outbox=outbox, answering=answering
     )
     agent = Agent(
         clock=clock,
