@@ -47,6 +47,12 @@ MAX_LABELS: Final = 10_000
 MAX_GRAPH_NODES: Final = 100_000
 MAX_GRAPH_DEPTH: Final = 8
 
+# Federated rounds
+MAX_ROUND_MESSAGE_BYTES: Final = 32 * MIB
+"""A task or its reply; what does not fit into a packet travels over HTTPS."""
+MAX_ROUND_ITEMS: Final = 4096
+MAX_ROUND_LIST: Final = 100_000
+
 # REST
 MAX_JSON_BODY_BYTES: Final = 1 * MIB
 MAX_CSR_BYTES: Final = 8 * KIB
