@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -49,13 +50,14 @@ from cloud_hub.releases import routes as release_routes
 from cloud_hub.telemetry import desk as telemetry_room
 from cloud_hub.telemetry import routes as telemetry_routes
 from shared.clock import Clock
-from shared.errors import ConfigError, Unreachable
+from shared.errors import ConfigError, OutriderError, Unreachable
 from shared.ids import DeviceId
 from shared.wire.messages import Ack
 
 logger = logging.getLogger(__name__)
 
 LINK_S: Final = 20.0
+RENEW_LOOK_S: Final = 3600.0
 ENROL_BURST: Final = 60
 ENROL_PER_MINUTE: Final = 60
 
@@ -141,8 +143,8 @@ def online_keys(config: HubConfig) -> releases_room.OnlineKeys:
     )
 
 
-def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock) -> None:
-    """Issue the certificates of our ports anew where names changed or they end soon."""
+def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock) -> tuple[str, ...]:
+    """Issue the certificates of our ports anew where names changed or they end soon; returns what was issued."""
     now_ms = clock.wall_ms()
     if authority.expires_ms <= now_ms:
         raise ConfigError(
@@ -158,6 +160,22 @@ def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock)
     )
     if issued:
         logger.info("certificates issued: %s", ", ".join(issued))
+    return issued
+
+
+async def _renew_in_time(foundation: Foundation, *, reload: Callable[[], None]) -> None:
+    """Renew certificates while the hub runs, long before they end: a hub that is never restarted must not go dark.
+
+    Listeners load the new ones for new connections; the hub's own link to the broker does so when it next connects.
+    """
+    while True:
+        await asyncio.sleep(RENEW_LOOK_S)
+        try:
+            renew = partial(renew_certificates, foundation.config, foundation.authority, clock=foundation.clock)
+            if await asyncio.to_thread(renew):
+                reload()
+        except OutriderError as error:
+            logger.error("certificates cannot be renewed: %s", error.message)
 
 
 async def _serve(foundation: Foundation, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -178,7 +196,10 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
                 broker_task = broker_group.create_task(broker.run(ready=broker_up))
                 await broker_up.wait()
             try:
-                return await _serve_rooms(foundation, listener=listener, stop=stop, announce=announce, manager=manager)
+                reload = broker.reload if settings is not None else _nothing
+                return await _serve_rooms(
+                    foundation, listener=listener, stop=stop, announce=announce, manager=manager, reload_broker=reload
+                )
             finally:
                 notify(manager, "STOPPING=1")
                 if broker_task is not None:
@@ -192,6 +213,7 @@ async def _serve_rooms(
     stop: asyncio.Future[int],
     announce: Callable[[str], None],
     manager: str | None,
+    reload_broker: Callable[[], None],
 ) -> int:
     config = foundation.config
     # The courier needs someone to hand messages to, the rooms need someone to send with: a short way round.
@@ -213,12 +235,18 @@ async def _serve_rooms(
         ca=config.folder.ca_certificate,
         ready=https_up,
     )
+
+    def reload() -> None:
+        server.reload_certificate()
+        reload_broker()
+
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_forever(loop)) for loop in house.loops]
         tasks += [
             group.create_task(house.switchboard.run()),
             group.create_task(courier.run(ready=link_up)),
             group.create_task(server.run_on(listener)),
+            group.create_task(_renew_in_time(foundation, reload=reload)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))
         status = await stop
@@ -226,6 +254,10 @@ async def _serve_rooms(
         for task in tasks:
             task.cancel()
     return status
+
+
+def _nothing() -> None:
+    """An external broker's certificates are its owner's affair."""
 
 
 async def _announce(

@@ -140,6 +140,12 @@ class Broker:
         self._metrics = metrics
         self._clock = clock
         self._log_path = settings.folder / "mosquitto.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    def reload(self) -> None:
+        """Let it read its certificates and access list again (SIGHUP, mosquitto(8)); live sessions stay."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGHUP)
 
     async def run(self, *, ready: asyncio.Event) -> None:
         """Keep a broker running until cancelled; sets `ready` when it first answers.
@@ -152,7 +158,7 @@ class Broker:
         failures = 0
         while True:
             began_ms = self._clock.mono_ms()
-            process = await self._start(binary)
+            process = self._process = await self._start(binary)
             try:
                 if await self._answers(process):
                     if ready.is_set():

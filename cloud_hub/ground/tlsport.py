@@ -14,7 +14,7 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,15 +109,28 @@ class HttpsServer(uvicorn.Server):
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
-            ssl_context_factory=_context_factory(certificate=certificate, key=key, ca=ca),
+            ssl_context_factory=lambda _config, _default: self._context,
         )
         super().__init__(config)
         self._ready = ready
+        self._certificate, self._key = certificate, key
+        self._context = _server_context(certificate=certificate, key=key, ca=ca)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Take no signal: the composition root has them."""
         yield
+
+    def reload_certificate(self) -> None:
+        """Show the certificate that is on disk now to whoever connects from here on; raises ConfigError."""
+        try:
+            self._context.load_cert_chain(self._certificate, self._key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"{self._certificate} cannot be loaded: {error}",
+                code="config.certificate",
+                hint="restart the hub, which issues what is missing",
+            ) from error
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, and say so."""
@@ -171,13 +184,10 @@ def port_error(error: OSError, *, host: str, port: int, key: str) -> ConfigError
     )
 
 
-def _context_factory(*, certificate: Path, key: Path, ca: Path) -> Callable[[Any, Any], ssl.SSLContext]:
-    def make(_config: Any, _default: Any) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(certificate, key)
-        context.load_verify_locations(cafile=ca)
-        context.verify_mode = ssl.CERT_OPTIONAL
-        return context
-
-    return make
+def _server_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(cafile=ca)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
