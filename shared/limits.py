@@ -53,6 +53,11 @@ MAX_ROUND_MESSAGE_BYTES: Final = 32 * MIB
 MAX_ROUND_ITEMS: Final = 4096
 MAX_ROUND_LIST: Final = 100_000
 
+# Questions to the hub's larger model
+MAX_ESCALATED_BYTES: Final = 4 * MIB
+"""Elements of one question; it is held until its answer came or was given up, after the application has its own."""
+MAX_CLOUD_ANSWER_BYTES: Final = 4 * MIB
+
 # REST
 MAX_JSON_BODY_BYTES: Final = 1 * MIB
 MAX_CSR_BYTES: Final = 8 * KIB
