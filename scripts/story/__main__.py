@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from . import models
 from .beginning import enrol, first_release, local_answers
 from .breaking import altered_release
 from .cast import FAMILY, House, gather
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _play(house: House, tell: Teller) -> bool:
     began = time.monotonic()
+    models.begin(house)
     for name, title, act in STORY:
         if not tell.play(name, title, lambda act=act: act(house, tell)):  # type: ignore[misc]
             print(f"\nThe demo failed at {name}; everything is left in {house.folder.path}.", file=sys.stderr)

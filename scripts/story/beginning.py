@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from . import digits
+from . import digits, models
 from .cast import FAMILY, Device, House
 from .telling import Figure, Teller, expect, require, until
 from .work import TALLY_TITLES, ask_all
@@ -16,7 +16,6 @@ from .work import TALLY_TITLES, ask_all
 FIRST: Final = "1.0.0"
 SECOND: Final = "1.1.0"
 THIRD: Final = "1.2.0"
-SEEDS: Final = {"digits-1": 3, "digits-2": 2, "digits-3": 5}
 COMMITTED_S: Final = 40.0
 LEAST_ACCURACY: Final = 0.95
 LEAST_AGREEMENT: Final = 0.95
@@ -62,15 +61,13 @@ def enrol(house: House, tell: Teller) -> Mapping[str, Figure]:
 
 def first_release(house: House, tell: Teller) -> Mapping[str, Figure]:
     """Train, push, build int8, sign with the offline key, publish, assign; until all three have committed it."""
-    began = time.monotonic()
-    accuracy = digits.write(house.folder.operator, seeds=SEEDS)
-    trained_s = time.monotonic() - began
+    training = models.trained(house, "digits-1")
     parts = digits.split()
     house.held_back = parts.held_back
     tell.say(
-        f"A small network was trained here, in {trained_s:.1f} s, on {len(parts.train.labels)} of scikit-learn's "
-        f"handwritten digits. On {len(parts.held_back.labels)} digits that it never saw, it is right "
-        f"{accuracy['digits-1']:.1%} of the time in float32."
+        f"A small network was trained here, in {training.seconds:.1f} s, on {len(parts.train.labels)} of "
+        f"scikit-learn's handwritten digits. On {len(parts.held_back.labels)} digits that it never saw, it is right "
+        f"{training.accuracy:.1%} of the time in float32."
     )
     push(house, FIRST, "digits-1")
     model = house.operator.run("model", "show", f"{FAMILY}/{FIRST}")
@@ -94,8 +91,8 @@ def first_release(house: House, tell: Teller) -> Mapping[str, Figure]:
         f"Published and assigned: all three devices checked both signatures and committed it in {committed_s:.1f} s."
     )
     return {
-        "train_seconds": round(trained_s, 2),
-        "fp32_held_back_accuracy": round(accuracy["digits-1"], 4),
+        "train_seconds": round(training.seconds, 2),
+        "fp32_held_back_accuracy": round(training.accuracy, 4),
         "int8_golden_accuracy": variants["int8"]["accuracy"],
         "fp32_golden_accuracy": variants["fp32"]["accuracy"],
         "int8_bytes": variants["int8"]["length"],
@@ -127,12 +124,13 @@ def local_answers(house: House, tell: Teller) -> Mapping[str, Figure]:
 
 def push(house: House, version: str, model: str) -> None:
     """Upload a model and wait until the hub has built and measured it."""
+    models.trained(house, model)
     house.operator.run(
         "model", "push", f"{model}.onnx",
         "--family", FAMILY, "--version", version,
         "--golden", "golden.npz", "--calibration", "calibration.npz",
         "--labels", ",".join(digits.LABELS), "--input-scale", str(digits.SCALE),
-        "--data-tag", "scikit-learn digits 1.0", "--param", f"seed={SEEDS[model]}",
+        "--data-tag", "scikit-learn digits 1.0", "--param", f"seed={models.RECIPES[model].seed}",
         "--license", "BSD-3-Clause", "--wait",
     )  # fmt: skip
 
