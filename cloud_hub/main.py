@@ -45,6 +45,9 @@ from cloud_hub.ground.switchboard import Rooms, Switchboard
 from cloud_hub.ground.system import SystemClock, raise_file_limit
 from cloud_hub.ground.tlsport import HttpsServer
 from cloud_hub.keyring import Keyring
+from cloud_hub.offload import asgi as offload_routes
+from cloud_hub.offload import desk as offload_room
+from cloud_hub.offload.registry import Registry
 from cloud_hub.releases import desk as releases_room
 from cloud_hub.releases import routes as release_routes
 from cloud_hub.telemetry import desk as telemetry_room
@@ -60,6 +63,9 @@ LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
 ENROL_BURST: Final = 60
 ENROL_PER_MINUTE: Final = 60
+INFER_BURST: Final = 1000
+INFER_PER_MINUTE: Final = 30_000
+"""How often one principal may ask for answers: a fleet's devices share the engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +317,11 @@ def compose(
         rooms=Rooms(birth=devices.born, death=devices.died, reported=devices.reported, batch=telemetry.received),
         metrics=foundation.metrics,
     )
+    gate = Gate(database=database, clock=clock, device_of=devices.device_of)
+    offload = _offload(foundation, releases)
     app = _application(
         foundation,
+        offload=_offload_app(offload, gate),
         routers=(
             ground_routes.router,
             device_routes.router,
@@ -321,7 +330,7 @@ def compose(
             telemetry_routes.router,
         ),
         state={
-            "gate": Gate(database=database, clock=clock, device_of=devices.device_of),
+            "gate": gate,
             "parts": parts,
             "devices": devices,
             "telemetry": telemetry,
@@ -332,7 +341,7 @@ def compose(
         switchboard=switchboard,
         devices=devices,
         releases=releases,
-        loops=(releases.run, telemetry.run),
+        loops=(releases.run, telemetry.run, offload.run),
     )
 
 
@@ -353,7 +362,32 @@ def _devices(foundation: Foundation, *, root: Callable[[], Awaitable[str]]) -> d
     )
 
 
-def _application(foundation: Foundation, *, routers: tuple[APIRouter, ...], state: Mapping[str, Any]) -> ASGIApp:
+def _offload(foundation: Foundation, releases: releases_room.Desk) -> offload_room.Desk:
+    now_us = SystemClock().mono_us
+    return offload_room.Desk(
+        releases=Registry(releases=releases, now_us=now_us),
+        metrics=foundation.metrics,
+        now_us=now_us,
+        settings=offload_room.OffloadSettings(),
+    )
+
+
+def _offload_app(desk: offload_room.Desk, gate: Gate) -> offload_routes.OffloadApp:
+    return offload_routes.OffloadApp(
+        desk=desk,
+        gate=gate,
+        rate=Buckets(burst=INFER_BURST, per_minute=INFER_PER_MINUTE),
+        now_us=SystemClock().mono_us,
+    )
+
+
+def _application(
+    foundation: Foundation,
+    *,
+    offload: offload_routes.OffloadApp,
+    routers: tuple[APIRouter, ...],
+    state: Mapping[str, Any],
+) -> ASGIApp:
     config = foundation.config
     app = FastAPI(
         title="Outrider hub",
@@ -378,7 +412,12 @@ def _application(foundation: Foundation, *, routers: tuple[APIRouter, ...], stat
     }
     for name, value in {**common, **state}.items():
         setattr(app.state, name, value)
-    return Bounds(app, metrics=foundation.metrics, clock=foundation.clock, streamed=(release_routes.STREAMED_PREFIX,))
+    return Bounds(
+        offload_routes.Beside(app, offload),
+        metrics=foundation.metrics,
+        clock=foundation.clock,
+        streamed=(release_routes.STREAMED_PREFIX, offload_routes.STREAMED_PREFIX),
+    )
 
 
 async def _forever(loop: Callable[[], Awaitable[None]]) -> None:

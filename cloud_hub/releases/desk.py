@@ -25,6 +25,7 @@ from cloud_hub.releases.catalogue import Catalogue
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.publishing import OnlineKeys, Proposal, Publishing, found
 from cloud_hub.releases.rules import Push, Selector
+from cloud_hub.releases.tables import ModelRow
 from cloud_hub.releases.workbench import Workbench
 from shared.clock import Clock
 
@@ -33,6 +34,7 @@ __all__ = [
     "Blob",
     "Desk",
     "Fleet",
+    "ModelRow",
     "OnlineKeys",
     "Outcome",
     "Proposal",

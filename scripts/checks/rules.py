@@ -17,7 +17,12 @@ from scripts.checks.sources import Source, imports_of
 SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
     "paho": ("edge_agent.adapters.courier", "cloud_hub.ground.courier"),
     "sqlite3": ("edge_agent.adapters.database", "cloud_hub.ground.database"),
-    "onnxruntime": ("edge_agent.runtimes.onnx", "cloud_hub.releases.*", "cloud_hub.cli.measure"),
+    "onnxruntime": (
+        "edge_agent.runtimes.onnx",
+        "cloud_hub.releases.*",
+        "cloud_hub.offload.engine",
+        "cloud_hub.cli.measure",
+    ),
     "ai_edge_litert": ("edge_agent.runtimes.litert",),
     "tflite_runtime": ("edge_agent.runtimes.litert",),
     "onnx": ("cloud_hub.releases.*",),
