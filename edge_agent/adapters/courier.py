@@ -134,6 +134,7 @@ class MqttCourier:
         self._connect_ms = connect_ms
         self._keepalive_s = keepalive_s
         self._link: _Link | None = None
+        self._starting: asyncio.Future[None] | None = None
 
     async def connect(self, *, will_topic: str, will_payload: bytes, subscribe: str) -> None:
         """Connect, subscribe and return once the broker has granted the subscription.
@@ -143,13 +144,16 @@ class MqttCourier:
             TransferRefused: the broker refuses this device, its certificate or the subscription.
         """
         await self.disconnect()
+        await self._earlier_attempt()
         loop = asyncio.get_running_loop()
         link = _Link(client=self._client(will_topic, will_payload), ready=loop.create_future())
         self._link = link
         self._wire(link, loop, subscribe)
         try:
             async with asyncio.timeout(self._connect_ms / 1000):
-                await asyncio.to_thread(self._start, link)
+                self._starting = loop.run_in_executor(None, self._start, link)
+                self._starting.add_done_callback(_look_at)
+                await asyncio.shield(self._starting)
                 await link.ready
         except TimeoutError as error:
             raise Unreachable(
@@ -164,6 +168,15 @@ class MqttCourier:
                 link.leaving = True
                 self._link = None
                 await _end(link, within_ms=0)
+
+    async def _earlier_attempt(self) -> None:
+        """Wait for an attempt that was given up: its thread may yet connect, and the broker takes the newer of two."""
+        if self._starting is None:
+            return
+        done, _ = await asyncio.wait([self._starting], timeout=self._connect_ms / 1000)
+        if not done:
+            raise Unreachable(f"an earlier attempt to reach the broker at {self._host}:{self._port} has not ended")
+        self._starting = None
 
     def publish(self, topic: str, payload: bytes) -> bool:
         """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later."""
@@ -207,7 +220,8 @@ class MqttCourier:
         link.client.connect(
             self._host, self._port, keepalive=self._keepalive_s, clean_start=True, properties=properties
         )
-        link.client.loop_start()
+        if not link.leaving:
+            link.client.loop_start()
         if link.leaving:  # given up while the handshake was under way
             _cut(link.client)
 
@@ -296,6 +310,12 @@ class MqttCourier:
                 hint="run `outrider-agent doctor`; the certificate may have expired or been revoked",
             )
         return Unreachable(f"the broker at {where} cannot be reached: {error.reason or error}")
+
+
+def _look_at(starting: asyncio.Future[None]) -> None:
+    """What became of an attempt was told, or nobody waits for it any more; asyncio need not report it."""
+    if not starting.cancelled():
+        starting.exception()
 
 
 async def _end(link: _Link, *, within_ms: int) -> None:
