@@ -36,6 +36,7 @@ def build() -> Parser:
     _device(commands)
     _model(commands)
     _release(commands)
+    _round(commands)
     leaf = _leaf(commands, "audit", "list who did what, oldest first", run="fleet:audit")
     leaf.add_argument("--after", type=int, default=0, metavar="SEQ", help="start behind this row")
     leaf.add_argument("--limit", type=_count, default=200, metavar="N", help="at most this many rows (default 200)")
@@ -143,6 +144,39 @@ def _release(commands: _Leaves[Parser]) -> None:
     leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
     leaf = _leaf(leaves, "show", "show one release and its files", run="releases:show")
     leaf.add_argument("name", metavar="FAMILY/VERSION")
+
+
+def _round(commands: _Leaves[Parser]) -> None:
+    leaves = _group(commands, "round", "learn a model's head on the devices, without their data leaving them")
+    leaf = _leaf(leaves, "start", "begin a federated run from a published release", run="rounds:start")
+    add = leaf.add_argument
+    add("--family", required=True, metavar="NAME", help="the model's family, for example digits")
+    add("--base", required=True, metavar="X.Y.Z", help="the release whose features are kept; devices must serve it")
+    add("--as", dest="result", required=True, metavar="X.Y.Z", help="version of the result")
+    add("--rounds", type=_count, metavar="N", help="how many rounds (default 10)")
+    add("--strategy", metavar="NAME", help="fedavg (default), fedprox, fedadam, fedyogi, fedmedian, …: Flower's own")
+    add("--min-devices", type=_count, metavar="N", help="a round begins with so many (default 2)")
+    add("--quorum", type=_count, metavar="N", help="so many good answers make a round (default --min-devices)")
+    add("--round-timeout", type=_number, metavar="SECONDS", help="how long a round waits for answers (default 120)")
+    add("--learning-rate", type=_number, metavar="X", help="of the devices' training (default 0.1)")
+    add("--epochs", type=_count, metavar="N", help="passes over a device's samples per round (default 1)")
+    add("--batch-size", type=_count, metavar="N", help="samples per step (default 16)")
+    add("--seed", type=int, metavar="N", help="of everything that is drawn (default 0)")
+    add("--selector", action="append", default=[], metavar="KEY=VALUE", help="only devices with this label; repeatable")
+    add("--features", metavar="NAME", help="the output that holds the features (default: found in the graph)")
+    add("--evaluate", action="store_true", help="devices also measure each round's result on their own samples")
+    _wait(leaf)
+    leaf = _leaf(leaves, "status", "show a run and its rounds", run="rounds:status")
+    leaf.add_argument("run_id", metavar="RUN")
+    _wait(leaf)
+    _leaf(leaves, "ls", "list runs, newest first", run="rounds:ls")
+    leaf = _leaf(leaves, "stop", "end a run for good", run="rounds:stop")
+    leaf.add_argument("run_id", metavar="RUN")
+
+
+def _wait(leaf: Parser) -> None:
+    leaf.add_argument("--wait", action="store_true", help="wait until it has ended")
+    leaf.add_argument("--wait-s", type=_count, default=3600, metavar="SECONDS", help="how long (default 3600)")
 
 
 def _count(text: str) -> int:

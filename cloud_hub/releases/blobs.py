@@ -92,6 +92,14 @@ class Blobs:
             upload.write(data)
             return self._keep(upload)
 
+    def forget(self, digest: Digest) -> None:
+        """Remove a file of which the caller knows that nobody else refers to it; one that is gone already is no error.
+
+        Who reads it at the moment reads it to its end.
+        """
+        with _translated():
+            self._path(digest).unlink(missing_ok=True)
+
     def adopt(self, file: Path) -> Blob:
         """Copy a file into the store under its digest; the original stays."""
         with _translated(), _Upload(self._incoming, self._max_bytes) as upload, file.open("rb") as source:

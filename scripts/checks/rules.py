@@ -21,11 +21,12 @@ SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
         "edge_agent.runtimes.onnx",
         "cloud_hub.releases.*",
         "cloud_hub.offload.engine",
+        "cloud_hub.rounds.evaluation",
         "cloud_hub.cli.measure",
     ),
     "ai_edge_litert": ("edge_agent.runtimes.litert",),
     "tflite_runtime": ("edge_agent.runtimes.litert",),
-    "onnx": ("cloud_hub.releases.*",),
+    "onnx": ("cloud_hub.releases.*", "cloud_hub.rounds.head"),
     "fastapi": ("cloud_hub.*",),
     "starlette": ("cloud_hub.*",),
     "uvicorn": ("cloud_hub.*",),
@@ -41,7 +42,12 @@ SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "tuf": ("shared.trust.*",),
     "securesystemslib": ("shared.trust.*",),
-    "flwr": (),
+    "flwr": (
+        "cloud_hub.rounds.grid",
+        "cloud_hub.rounds.replies",
+        "cloud_hub.rounds.strategies",
+        "cloud_hub.rounds.worker",
+    ),
     "ray": (),
 }
 """Who may import a heavy library; `x.*` is x and everything below it."""

@@ -1,0 +1,299 @@
+"""One run at the hub: what its worker asks is asked of the fleet, and what the fleet answers is kept and handed over.
+
+Rules:
+1. Tasks are stored before they are sent, answers before the worker gets them. So whatever is killed, the next worker
+   asks the same questions by the same names and gets the answers that are here; only missing ones are asked again.
+2. A task is sent when it is made, again when its device is born, and again every few seconds until its time is over.
+3. Nothing polls but that repetition: births, reports and answers wake whoever waits.
+
+Not here: what a good answer is (replies.py, in the worker), restarts of the worker (desk.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, assert_never
+
+from sqlalchemy.engine import Connection
+
+from cloud_hub.ground.database import Database
+from cloud_hub.ground.post import Post
+from cloud_hub.releases.desk import Blob
+from cloud_hub.rounds import frames, rules, tables
+from cloud_hub.rounds.counts import Counts
+from cloud_hub.rounds.process import Worker
+from cloud_hub.rounds.rules import RoundResult
+from cloud_hub.rounds.tables import RunRow, TaskRow
+from shared.clock import Clock
+from shared.errors import OutriderError, ProtocolViolation, Unreachable
+from shared.ids import DeviceId, Digest
+from shared.limits import KIB
+from shared.wire.messages import RoundTask
+
+MAX_INLINE_BYTES: Final = 192 * KIB
+"""A task up to this size travels in the message; a larger one is fetched."""
+RESEND_S: Final = 10.0
+GRACE_S: Final = 15.0
+"""How long the last round's devices are waited for when others are there already."""
+PRESENT_S: Final = 600.0
+"""How long a run waits for enough devices."""
+
+
+class RunFailed(OutriderError):
+    """The run has ended and trying again would not help."""
+
+    code = "rounds.failed"
+
+
+class Store(Protocol):
+    """The releases room's files, as far as tasks need them."""
+
+    def put(self, data: bytes) -> Blob:
+        """Store bytes under their digest."""
+        ...
+
+    def forget(self, digest: Digest) -> None:
+        """Remove a file that nobody else refers to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a session works with; `present` tells the devices that can be asked now."""
+
+    database: Database
+    clock: Clock
+    post: Post
+    store: Store
+    counts: Counts
+    present: Callable[[rules.Spec], Awaitable[tuple[DeviceId, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A task as it goes out."""
+
+    message: str
+    content: bytes
+    blob: str
+    length: int
+
+
+class Session:
+    """A run and its worker's questions.
+
+    Args:
+        row: the run as it was when the worker started.
+        worker: its worker, which was told to begin.
+        folder: where large answers and checkpoints are.
+        around: what it works with.
+    """
+
+    def __init__(self, row: RunRow, *, worker: Worker, folder: Path, around: Surroundings) -> None:
+        self._run, self._spec = row.run, row.spec
+        self._worker = worker
+        self._folder = folder
+        self._around = around
+        self._stirred = asyncio.Event()
+        self._news: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._open: dict[str, tuple[DeviceId, Letter]] = {}
+        self._asked = 0
+        self._began_ms: int | None = None
+
+    def stir(self) -> None:
+        """Something about the fleet has changed."""
+        self._stirred.set()
+
+    def born(self, device: DeviceId) -> None:
+        """A device has connected: what it was asked may not have reached it."""
+        self._news.put_nowait(("born", device))
+        self.stir()
+
+    def replied(self, message: str) -> None:
+        """An answer was stored."""
+        self._news.put_nowait(("replied", message))
+
+    async def serve(self) -> Path:
+        """Answer the worker until the run is trained; returns the file with the result.
+
+        Raises:
+            RunFailed: the run cannot go on.
+            WorkerLost: the worker ended by itself.
+        """
+        while True:
+            frame = await self._worker.receive()
+            match frame:
+                case frames.Gather():
+                    await self._gather(frame)
+                case frames.Ask():
+                    await self._ask(frame)
+                case frames.RoundDone():
+                    await self._round_done(frame)
+                case frames.Trained():
+                    return self._folder / Path(frame.model).name
+                case frames.Failed():
+                    raise RunFailed(frame.reason, code=frame.code, hint=frame.hint)
+                case frames.Inspected():
+                    raise ProtocolViolation("the worker answers what was not asked", code="protocol.frame")
+                case _:
+                    assert_never(frame)
+
+    async def _gather(self, frame: frames.Gather) -> None:
+        """Tell who takes part: those who were asked already, else all who are here once enough are."""
+        if self._began_ms is None:
+            self._began_ms = self._around.clock.mono_ms()
+        database = self._around.database
+        group = rules.group_of(frame.round, phase=frame.phase, attempt=frame.attempt)
+        tasks = await database.read(lambda conn: tables.tasks_of(conn, self._run, group))
+        nodes = {task.node: task.device for task in tasks}
+        if not nodes:
+            present = await self._enough()
+            nodes = {rules.node_of(device): device for device in present}
+            await database.write(lambda conn: tables.bind_nodes(conn, nodes))
+        await self._worker.send(frames.Cohort(nodes=tuple(sorted(nodes))))
+
+    async def _enough(self) -> tuple[DeviceId, ...]:
+        expected = await self._around.database.read(lambda conn: tables.last_cohort(conn, self._run))
+        present: tuple[DeviceId, ...] = ()
+        for wait_s, waited in ((GRACE_S, False), (PRESENT_S, True)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    while True:
+                        self._stirred.clear()
+                        present = await self._around.present(self._spec)
+                        if rules.may_begin(self._spec, present, expected=expected, waited=waited):
+                            return present
+                        await self._stirred.wait()
+        raise RunFailed(
+            f"{self._spec.min_devices} devices are needed, {len(present)} are online and serve "
+            f"{self._spec.family}/{self._spec.base}",
+            code="rounds.too_few_devices",
+            hint="`outrider ls devices` shows who is there; lower --min-devices, or bring more of them up",
+        )
+
+    async def _ask(self, frame: frames.Ask) -> None:
+        """Send tasks, hand answers over as they come, and close the question in time."""
+        letters = await self._store_tasks(frame)
+        try:
+            async with asyncio.timeout(self._spec.round_timeout_s):
+                deadline_ms = self._around.clock.mono_ms() + round(self._spec.round_timeout_s * 1000)
+                await self._collect(frame, letters, deadline_ms=deadline_ms)
+        except TimeoutError:
+            pass  # who has not answered is left out; the worker counts whether enough have
+        finally:
+            self._open.clear()
+            digests = {letter.blob for letter in letters.values() if letter.blob}
+            for digest in digests:
+                await asyncio.to_thread(self._around.store.forget, Digest(digest))
+        await self._worker.send(frames.Closed())
+
+    async def _store_tasks(self, frame: frames.Ask) -> dict[str, Letter]:
+        contents = []
+        for content in frame.contents:
+            blob = ""
+            if len(content) > MAX_INLINE_BYTES:
+                blob = (await asyncio.to_thread(self._around.store.put, content)).digest
+            contents.append((b"" if blob else content, blob, len(content) if blob else 0))
+        letters = {task.message: Letter(task.message, *contents[task.content]) for task in frame.tasks}
+        nodes = {task.message: task.node for task in frame.tasks}
+        group = rules.group_of(frame.round, phase=frame.phase, attempt=frame.attempt)
+        at_ms = self._around.clock.wall_ms()
+
+        def work(conn: Connection) -> None:
+            devices = tables.devices_of(conn, nodes.values())
+            tasks = {message: (node, devices[node]) for message, node in nodes.items()}
+            tables.add_tasks(conn, self._run, group, tasks, at_ms=at_ms)
+
+        await self._around.database.write(work)
+        return letters
+
+    async def _collect(self, frame: frames.Ask, letters: dict[str, Letter], *, deadline_ms: int) -> None:
+        while not self._news.empty():
+            self._news.get_nowait()
+        group = rules.group_of(frame.round, phase=frame.phase, attempt=frame.attempt)
+        tasks = await self._around.database.read(lambda conn: tables.tasks_of(conn, self._run, group))
+        self._asked = len(tasks)
+        self._open = {task.message: (task.device, letters[task.message]) for task in tasks}
+        for task in tasks:
+            if task.replied_ms is not None:
+                await self._hand_over(task)
+        await self._send_open(deadline_ms)
+        while self._open:
+            try:
+                async with asyncio.timeout(RESEND_S):
+                    kind, name = await self._news.get()
+            except TimeoutError:
+                await self._send_open(deadline_ms)
+                continue
+            if kind == "born":
+                await self._send_open(deadline_ms, only=DeviceId(name))
+            elif name in self._open:
+                found = await self._around.database.read(lambda conn, name=name: tables.find_task(conn, name))  # type: ignore[misc]
+                if found is not None and found.replied_ms is not None:
+                    await self._hand_over(found)
+
+    async def _hand_over(self, task: TaskRow) -> None:
+        if self._open.pop(task.message, None) is not None:
+            await self._worker.send(frames.Reply(message=task.message, content=task.content, file=task.file))
+
+    async def _send_open(self, deadline_ms: int, *, only: DeviceId | None = None) -> None:
+        left_ms = max(1, deadline_ms - self._around.clock.mono_ms())
+        for device, letter in list(self._open.values()):
+            if only is not None and device != only:
+                continue
+            task = RoundTask(
+                run=self._run,
+                message=letter.message,
+                deadline_ms=left_ms,
+                content=letter.content,
+                blob=letter.blob,
+                length=letter.length,
+            )
+            try:
+                await self._around.post.send(device, task, leaf="round")
+            except Unreachable:
+                self._around.counts.tasks.labels("no_link").inc()
+            else:
+                self._around.counts.tasks.labels("sent").inc()
+
+    async def _round_done(self, frame: frames.RoundDone) -> None:
+        """Store the result; only then may the worker go on."""
+        began_ms, self._began_ms = self._began_ms, None
+        took_ms = 0 if began_ms is None else self._around.clock.mono_ms() - began_ms
+        group = rules.group_of(frame.round, phase="train", attempt=frame.attempt)
+
+        def work(conn: Connection) -> bool:
+            tasks = tables.tasks_of(conn, self._run, group)
+            devices = {task.message: task.device for task in tasks}
+            result = RoundResult(
+                round=frame.round,
+                attempt=frame.attempt,
+                asked=len(tasks),
+                answered=frame.answered,
+                accepted=frame.accepted,
+                took_ms=took_ms,
+                metrics=frame.metrics,
+                refused={
+                    str(devices.get(message, message)): reason[: rules.MAX_REASON_CHARS]
+                    for message, reason in frame.refused.items()
+                },
+            )
+            return tables.finish_round(
+                conn, self._run, result, checkpoint=Path(frame.checkpoint).name, digest=frame.digest
+            )
+
+        if not await self._around.database.write(work):
+            raise RunFailed("the run has ended meanwhile", code="rounds.ended")
+        self._around.counts.round_seconds.observe(took_ms / 1000)
+        await asyncio.to_thread(self._tidy, Path(frame.checkpoint).name)
+        await self._worker.send(frames.Stored())
+
+    def _tidy(self, kept: str) -> None:
+        """Remove older checkpoints and the answers of the round that is over."""
+        for file in (*self._folder.glob("*.checkpoint"), *self._folder.glob("*.reply")):
+            if file.name != kept:
+                file.unlink(missing_ok=True)
