@@ -9,7 +9,7 @@ The drawings in the documentation are made from `Table.mermaid`, so they cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -50,7 +50,7 @@ class Row(msgspec.Struct, Generic[Phase, State, Effect], frozen=True):
 
 
 class Table(Generic[Phase, State, Event, Effect]):
-    """A machine: rows by (phase, type of event), and how to read the phase from a state."""
+    """A machine: rows by (phase, type of event), how to read the phase from a state, and the phases that are ends."""
 
     def __init__(
         self,
@@ -58,10 +58,12 @@ class Table(Generic[Phase, State, Event, Effect]):
         *,
         phase_of: Callable[[State], Phase],
         rows: Mapping[tuple[Phase, type[Event]], Row[Phase, State, Effect]],
+        ends: Collection[Phase] = (),
     ) -> None:
         self.name = name
         self._phase_of = phase_of
         self.rows = dict(rows)
+        self.ends = frozenset(ends)
 
     def decide(self, state: State, event: Event) -> Decision[State, Effect]:
         """Return the decision for this event, or raise UnexpectedEvent when the table has no such pair."""
@@ -86,4 +88,5 @@ class Table(Generic[Phase, State, Event, Effect]):
             for target in row.leads_to:
                 edges.setdefault((phase.name, target.name), set()).add(kind.__name__)
         lines = [f"    {a} --> {b}: {', '.join(sorted(kinds))}" for (a, b), kinds in sorted(edges.items())]
+        lines += [f"    {name} --> [*]" for name in sorted(phase.name for phase in self.ends)]
         return "\n".join(["stateDiagram-v2", *lines])

@@ -16,9 +16,9 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PAGE: Final = ROOT / "docs" / "machines.md"
 HEAD: Final = """# Machines
 
-The transition tables of the agent, drawn by `python -m scripts.checks.machines_page` from the code; a test sees that
-they agree. A pair of state and event without an edge is refused with `machine.unexpected_event`, or is listed in the
-table as one that changes nothing. The update slot, the largest of them, has [a page of its own](slots.md).
+The transition tables of agent and hub, drawn by `python -m scripts.checks.machines_page` from the code; a test sees
+that they agree. A pair of state and event without an edge is refused with `machine.unexpected_event`, or is listed in
+the table as one that changes nothing. The update slot, the largest of them, has [a page of its own](slots.md).
 """
 
 
@@ -26,7 +26,7 @@ def machines() -> dict[str, Table[Any, Any, Any, Any]]:
     """Every transition table by the name of its module, sorted."""
     found = {}
     for source in read_sources(ROOT):
-        if source.name.startswith("edge_agent.core.") or source.name.endswith(".rules"):
+        if source.name.startswith("edge_agent.core.") or source.name.endswith((".rules", ".stages")):
             module = importlib.import_module(source.name)
             for value in vars(module).values():
                 if isinstance(value, Table):

@@ -26,6 +26,8 @@ PLANTED: dict[str, tuple[str, str]] = {
     "hub-layers": ("cloud_hub/releases/rules.py", "import cloud_hub.releases.tables"),
     "device-tables": ("cloud_hub/ground/planted.py", "import cloud_hub.devices.tables"),
     "release-tables": ("cloud_hub/ground/planted.py", "import cloud_hub.releases.tables"),
+    "rollout-tables": ("cloud_hub/ground/planted.py", "import cloud_hub.rollouts.tables"),
+    "round-tables": ("cloud_hub/ground/planted.py", "import cloud_hub.rounds.tables"),
     "telemetry-tables": ("cloud_hub/ground/planted.py", "import cloud_hub.telemetry.tables"),
 }
 

@@ -26,7 +26,7 @@ def test_there_are_machines() -> None:
 
 
 def faults(table: Table[Any, Any, Any, Any]) -> Iterator[str]:
-    """Phases without a row, out of reach from the first one, or without a way out."""
+    """Phases without a row, out of reach from the first one, or without a way out; an end that can be left."""
     phases = list(phases_of(table))
     edges = {
         phase: {to for (at, _), row in table.rows.items() if at is phase for to in row.leads_to} for phase in phases
@@ -36,7 +36,10 @@ def faults(table: Table[Any, Any, Any, Any]) -> Iterator[str]:
         new = {to for phase in new for to in edges[phase]} - reached
         reached |= new
     for phase in phases:
-        if not any(at is phase for at, _ in table.rows):
+        if phase in table.ends:
+            if edges[phase] - {phase}:
+                yield f"{phase.name} is an end and can be left"
+        elif not any(at is phase for at, _ in table.rows):
             yield f"{phase.name} refuses every event"
         elif not edges[phase] - {phase}:
             yield f"{phase.name} cannot be left"
@@ -70,6 +73,19 @@ def test_a_faulty_table_is_noticed(edges: dict[Lamp, Lamp], fault: str) -> None:
     rows = {(at, str): row(to) for at, to in edges.items()}
     table: Table[Lamp, Lamp, str, str] = Table("lamp", phase_of=lambda state: state, rows=rows)
     assert fault in list(faults(table))
+
+
+def test_an_end_needs_no_way_out_and_has_none() -> None:
+    def table(ends: tuple[Lamp, ...]) -> Table[Lamp, Lamp, str, str]:
+        edges = {Lamp.OFF: Lamp.ON, Lamp.ON: Lamp.BROKEN}
+        rows: dict[tuple[Lamp, type[str]], Row[Lamp, Lamp, str]] = {
+            (at, str): Row(leads_to=(to,), step=lambda state, event: Decision(state)) for at, to in edges.items()
+        }
+        return Table("lamp", phase_of=lambda state: state, rows=rows, ends=ends)
+
+    assert list(faults(table((Lamp.BROKEN,)))) == []
+    assert list(faults(table((Lamp.ON, Lamp.BROKEN)))) == ["ON is an end and can be left"]
+    assert table((Lamp.BROKEN,)).mermaid().endswith("BROKEN --> [*]")
 
 
 def test_the_page_of_machines_is_drawn_from_the_tables() -> None:
