@@ -10,6 +10,7 @@ This is the only module of the agent that reads the environment.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -230,9 +231,26 @@ def _check_together(config: AgentConfig, problems: list[str]) -> None:
             problems.append(f"hub.url: {error}; {error.hint}")
     if bool(config.broker.host) != bool(config.broker.port):
         problems.append("broker.host and broker.port belong together: set both, or neither to use the enrolled ones")
+    if config.door.http and not _is_loopback(config.door.http):
+        problems.append(
+            f"door.http: {config.door.http!r} is no address on loopback with a port; write it as '127.0.0.1:8090', "
+            "because nothing at this port asks who is there"
+        )
     length = len(os.fsencode(config.door_path))
     if length > MAX_SOCKET_PATH_BYTES:
         problems.append(
             f"door.path: {config.door_path} has {length} bytes, a socket's path may have {MAX_SOCKET_PATH_BYTES}; "
             "set door.path to a shorter one"
         )
+
+
+def _is_loopback(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
+        return False
+    try:
+        is_bracketed = host.startswith("[") and host.endswith("]")
+        number = ipaddress.IPv6Address(host[1:-1]) if is_bracketed else ipaddress.IPv4Address(host)
+    except ValueError:
+        return host == "localhost"
+    return number.is_loopback

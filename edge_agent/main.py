@@ -125,7 +125,8 @@ async def _compose(
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,
     )
-    return agent, Door(path=config.door_path, handle=service.handle, tasks=group), loop
+    door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
+    return agent, door, loop
 
 
 def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Callable[[str], None]) -> MqttCourier:

@@ -31,9 +31,22 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`path`: the Unix socket for applications, empty for `<state>/door.sock`."""
+    """Where applications ask.
+
+    Attributes:
+        path: the Unix socket, empty for `<state>/door.sock`.
+        http: loopback address and port for the Open Inference Protocol over HTTP (`127.0.0.1:8090`), empty for none;
+            whoever is on this machine may ask there.
+    """
 
     path: str = ""
+    http: str = ""
+
+    @property
+    def http_address(self) -> tuple[str, int] | None:
+        """Address and port of `http`, which was checked when it was read; None where there is none."""
+        host, _, port = self.http.rpartition(":")
+        return ("127.0.0.1" if host == "localhost" else host.strip("[]"), int(port)) if port else None
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True):

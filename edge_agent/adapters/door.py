@@ -1,15 +1,19 @@
-"""The door: a Unix socket on which applications of this machine ask models, in frames.
+"""The door: a Unix socket on which applications of this machine ask models, and a port on loopback if one is set.
 
-Rules:
+A stream on the socket speaks frames when its first byte is theirs, and the Open Inference Protocol over HTTP when it
+is another; on the port there is only HTTP. Both ask the same handler. Rules:
+
 - Any number of requests may be on their way on one connection; answers carry the request's id and come in any order.
   Beyond `PIPELINE` of them, nothing more is read from that connection until some are answered.
 - A request that does not parse gets a Refusal and the connection lives on; bytes that are no frame get a Refusal and
   the connection ends, because nobody can tell where the next frame starts.
 - Who does not read the answers is not read from, and after `CLOGGED_S` cut off.
 - A connection that ends does not cancel what it asked for: feedback and readings have effects.
-- The socket's file mode is the access control. There is one agent per socket: a living one is left alone.
+- The socket's file mode is the access control. There is one agent per socket: a living one is left alone. The port has
+  no access control but the machine's edge: it is on loopback, and whoever is on the machine may ask.
 
-Tensors are passed on as they came; nothing here looks inside.
+Tensors are passed on as they came; nothing here looks inside. Not here: HTTP (http_door.py), which is loaded when the
+first stream speaks it; what may wait for an answer (waiting.py).
 """
 
 from __future__ import annotations
@@ -17,60 +21,93 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from edge_agent.adapters.streams import FrameLink
+from edge_agent.adapters.waiting import Handle, Place, WaitingRoom, refusal
 from edge_agent.framing import Buffer
 from shared import limits
 from shared.errors import ConfigError, Conflict, InputRefused, OutriderError, ProtocolViolation
-from shared.inference import Refusal, Reply, Request, decode_request, encode_header
+from shared.inference import Refusal, Reply, decode_request, encode_header
+from shared.wire import frames
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from edge_agent.adapters.http_door import HttpStream
+    from edge_agent.adapters.oip import Conversation
 
 PIPELINE: Final = 64
 """Requests of one connection that are worked on at a time."""
 CLOGGED_S: Final = 10.0
 MAX_ARRIVING_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
 """Memory for payloads that are still arriving, over all connections."""
-MAX_HELD_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
-"""Memory for payloads that have arrived and wait for their answer, over all connections."""
 MAX_PATH_BYTES: Final = 100
 """The kernel takes 107 (unix(7)), other systems 103; staying below both keeps a state directory movable."""
 _UNSENT_BYTES: Final = limits.MIB
 _LINGER_S: Final = 1.0
 
-Handle = Callable[[Request, bytearray], Awaitable[tuple[Reply, Sequence[Buffer]]]]
-"""Answers one request: the reply and the pieces of its payload; an OutriderError becomes a Refusal."""
-
 
 class Door:
-    """Listens on a Unix socket and hands requests to `handle`, each in a task of its own."""
+    """Listens, and hands requests to `handle`, each in a task of its own."""
 
-    def __init__(self, *, path: Path, handle: Handle, tasks: asyncio.TaskGroup, mode: int = 0o600) -> None:
-        """Tasks belong to the caller's group; `mode` is the socket file's."""
+    def __init__(
+        self,
+        *,
+        path: Path,
+        handle: Handle,
+        tasks: asyncio.TaskGroup,
+        mode: int = 0o600,
+        http: tuple[str, int] | None = None,
+    ) -> None:
+        """Tasks belong to the caller's group.
+
+        Args:
+            path: of the Unix socket.
+            handle: answers the requests.
+            tasks: where they are worked on.
+            mode: the socket file's.
+            http: loopback address and port for HTTP, if any; port 0 lets the kernel choose (`http_port`).
+        """
         self._path = path
-        self._handle = handle
-        self._tasks = tasks
+        self._room = WaitingRoom(handle=handle, tasks=tasks)
         self._mode = mode
+        self._http = http
         self._server: asyncio.Server | None = None
+        self._http_server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
-        self._waiting = 0
-        self._held_bytes = 0
+        self._http_streams: set[HttpStream] = set()
+        self._conversation: Conversation | None = None
+
+    @property
+    def http_port(self) -> int:
+        """The port on loopback; 0 while there is none."""
+        if self._http_server is None:
+            return 0
+        port: int = self._http_server.sockets[0].getsockname()[1]
+        return port
 
     async def open(self) -> None:
         """Start listening.
 
         Raises:
-            ConfigError: the path cannot hold a socket.
+            ConfigError: the path cannot hold a socket, or the port cannot be had.
             Conflict: another agent listens there.
         """
+        await self._open_socket()
+        if self._http is not None:
+            try:
+                await self._open_port(*self._http)
+            except OutriderError:
+                await self.close()
+                raise
+        self._room.open()
+
+    async def _open_socket(self) -> None:
         if len(str(self._path).encode()) > MAX_PATH_BYTES:
             raise ConfigError(
                 f"the socket's path {self._path} is longer than {MAX_PATH_BYTES} bytes",
@@ -97,61 +134,91 @@ class Door:
             listener.close()
             raise
 
+    async def _open_port(self, host: str, port: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._http_server = await loop.create_server(self._accept_http, host, port, backlog=128)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}",
+                code="config.door_http",
+                hint="choose another port for door.http, or leave it empty",
+            ) from error
+
     async def close(self) -> None:
         """Stop listening, end every connection and remove the socket. Safe to call twice."""
         if self._server is None:
             return
-        self._server.close()
-        self._server = None
+        self._room.close()
+        for server in (self._server, self._http_server):
+            if server is not None:
+                server.close()
+        self._server = self._http_server = None
         for connection in list(self._connections):
             connection.close()
+        for stream in list(self._http_streams):
+            stream.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
 
-    def _accept(self) -> FrameLink:
-        connection = _Connection(self)
-        if len(self._connections) >= limits.MAX_DOOR_CONNECTIONS:
-            connection.turn_away()
-        self._connections.add(connection)
-        return connection.link
+    def arriving_bytes(self) -> int:
+        """Memory taken by payloads that are still arriving."""
+        framed = sum(connection.link.bytes_held for connection in self._connections)
+        return framed + sum(stream.bytes_held for stream in self._http_streams)
 
-    def begin(self, connection: _Connection, request: Request, payload: bytearray) -> Refusal | None:
-        """Work on a request in a task of its own; a refusal when too many, or too large ones, wait already."""
-        if self._waiting >= limits.MAX_WAITING_REQUESTS or self._server is None:
-            return _overload(request.id, "overload", f"{limits.MAX_WAITING_REQUESTS} requests wait for an answer")
-        if self._held_bytes + len(payload) > MAX_HELD_BYTES:
-            message = f"the requests that wait for an answer hold {self._held_bytes} of {MAX_HELD_BYTES} bytes"
-            return _overload(request.id, "overload.memory", message)
-        self._waiting += 1
-        self._held_bytes += len(payload)
-        self._tasks.create_task(self._answer(connection, request, payload), name="door request")
-        return None
+    def begin(self, connection: _Connection, header: bytes, payload: bytearray) -> Refusal | None:
+        """Work on a frame in a task of its own; a refusal when it does not parse or too much waits already."""
+        try:
+            request = decode_request(header)
+        except InputRefused as error:
+            return refusal(_request_id(header), error)
+
+        async def work(_: Place) -> None:
+            connection.reply(*await self._room.reply_to(request, payload))
+
+        return self._room.enter(request.id, len(payload), work)
+
+    def hand_over(self, connection: _Connection, first: bytes, *, is_turned_away: bool) -> None:
+        """The connection speaks HTTP: go on with its stream in that dialect."""
+        self._connections.discard(connection)
+        transport = connection.link.give_away()
+        stream = self._http_stream(is_turned_away=is_turned_away, is_local=False)
+        transport.set_protocol(stream)
+        stream.connection_made(transport)
+        stream.data_received(first)
 
     def forget(self, connection: _Connection) -> None:
         """The connection has ended."""
         self._connections.discard(connection)
 
-    def arriving_bytes(self) -> int:
-        """Memory taken by payloads that are still arriving."""
-        return sum(connection.link.bytes_held for connection in self._connections)
+    def _is_full(self) -> bool:
+        return len(self._connections) + len(self._http_streams) >= limits.MAX_DOOR_CONNECTIONS
 
-    async def _answer(self, connection: _Connection, request: Request, payload: bytearray) -> None:
-        parts: Sequence[Buffer] = ()
-        reply: Reply
-        size = len(payload)
-        try:
-            reply, parts = await self._handle(request, payload)
-        except OutriderError as error:
-            reply = refusal(request.id, error)
-        except TimeoutError:
-            reply = Refusal(id=request.id, code="deadline", message="no answer was ready in time", retry=True)
-        except Exception:  # a defect in the answer to one application must not take the agent from the others
-            logger.exception("a request at the door failed")
-            reply = Refusal(id=request.id, code="internal", message="the agent failed; its log says why")
-        finally:
-            self._waiting -= 1
-            self._held_bytes -= size
-        connection.reply(reply, parts)
+    def _accept(self) -> FrameLink:
+        connection = _Connection(self)
+        if self._is_full():
+            connection.turn_away()
+        self._connections.add(connection)
+        return connection.link
+
+    def _accept_http(self) -> HttpStream:
+        return self._http_stream(is_turned_away=self._is_full(), is_local=True)
+
+    def _http_stream(self, *, is_turned_away: bool, is_local: bool) -> HttpStream:
+        from edge_agent.adapters.http_door import HttpStream
+        from edge_agent.adapters.oip import Conversation
+
+        self._conversation = self._conversation or Conversation(reply_to=self._room.reply_to)
+        stream = HttpStream(
+            room=self._room,
+            conversation=self._conversation,
+            on_end=self._http_streams.discard,
+            has_room=lambda: self.arriving_bytes() <= MAX_ARRIVING_BYTES,
+            is_turned_away=is_turned_away,
+            is_local=is_local,
+        )
+        self._http_streams.add(stream)
+        return stream
 
 
 class _Connection:
@@ -171,10 +238,11 @@ class _Connection:
             on_clogged=self._on_clogged,
             on_begin=self._on_begin,
             on_growth=self._on_growth,
+            on_first=self._on_first,
         )
 
     def turn_away(self) -> None:
-        """Refuse as soon as the stream has begun."""
+        """Refuse as soon as its first bytes tell the dialect."""
         self._turned_away = True
 
     def close(self) -> None:
@@ -193,6 +261,14 @@ class _Connection:
     def _on_begin(self) -> None:
         self.link.limit_unsent(_UNSENT_BYTES)
         if self._turned_away:
+            self._timer = self._loop.call_later(_LINGER_S, self.link.abort)
+
+    def _on_first(self, first: memoryview) -> bool:
+        if first[0] != frames.MAGIC:
+            self._stop_timer()
+            self._door.hand_over(self, bytes(first), is_turned_away=self._turned_away)
+            return True
+        if self._turned_away:
             self._end_with(
                 Refusal(
                     id="",
@@ -202,14 +278,10 @@ class _Connection:
                     retry=True,
                 )
             )
+        return False
 
     def _on_frame(self, header: bytes, payload: bytearray) -> None:
-        try:
-            request = decode_request(header)
-        except InputRefused as error:
-            self.link.send(encode_header(refusal(_request_id(header), error)))
-            return
-        refused = self._door.begin(self, request, payload)
+        refused = self._door.begin(self, header, payload)
         if refused is not None:
             self.link.send(encode_header(refused))
             return
@@ -233,17 +305,19 @@ class _Connection:
 
     def _on_clogged(self, is_clogged: bool) -> None:
         self._is_clogged = is_clogged
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         if is_clogged:
             self._timer = self._loop.call_later(CLOGGED_S, self.link.abort)
         self._flow()
 
     def _on_end(self) -> None:
+        self._stop_timer()
+        self._door.forget(self)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._door.forget(self)
+            self._timer = None
 
     def _flow(self) -> None:
         if self._is_clogged or self._asked >= PIPELINE:
@@ -256,15 +330,6 @@ class _Connection:
         self.link.send(encode_header(reply))
         self.link.finish()
         self._loop.call_later(_LINGER_S, self.link.abort)
-
-
-def _overload(request: str, code: str, message: str) -> Refusal:
-    return Refusal(id=request, code=code, message=message, hint="ask again later", retry=True)
-
-
-def refusal(request: str, error: OutriderError) -> Refusal:
-    """An error as the caller gets it."""
-    return Refusal(id=request, code=error.code, message=error.message, hint=error.hint, retry=error.retry)
 
 
 class _OnlyId(msgspec.Struct):

@@ -26,6 +26,7 @@ class FrameLink(asyncio.BufferedProtocol):
         on_clogged: Callable[[bool], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         on_growth: Callable[[], None] | None = None,
+        on_first: Callable[[memoryview], bool] | None = None,
     ) -> None:
         """Callbacks, all on the event loop; none may raise.
 
@@ -36,6 +37,8 @@ class FrameLink(asyncio.BufferedProtocol):
             on_clogged: True when the other side does not read what was sent, False when it does again.
             on_begin: the stream has begun.
             on_growth: a part of a large payload has arrived; see `bytes_held`.
+            on_first: the stream's first bytes, before they are read as frames; True when they are somebody else's,
+                who has taken the stream with `give_away`.
         """
         self._on_frame = on_frame
         self._on_refused = on_refused
@@ -43,11 +46,13 @@ class FrameLink(asyncio.BufferedProtocol):
         self._on_clogged = on_clogged
         self._on_begin = on_begin
         self._on_growth = on_growth
+        self._on_first = on_first
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._refused = False
         self._paused = False
         self._discard = memoryview(b"")
+        self._first = memoryview(b"")
 
     @property
     def is_open(self) -> bool:
@@ -103,6 +108,13 @@ class FrameLink(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def give_away(self) -> asyncio.Transport:
+        """End this link but not the stream, which somebody else goes on with; nothing is delivered any more."""
+        assert self._transport is not None
+        transport, self._transport = self._transport, None
+        self._refused = True
+        return transport
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: the stream has begun."""
         assert isinstance(transport, asyncio.Transport)
@@ -115,10 +127,17 @@ class FrameLink(asyncio.BufferedProtocol):
         if self._refused:
             self._discard = self._discard or memoryview(bytearray(65_536))
             return self._discard
-        return self._reader.buffer()
+        buffer = self._reader.buffer()
+        if self._on_first is not None:
+            self._first = buffer
+        return buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """asyncio: bytes have arrived."""
+        if self._on_first is not None:
+            on_first, first, self._on_first, self._first = self._on_first, self._first[:nbytes], None, memoryview(b"")
+            if on_first(first):
+                return
         if not self._refused:
             self._reader.received(nbytes)
             self._deliver()

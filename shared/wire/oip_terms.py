@@ -25,6 +25,7 @@ PREFIX: Final = "/v2"
 RETRY_AFTER_S: Final = 1
 _NAME: Final = r"[A-Za-z0-9._-]{1,128}"
 _MODEL_PATH: Final = re.compile(rf"/v2/models/({_NAME})(?:/versions/({_NAME}))?(/ready|/infer)?/?")
+_CALLERS_FAULT: Final = ("model.input", "model.request", "invalid", "protocol", "http.")
 _PLAIN: Final[dict[str, Ask]] = {"/v2": "server", "/v2/health/live": "live", "/v2/health/ready": "ready"}
 _MODEL_ASKS: Final[dict[str | None, Ask]] = {None: "model", "/ready": "model_ready", "/infer": "infer"}
 
@@ -102,7 +103,7 @@ def status_of(code: str, *, retry: bool) -> int:
         return 429
     if retry:
         return 503
-    return 400 if code.startswith(("model.", "invalid", "protocol", "http.")) else 500
+    return 400 if code.startswith(_CALLERS_FAULT) else 500
 
 
 def encode_error(error: OipError) -> bytes:

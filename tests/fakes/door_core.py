@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_agent.adapters.door import Door, Handle
+from edge_agent.adapters.door import Door
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.waiting import Handle
 from edge_agent.framing import Buffer
 from edge_agent.ports import ModelHost
 from shared.errors import ModelError

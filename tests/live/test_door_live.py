@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from edge_agent.adapters import door as door_module
-from edge_agent.adapters.door import Door, Handle
+from edge_agent.adapters.door import Door
 from edge_agent.adapters.hosts import LiveHost, LiveHosts
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.waiting import Handle
 from edge_agent.client import AsyncClient, Client
 from edge_agent.framing import Buffer, FrameReader, build_frame
 from shared import limits
@@ -238,7 +239,6 @@ def test_bytes_that_are_no_frame_end_the_connection_with_a_word(short_tmp: Path)
 
     async def work(door: Door) -> None:
         for sent, code in (
-            (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "protocol.frame"),
             (frames._PREFIX.pack(0xF1, 1, 0, 10, limits.MAX_FRAME_PAYLOAD_BYTES + 1) + b"x" * 150_000, "too_large"),
             (frames._PREFIX.pack(0xF1, 1, 0, limits.MAX_FRAME_HEADER_BYTES + 1, 0), "too_large"),
             (frames._PREFIX.pack(0xF1, 9, 0, 1, 0), "protocol.frame"),

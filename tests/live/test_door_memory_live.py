@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.adapters import door as door_module
+from edge_agent.adapters import waiting
 from edge_agent.adapters.door import Door
 from edge_agent.client import AsyncClient
 from edge_agent.framing import Buffer
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.live
 
 
 def test_large_requests_that_wait_are_bounded_together(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module, "MAX_HELD_BYTES", 3 * MIB)
+    monkeypatch.setattr(waiting, "MAX_HELD_BYTES", 3 * MIB)
     path = short_tmp / "door.sock"
 
     async def main() -> None:

@@ -72,6 +72,21 @@ def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
         ('[hub]\nurl = "http://hub"\n', "hub.url"),
         ('[broker]\nhost = "hub"\n', "belong together"),
         (f'[door]\npath = "/{"x" * 120}"\n', "a socket's path may have 107"),
+        *(
+            (f'[door]\nhttp = "{address}"\n', "no address on loopback")
+            for address in (
+                "0.0.0.0:8090",
+                "192.168.1.7:8090",
+                "[::]:8090",
+                "8090",
+                "127.0.0.1",
+                "127.0.0.1:0",
+                "localhost:70000",
+                "localhost.example:80",
+                "::1:8090",
+                "127.0.0.1:8\u0663",
+            )
+        ),
         ("[intervals]\nheartbeat_ms = 1\n", "heartbeat_ms"),
         ("log = 3\n", "unknown key 'log'"),
     ],
@@ -105,3 +120,18 @@ def test_the_template_is_toml_that_says_the_same(tmp_path: Path) -> None:
     assert load_config(state_dir=str(tmp_path), environ={}).config == loaded.config
     write(tmp_path, "\n".join(line.removeprefix("# ") for line in text.splitlines()[2:]))
     assert load_config(state_dir=str(tmp_path), environ={}).config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("", None),
+        ("127.0.0.1:8090", ("127.0.0.1", 8090)),
+        ("localhost:1", ("127.0.0.1", 1)),
+        ("127.1.2.3:65535", ("127.1.2.3", 65535)),
+        ("[::1]:8090", ("::1", 8090)),
+    ],
+)
+def test_the_port_for_http_is_on_loopback(tmp_path: Path, text: str, address: tuple[str, int] | None) -> None:
+    write(tmp_path, f'[door]\nhttp = "{text}"\n')
+    assert load_config(state_dir=str(tmp_path), environ={}).config.door.http_address == address

@@ -293,6 +293,8 @@ def test_paths(path: str, expected: Target | None) -> None:
         ("overload", True, 429),
         ("overload.memory", True, 429),
         ("internal", False, 500),
+        ("model.run", False, 500),
+        ("model.output", False, 500),
         ("model.not_loaded", True, 503),
         ("model.host_lost", True, 503),
         ("deadline", True, 504),
