@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
+from edge_agent.core.lessons import Lesson
+from shared.federated import Array
 from shared.ids import Digest
 from shared.inference import TensorHead
 from shared.model import FileRef, Manifest, Variant
@@ -155,6 +157,10 @@ class Fetcher(Protocol):
         """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it."""
         ...
 
+    async def upload(self, path: str, data: bytes) -> None:
+        """PUT these bytes at this path of the hub; the same bytes may be put there twice. Raises TransferError."""
+        ...
+
 
 class Verifier(Protocol):
     """Decides, in a short-lived child, whether an assignment and the releases that it names are to be trusted."""
@@ -220,4 +226,165 @@ class Hosts(Protocol):
 
         `on_lost(reason)` is called once, on the event loop, if the child ends without having been stopped.
         """
+        ...
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """A labelled input, as the application sent it.
+
+    Attributes:
+        number: ascends over all samples of the device and is never used twice; 0 until it is kept.
+        label: what it is.
+        inputs: heads of the tensors in `payload`, one row each.
+    """
+
+    label: str
+    inputs: tuple[TensorHead, ...]
+    payload: bytes
+    number: int = 0
+
+
+class Samples(Protocol):
+    """Labelled samples for learning on this device. They are never sent anywhere.
+
+    Bounded by count and bytes for each family; the oldest makes room for the newest.
+    """
+
+    async def keep(self, family: str, sample: Sample, *, at_ms: int) -> int:
+        """Keep a sample and return its number once it is durable; raises InvalidValue when it is too large."""
+        ...
+
+    async def load(self, family: str, *, after: int = 0, at_most: int = 256) -> tuple[Sample, ...]:
+        """Kept samples with a number above `after`, oldest first."""
+        ...
+
+    async def oldest(self, family: str) -> int:
+        """The number of the family's oldest sample; 0 when there is none."""
+        ...
+
+    async def drop(self, family: str) -> int:
+        """Forget every sample of the family; returns how many there were."""
+        ...
+
+
+class RoundReplies(Protocol):
+    """Answers to tasks of federated runs, durable before they are sent; one for each run, and none for long."""
+
+    async def load(self, run: str, message: str) -> bytes | None:
+        """The answer to this message, if it is kept."""
+        ...
+
+    async def keep(self, run: str, message: str, content: bytes, *, at_ms: int) -> None:
+        """Keep this answer, and forget the run's earlier ones and every run's that are older than a day."""
+        ...
+
+
+class Learned(msgspec.Struct, frozen=True, kw_only=True):
+    """What a lesson came to: the head's arrays (none when it was only measured), and figures."""
+
+    arrays: Mapping[str, Array]
+    metrics: Mapping[str, float]
+
+
+class Trainer(Protocol):
+    """One child process with one release's features in it."""
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        ...
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest sample that it was fed; 0 for none."""
+        ...
+
+    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+        """Hand over samples, oldest first.
+
+        `newest` is the number up to which all that are usable were handed over now; those with a lower number than
+        `forget_before` are forgotten.
+        """
+        ...
+
+    async def learn(self, lesson: Lesson) -> Learned:
+        """Do the lesson on what was fed; raises ModelError (CannotLearn for what the task is to blame), HostLost.
+
+        Takes as long as it takes: whoever calls has a deadline, and ends the trainer when it passes.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End and reap the child. Safe to call twice."""
+        ...
+
+
+class Trainers(Protocol):
+    """Starts trainers."""
+
+    async def start(
+        self, *, manifest: Manifest, variant: Variant, features: str, model_fd: int, on_lost: Callable[[str], None]
+    ) -> Trainer:
+        """Start a child and load the model in it; closes the descriptor. Raises ModelError, CannotLearn or HostLost.
+
+        `on_lost(reason)` is called once, on the event loop, if the child ends without having been stopped.
+        """
+        ...
+
+
+class CloudAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the hub's larger model says to one row; `payload` holds one buffer for each of `outputs`.
+
+    Attributes:
+        model, version, variant, digest: what answered; empty where the hub does not say.
+        size_bytes: of the response's body.
+    """
+
+    model: str
+    version: str
+    variant: str
+    digest: str
+    label: str
+    confidence: float
+    outputs: tuple[TensorHead, ...]
+    payload: tuple[bytes | bytearray | memoryview, ...]
+    size_bytes: int
+
+
+class CloudRefusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The hub said no, with its HTTP status; `retry_after_ms` is what it asked for, None where it did not."""
+
+    status: int
+    message: str
+    retry_after_ms: int | None = None
+
+
+class Cloud(Protocol):
+    """The hub's larger models, by the Open Inference Protocol over HTTPS with the device's certificate."""
+
+    async def ask(
+        self,
+        model: str,
+        inputs: tuple[TensorHead, ...],
+        payload: bytes | bytearray | memoryview,
+        *,
+        deadline_ms: int,
+        within_ms: int,
+    ) -> CloudAnswer | CloudRefusal:
+        """Ask about one row; returns or raises within `within_ms`, whatever the hub does.
+
+        Args:
+            model: the hub's name for it.
+            deadline_ms: told to the hub, so that it does not work on what comes too late anyway.
+            within_ms: how long an answer is waited for.
+
+        Raises:
+            Unreachable: nobody answered in time, or the connection broke.
+            TransferRefused: the hub's certificate or this device's is not accepted.
+            TransferCorrupt: what came is no answer to this question.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what is on its way and hang up. Safe to call twice."""
         ...

@@ -28,6 +28,7 @@ _FIRST_LOOK_S: Final = 0.001
 _EXIT_S: Final = 0.5
 _REAP_S: Final = 5.0
 _PROC: Final = Path("/proc")
+_MODULES: Final = (b"edge_agent.host", b"edge_agent.trainers")
 _ENVIRONMENT: Final = {
     "LC_ALL": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
@@ -101,7 +102,7 @@ class Child:
 
 
 def sweep_orphans(directory: Path) -> int:
-    """End the model hosts of an earlier core that are on file and still run; returns how many there were.
+    """End the children of an earlier core that are on file and still run; returns how many there were.
 
     Call it once, before the first start, with the directory locked against a second agent.
     """
@@ -110,14 +111,15 @@ def sweep_orphans(directory: Path) -> int:
         pid = int(record.name)
         try:
             born = record.read_text(encoding="ascii").strip()
-            is_ours = b"edge_agent.host" in (_PROC / record.name / "cmdline").read_bytes()
+            command = (_PROC / record.name / "cmdline").read_bytes()
+            is_ours = any(module in command for module in _MODULES)
         except OSError:
             born, is_ours = "", False
         if born and is_ours and _birth(pid) == born:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 ended += 1
-                logger.warning("a model host of an earlier run was ended", extra={"pid": pid})
+                logger.warning("a child process of an earlier run was ended", extra={"pid": pid})
         record.unlink(missing_ok=True)
     return ended
 

@@ -44,6 +44,14 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         " bytes INTEGER NOT NULL)",
         "INSERT INTO heads VALUES (0, 1, 0, 0), (1, 1, 0, 0), (2, 1, 0, 0)",
     ),
+    (
+        # Numbers are never used twice: whoever was fed up to one asks for what came after it.
+        "CREATE TABLE samples (number INTEGER PRIMARY KEY AUTOINCREMENT, family TEXT NOT NULL,"
+        " at_ms INTEGER NOT NULL, bytes INTEGER NOT NULL, body BLOB NOT NULL)",
+        "CREATE INDEX samples_by_family ON samples (family, number, bytes)",
+        "CREATE TABLE round_replies (run TEXT NOT NULL, message TEXT NOT NULL, at_ms INTEGER NOT NULL,"
+        " content BLOB NOT NULL, PRIMARY KEY (run, message))",
+    ),
 )
 """Statements that lead from schema version n to n + 1; released ones are never edited."""
 

@@ -5,7 +5,7 @@ Rules of this file:
 2. Every wait ends: connecting and each read have a deadline, and a transfer that brings less than `MIN_PROGRESS`
    bytes in a stall period is given up, so that a server that drips cannot hold the agent (slow retrieval). What
    arrived stays on the shelf and the next try resumes there.
-3. No more is read than was promised (endless data).
+3. No more is read than was promised (endless data). What is sent goes in small pieces, each with that deadline.
 4. One transfer of a file at a time: one that was given up may still be at the shelf when the next one begins.
 
 The standard library's client runs in a thread; on cancellation its socket is shut down, so that the thread ends.
@@ -35,6 +35,10 @@ from shared.model import FileRef
 STALL_MS: Final = 15_000
 MIN_PROGRESS: Final = 1 * KIB
 CHUNK_BYTES: Final = 256 * KIB
+SENT_PIECE_BYTES: Final = 16 * KIB
+SLOWEST_UPLOAD_BYTES_S: Final = 16 * KIB
+"""An upload that is slower on the whole is given up."""
+MAX_ANSWER_BYTES: Final = 64 * KIB
 
 T = TypeVar("T")
 
@@ -108,7 +112,22 @@ class HubFetcher:
         if not shelf.has(file.digest):
             await self._in_thread(work)
 
-    async def _in_thread(self, work: Callable[[_Call], T]) -> T:
+    async def upload(self, path: str, data: bytes) -> None:
+        """PUT these bytes at this path of the hub; the same bytes may be put there twice.
+
+        Raises:
+            Unreachable: the connection broke or is too slow; the whole of it is to be sent again.
+            TransferRefused: the hub said no; what it said in words is not repeated.
+        """
+
+        def work(call: _Call) -> None:
+            response = call.put(path, data)
+            call.expect(response, 200, 201, 202, 204)
+            response.read(MAX_ANSWER_BYTES)
+
+        await self._in_thread(work, grace_ms=len(data) * 1000 // SLOWEST_UPLOAD_BYTES_S)
+
+    async def _in_thread(self, work: Callable[[_Call], T], *, grace_ms: int = 0) -> T:
         call = _Call(
             http.client.HTTPSConnection(self._host, self._port, context=self._context, timeout=self._stall_ms / 1000),
             clock=self._clock,
@@ -116,7 +135,8 @@ class HubFetcher:
             agent=self._agent,
         )
         # Headers that drip in byte by byte would pass every single read's deadline; the sum of them has its own.
-        watchdog = asyncio.get_running_loop().call_later(2 * self._stall_ms / 1000, call.abort_unless_answered)
+        patience_s = (2 * self._stall_ms + grace_ms) / 1000
+        watchdog = asyncio.get_running_loop().call_later(patience_s, call.abort_unless_answered)
         try:
             return await asyncio.to_thread(_guarded, work, call)
         except asyncio.CancelledError:
@@ -169,6 +189,14 @@ class _Call:
 
     def get(self, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         """Send the request and return the response with its body unread."""
+        return self._send("GET", path, headers, None)
+
+    def put(self, path: str, data: bytes) -> http.client.HTTPResponse:
+        """Send the bytes and return the response with its body unread."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(data))}
+        return self._send("PUT", path, headers, data)
+
+    def _send(self, method: str, path: str, headers: dict[str, str], data: bytes | None) -> http.client.HTTPResponse:
         self.close()
         self._connection.connect()
         with self._lock:
@@ -177,7 +205,8 @@ class _Call:
             if self._aborted:
                 raise TimeoutError("given up")
         fixed = {"Accept-Encoding": "identity", "User-Agent": self._agent}
-        self._connection.request("GET", path, headers={**fixed, **headers})
+        body = None if data is None else _pieces(data)
+        self._connection.request(method, path, body=body, headers={**fixed, **headers})
         response = self._response = self._connection.getresponse()
         with self._lock:
             if self._aborted:  # headers that were cut short parse like whole ones
@@ -249,6 +278,13 @@ class _Call:
             self._response.close()
             self._response = None
         self._connection.close()
+
+
+def _pieces(data: bytes) -> Iterator[memoryview]:
+    """The data in pieces, because a socket's deadline is for each call and not for each byte."""
+    view = memoryview(data)
+    for start in range(0, len(view), SENT_PIECE_BYTES):
+        yield view[start : start + SENT_PIECE_BYTES]
 
 
 def _fetch_blob(call: _Call, file: FileRef, shelf: Shelf) -> None:

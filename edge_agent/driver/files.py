@@ -76,6 +76,21 @@ class Files:
             self._inbox.post(ForSlot(family, FilesVerified(key)))
 
 
+async def open_verified(shelf: Shelf, file: FileRef) -> int:
+    """The shelf's descriptor; closed again if by then nobody waits for it, because the thread cannot be stopped."""
+    opening = asyncio.get_running_loop().run_in_executor(None, shelf.open, file)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close)
+        raise
+
+
+def _close(opening: asyncio.Future[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
+
+
 def _check_files(shelf: Shelf, files: tuple[FileRef, ...]) -> None:
     for file in files:
         os.close(shelf.open(file))

@@ -6,18 +6,17 @@ A host is named by the key of its release. Which host answers for which family i
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable
 
 from edge_agent.core.slot_values import AnswerBad, AnswerGood, Event, FilesBad, HostFailed, HostReady, Installed
 from edge_agent.driver.events import ForSlot
+from edge_agent.driver.files import open_verified
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Hosts, ModelHost, Shelf
 from shared.errors import HostLost, OutriderError, StorageError, TransferCorrupt
 from shared.ids import FamilyName
-from shared.model import FileRef
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +105,9 @@ class Hosting:
         self._inbox.post(ForSlot(family, outcome))
 
     async def _load(self, release: Installed, on_lost: Callable[[str], None]) -> tuple[ModelHost, int]:
-        model_fd = await self._open(release.served.file)
+        model_fd = await open_verified(self._shelf, release.served.file)
         try:
-            golden_fd = await self._open(release.manifest.golden.file)
+            golden_fd = await open_verified(self._shelf, release.manifest.golden.file)
         except BaseException:
             os.close(model_fd)
             raise
@@ -120,15 +119,6 @@ class Hosting:
             on_lost=on_lost,
         )
         return host, ready.load_ms
-
-    async def _open(self, file: FileRef) -> int:
-        """The shelf's descriptor; closed again if by then nobody waits for it, because the thread cannot be stopped."""
-        opening = asyncio.get_running_loop().run_in_executor(None, self._shelf.open, file)
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close)
-            raise
 
     def _lost(self, family: FamilyName, key: str, reason: str) -> None:
         self._hosts.pop(key, None)
@@ -157,8 +147,3 @@ class Hosting:
             else:
                 message = "a golden sample got another answer than the recorded one"
                 self._inbox.post(ForSlot(family, AnswerBad(key=key, code="model.golden", message=message)))
-
-
-def _close(opening: asyncio.Future[int]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        os.close(opening.result())
