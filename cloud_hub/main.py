@@ -50,6 +50,10 @@ from cloud_hub.offload import desk as offload_room
 from cloud_hub.offload.registry import Registry
 from cloud_hub.releases import desk as releases_room
 from cloud_hub.releases import routes as release_routes
+from cloud_hub.rollouts import desk as rollouts_room
+from cloud_hub.rollouts import routes as rollout_routes
+from cloud_hub.rounds import desk as rounds_room
+from cloud_hub.rounds import routes as round_routes
 from cloud_hub.telemetry import desk as telemetry_room
 from cloud_hub.telemetry import routes as telemetry_routes
 from shared.clock import Clock
@@ -308,13 +312,17 @@ def compose(
         bus=foundation.bus,
         settings=releases_room.ReleaseSettings(),
     )
-
-    async def send_ack(device: DeviceId, ack: Ack) -> None:
-        await post.send(device, ack, leaf="ack")
-
-    telemetry = telemetry_room.Desk(database=database, clock=clock, metrics=foundation.metrics, send_ack=send_ack)
+    telemetry = _telemetry(foundation, post)
+    rollouts = _rollouts(foundation, devices=devices, releases=releases, telemetry=telemetry)
+    rounds = _rounds(foundation, devices=devices, releases=releases, post=post)
     switchboard = Switchboard(
-        rooms=Rooms(birth=devices.born, death=devices.died, reported=devices.reported, batch=telemetry.received),
+        rooms=Rooms(
+            birth=devices.born,
+            death=devices.died,
+            reported=devices.reported,
+            batch=telemetry.received,
+            round_reply=rounds.replied,
+        ),
         metrics=foundation.metrics,
     )
     gate = Gate(database=database, clock=clock, device_of=devices.device_of)
@@ -328,20 +336,50 @@ def compose(
             token_routes.router,
             release_routes.router(releases),
             telemetry_routes.router,
+            rollout_routes.router(rollouts),
+            round_routes.router(rounds),
         ),
-        state={
-            "gate": gate,
-            "parts": parts,
-            "devices": devices,
-            "telemetry": telemetry,
-        },
+        state={"gate": gate, "parts": parts, "devices": devices, "telemetry": telemetry},
     )
-    return House(
-        app=app,
-        switchboard=switchboard,
+    loops = (releases.run, telemetry.run, offload.run, rollouts.run, rounds.run)
+    return House(app=app, switchboard=switchboard, devices=devices, releases=releases, loops=loops)
+
+
+def _telemetry(foundation: Foundation, post: Post) -> telemetry_room.Desk:
+    async def send_ack(device: DeviceId, ack: Ack) -> None:
+        await post.send(device, ack, leaf="ack")
+
+    return telemetry_room.Desk(
+        database=foundation.database, clock=foundation.clock, metrics=foundation.metrics, send_ack=send_ack
+    )
+
+
+def _rollouts(
+    foundation: Foundation, *, devices: devices_room.Desk, releases: releases_room.Desk, telemetry: telemetry_room.Desk
+) -> rollouts_room.Desk:
+    return rollouts_room.Desk(
+        database=foundation.database,
+        clock=foundation.clock,
+        metrics=foundation.metrics,
+        fleet=devices,
+        releases=releases,
+        figures=telemetry,
+        bus=foundation.bus,
+    )
+
+
+def _rounds(
+    foundation: Foundation, *, devices: devices_room.Desk, releases: releases_room.Desk, post: Post
+) -> rounds_room.Desk:
+    return rounds_room.Desk(
+        data=foundation.config.folder.root,
+        database=foundation.database,
+        clock=foundation.clock,
+        metrics=foundation.metrics,
+        post=post,
+        bus=foundation.bus,
         devices=devices,
         releases=releases,
-        loops=(releases.run, telemetry.run, offload.run),
     )
 
 
@@ -416,7 +454,7 @@ def _application(
         offload_routes.Beside(app, offload),
         metrics=foundation.metrics,
         clock=foundation.clock,
-        streamed=(release_routes.STREAMED_PREFIX, offload_routes.STREAMED_PREFIX),
+        streamed=(release_routes.STREAMED_PREFIX, offload_routes.STREAMED_PREFIX, round_routes.STREAMED_PREFIX),
     )
 
 

@@ -23,7 +23,7 @@ from shared.errors import OutriderError, ProtocolViolation
 from shared.ids import DeviceId
 from shared.wire import topics
 from shared.wire.envelope import Envelope, decode_envelope
-from shared.wire.messages import Batch, Birth, Death, Message, Reported, decode_body
+from shared.wire.messages import Batch, Birth, Death, Message, Reported, RoundReply, decode_body
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ LANE_DEPTH: Final = 256
 _MAX_NOTED: Final = 1000
 _PRESENCE: Final = frozenset({"birth", "death", "reported"})
 
-Handled = Birth | Death | Reported | Batch
+Handled = Birth | Death | Reported | Batch | RoundReply
 _TAKES: Final[Mapping[str, type[Handled]]] = {
     "birth": Birth,
     "death": Death,
@@ -40,6 +40,7 @@ _TAKES: Final[Mapping[str, type[Handled]]] = {
     "telemetry": Batch,
     "outcome": Batch,
     "event": Batch,
+    "round": RoundReply,
 }
 
 
@@ -70,6 +71,7 @@ class Rooms:
     death: Callable[[DeviceId, Envelope, Death], Awaitable[None]]
     reported: Callable[[DeviceId, Envelope, Reported], Awaitable[None]]
     batch: Callable[[DeviceId, Envelope, Batch], Awaitable[None]]
+    round_reply: Callable[[DeviceId, Envelope, RoundReply], Awaitable[None]]
 
 
 class Switchboard:
@@ -135,6 +137,8 @@ class Switchboard:
                 await self._rooms.reported(device, envelope, message)
             case Batch():
                 await self._rooms.batch(device, envelope, message)
+            case RoundReply():
+                await self._rooms.round_reply(device, envelope, message)
             case _:
                 assert_never(message)
 

@@ -17,11 +17,13 @@ from cloud_hub.ground import audit, auth, migrate
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.schema import metadata
 from cloud_hub.releases import tables as _releases
+from cloud_hub.rollouts import tables as _rollouts
+from cloud_hub.rounds import tables as _rounds
 from cloud_hub.telemetry import tables as _telemetry
 from shared.errors import ConfigError, Conflict, StorageError
 from tests.fakes.hub_parts import hub_database
 
-assert all((_devices, _releases, _telemetry, auth))
+assert all((_devices, _releases, _rollouts, _rounds, _telemetry, auth))
 
 
 def add(conn: Connection, name: str) -> None:

@@ -39,7 +39,7 @@ class Seen:
             raise self.error
 
     def rooms(self) -> Rooms:
-        return Rooms(birth=self.take, death=self.take, reported=self.take, batch=self.take)
+        return Rooms(birth=self.take, death=self.take, reported=self.take, batch=self.take, round_reply=self.take)
 
 
 @dataclass(frozen=True)
