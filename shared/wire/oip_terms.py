@@ -62,6 +62,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     confidences: tuple[float, ...] = ()
     degraded: bool = False
     deadline_met: bool = True
+    reason: str = ""
+    escalated: str = ""
 
 
 class _Parsed(msgspec.Struct, frozen=True):
@@ -76,6 +78,8 @@ class _Parsed(msgspec.Struct, frozen=True):
     confidences: str = "[]"
     degraded: bool = False
     deadline_met: bool = True
+    reason: str = ""
+    escalated: str = ""
 
 
 def parse_path(path: str) -> Target | None:
@@ -140,6 +144,7 @@ def write_provenance(said: Provenance) -> Parameters:
         "degraded": said.degraded,
         "deadline_met": said.deadline_met,
     }
+    parameters |= {name: text for name, text in (("reason", said.reason), ("escalated", said.escalated)) if text}
     for name, values in (("label", said.labels), ("confidence", said.confidences)):
         if len(values) == 1:
             parameters[name] = values[0]
@@ -164,6 +169,8 @@ def read_provenance(parameters: Parameters) -> Provenance | None:
         confidences=confidences if said.confidence is None else (said.confidence,),
         degraded=said.degraded,
         deadline_met=said.deadline_met,
+        reason=said.reason,
+        escalated=said.escalated,
     )
 
 

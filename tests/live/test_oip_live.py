@@ -1,4 +1,4 @@
-"""The Open Inference Protocol at the door: NVIDIA's client unmodified, plain HTTP, and what no client should send."""
+"""The Open Inference Protocol at the door: NVIDIA's client unmodified, plain HTTP, and frames beside it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import json
 import socket
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_agent.adapters import http_door, waiting
 from edge_agent.adapters.door import Door
 from edge_agent.adapters.hosts import LiveHosts
 from edge_agent.adapters.system import SystemClock
@@ -25,126 +23,13 @@ from edge_agent.adapters.waiting import Handle
 from edge_agent.client import Client
 from edge_agent.framing import Buffer
 from shared import limits
-from shared.errors import ConfigError, HostLost
-from shared.inference import Answer, Describe, Description, Infer, ModelState, Refusal, Reply, Request, TensorHead
-from shared.model import Signature, TensorSpec
+from shared.errors import ConfigError
+from shared.inference import Describe, Infer, Refusal, Reply, Request
 from tests.fakes.door_core import handle_for
+from tests.fakes.oip_place import EMPTY, LOADED, Agent, Place, answer_of, at, http_of, read_all, request
 from tests.fakes.releases import sign_classifier
 
 pytestmark = pytest.mark.live
-
-SIGNATURE = Signature(
-    inputs=(TensorSpec(name="x", dtype="fp32", shape=(-1,)),),
-    outputs=(TensorSpec(name="y", dtype="fp32", shape=(-1,)), TensorSpec(name="h", dtype="fp16", shape=(1,))),
-)
-LOADED = ModelState(family="double", phase="committed", version="1.0.0", variant="int8", signature=SIGNATURE)
-EMPTY = ModelState(family="empty", phase="fetching")
-
-
-class Agent:
-    """Doubles numbers; what it was asked is in `asked`. `hold` lets inferences wait until it is set."""
-
-    def __init__(self) -> None:
-        self.asked: list[Request] = []
-        self.hold: asyncio.Event | None = None
-        self.models: tuple[ModelState, ...] = (LOADED,)
-
-    async def handle(self, request: Request, payload: bytearray) -> tuple[Reply, Sequence[Buffer]]:
-        self.asked.append(request)
-        if isinstance(request, Describe):
-            models = tuple(model for model in self.models if request.model in ("", model.family))
-            if not models:
-                return Refusal(id=request.id, code="model.unknown", message="no such model"), ()
-            return Description(id=request.id, models=models), ()
-        assert isinstance(request, Infer)
-        if self.hold is not None:
-            await self.hold.wait()
-        match request.id:
-            case "late":
-                raise TimeoutError
-            case "full":
-                return Refusal(id="full", code="overload", message="many wait", hint="slow down", retry=True), ()
-            case "lost":
-                raise HostLost("the host is gone", hint="try again")
-            case "defect":
-                raise RuntimeError("a defect")
-        values = struct.unpack(f"<{len(payload) // 4}f", payload)
-        doubled = struct.pack(f"<{len(values)}f", *(2 * value for value in values))
-        heads = (request.inputs[0], TensorHead(name="h", dtype="fp16", shape=(1,)))
-        answer = Answer(
-            id=request.id or "made-up", model=request.model, version="1.0.0", variant="int8", digest="d" * 64,
-            rung="full", labels=("seven",), confidences=(0.75,), took_us=5,
-            outputs=(TensorHead(name="y", dtype="fp32", shape=heads[0].shape), heads[1]),
-        )  # fmt: skip
-        return answer, (doubled, struct.pack("<e", 0.5))
-
-
-class Place:
-    """An open door: its socket and its port."""
-
-    def __init__(self, door: Door, path: Path) -> None:
-        self.door, self.path, self.port = door, path, door.http_port
-        self.loop = asyncio.get_running_loop()
-
-    @contextlib.contextmanager
-    def raw(self, *, unix: bool = False) -> Iterator[socket.socket]:
-        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as link:
-            link.settimeout(20)
-            link.connect(str(self.path) if unix else ("127.0.0.1", self.port))
-            yield link
-
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
-        """One request on a connection of its own; `_` in a header's name stands for `-`."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as link:
-            data = json.dumps(body).encode() if isinstance(body, dict) else body
-            link.request(method, path, body=data, headers={k.replace("_", "-"): v for k, v in headers.items()})
-            return answer_of(link)
-
-    def infer(self, model: str = "double", /, **changes: Any) -> tuple[int, dict[str, str], Any]:
-        return self.ask("POST", f"/v2/models/{model}/infer", request(**changes))
-
-
-def answer_of(link: http.client.HTTPConnection) -> tuple[int, dict[str, str], Any]:
-    got = link.getresponse()
-    data = got.read()
-    headers = {name.lower(): value for name, value in got.getheaders()}
-    is_json = headers.get("content-type") == "application/json"
-    return got.status, headers, json.loads(data) if data and is_json else data
-
-
-def request(**changes: Any) -> dict[str, Any]:
-    return {
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "data": [1, 2.5]}],
-        "outputs": [{"name": "y"}],
-    } | changes
-
-
-def http_of(body: bytes, *headers: str, start: str = "POST /v2/models/double/infer HTTP/1.1") -> bytes:
-    return "\r\n".join([start, "Host: localhost", *headers, "", ""]).encode() + body
-
-
-def read_all(link: socket.socket) -> bytes:
-    data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while piece := link.recv(65_536):
-            data += piece
-    return data
-
-
-def at(path: Path, handle: Handle, work: Callable[[Place], None]) -> None:
-    """Open a door with a port, do blocking work in a thread, close it."""
-
-    async def main() -> None:
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
-            door = Door(path=path, handle=handle, tasks=tasks, http=("127.0.0.1", 0))
-            await door.open()
-            try:
-                await asyncio.to_thread(work, Place(door, path))
-            finally:
-                await door.close()
-                assert door.http_port == 0
-
-    asyncio.run(main())
 
 
 def test_nvidias_client_gets_the_models_answers(short_tmp: Path) -> None:
@@ -351,18 +236,6 @@ def test_bodies_come_packed_whole_in_chunks_or_after_a_word(short_tmp: Path) -> 
     at(short_tmp / "door.sock", Agent().handle, work)
 
 
-@pytest.mark.parametrize("json_length", ["0", "-1", "x", "99999", "9" * 30, " 5 5 "])
-def test_a_wrong_length_of_the_json_is_refused(short_tmp: Path, json_length: str) -> None:
-    def work(place: Place) -> None:
-        body = json.dumps(request()).encode()
-        status, _, said = place.ask(
-            "POST", "/v2/models/double/infer", body, Inference_Header_Content_Length=json_length
-        )
-        assert (status, said["code"]) == (400, "model.request")
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
 def test_large_tensors_go_as_bytes_and_are_refused_as_text(short_tmp: Path) -> None:
     values = np.arange(2 * limits.MIB, dtype=np.float32)
 
@@ -412,209 +285,6 @@ def test_one_connection_carries_many_requests_also_sent_ahead(short_tmp: Path) -
             assert b'"data":[2.0,5.0]' in read_all(stream)
 
     at(short_tmp / "door.sock", Agent().handle, work)
-
-
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (b"\0\1\2\3 nothing\r\n\r\n", 400),
-        (b"GET /v2 HTTP/1.1\r\n\r\n", 400),
-        (b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 400),
-        (b"GET  /v2\r\n\r\n", 400),
-        (http_of(b"", "Content-Length: 5", "Content-Length: 6"), 400),
-        (http_of(b"", "Content-Length: -5"), 400),
-        (http_of(b"", "Content-Length: " + "9" * 19), 413),
-        (http_of(b"", f"Content-Length: {limits.MAX_FRAME_PAYLOAD_BYTES * 2}"), 413),
-        (http_of(b"", "Transfer-Encoding: gzip"), 501),
-        (http_of(b"zz\r\n", "Transfer-Encoding: chunked"), 400),
-        (http_of(b"", "A: " + "b" * 20_000), 431),
-        (b"GET /" + b"a" * 300_000, 431),
-        (http_of(b"", *(f"H{number}: v" for number in range(4000))), 431),
-        (http_of(b"", "Origin: https://evil.example"), 403),
-        (http_of(b"", "Origin: null"), 403),
-        (b"GET /v2 HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
-        (b"GET /v2 HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 403),
-        (b"GET /v2 HTTP/1.1\r\nHost: 127.0.0.1.evil.example:80\r\n\r\n", 403),
-        (http_of(b"abc", "Content-Length: 9"), 400),
-    ],
-)
-def test_what_is_no_request_ends_with_its_reason(short_tmp: Path, sent: bytes, status: int) -> None:
-    agent = Agent()
-
-    def work(place: Place) -> None:
-        with place.raw() as stream:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                stream.sendall(sent)
-                stream.shutdown(socket.SHUT_WR)
-            data = read_all(stream)
-        assert data.startswith(b"HTTP/1.1 %d " % status)
-        head, _, body = data.partition(b"\r\n\r\n")
-        assert b"connection: close" in head.lower()
-        assert json.loads(body)["error"]
-        assert place.ask("GET", "/v2/health/live")[0] == 200
-
-    at(short_tmp / "door.sock", agent.handle, work)
-    assert agent.asked == []
-
-
-def test_names_of_this_machine_are_taken(short_tmp: Path) -> None:
-    def work(place: Place) -> None:
-        for host in ("localhost", "LOCALHOST:8090", "127.0.0.1:8090", "127.1.2.3", "[::1]:8090"):
-            assert place.ask("GET", "/v2", Host=host, Origin=f"http://{host}")[0] == 200
-        with place.raw(unix=True) as stream:  # the socket's file mode is its guard; any name will do there
-            stream.sendall(b"GET /v2 HTTP/1.1\r\nHost: door\r\nConnection: close\r\n\r\n")
-            assert read_all(stream).startswith(b"HTTP/1.1 200 ")
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
-@pytest.mark.parametrize(
-    ("phase", "sent", "status"),
-    [
-        ("idle", b"", b""),
-        ("head", b"GET /v2 HTT", b"HTTP/1.1 408 "),
-        ("body", http_of(b"some", "Content-Length: 9"), b"HTTP/1.1 408 "),
-    ],
-)
-def test_patience_ends(
-    short_tmp: Path, monkeypatch: pytest.MonkeyPatch, phase: http_door.Phase, sent: bytes, status: bytes
-) -> None:
-    monkeypatch.setitem(http_door.PATIENCE_S, phase, 0.1)
-
-    def work(place: Place) -> None:
-        with place.raw() as stream:
-            stream.sendall(sent)
-            assert read_all(stream)[: len(status) or None] == status
-        with place.raw() as stream:  # also after a request that was answered
-            stream.sendall(http_of(b"", start="GET /v2 HTTP/1.1") + sent)
-            assert read_all(stream).count(b"HTTP/1.1 ") == (2 if sent else 1)
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
-def test_a_byte_at_a_time_does_not_buy_time(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(http_door.PATIENCE_S, "head", 0.3)
-
-    def work(place: Place) -> None:
-        with place.raw() as stream:
-            stream.settimeout(0.02)
-            for _ in range(500):
-                try:
-                    stream.sendall(b"G")
-                    data = stream.recv(1000)
-                except TimeoutError:
-                    continue
-                break
-            assert data.startswith(b"HTTP/1.1 408 ")
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
-def test_who_does_not_read_is_cut_off(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_door, "CLOGGED_S", 0.2)
-    values = np.zeros(4 * limits.MIB, dtype=np.float32)
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "x",
-                    "datatype": "FP32",
-                    "shape": [len(values)],
-                    "parameters": {"binary_data_size": values.nbytes},
-                }
-            ],
-            "parameters": {"binary_data_output": True},
-        }
-    ).encode()
-
-    def work(place: Place) -> None:
-        with place.raw() as stream:
-            length = len(head) + values.nbytes
-            stream.sendall(http_of(head, f"Content-Length: {length}", f"Inference-Header-Content-Length: {len(head)}"))
-            stream.sendall(values.tobytes())
-            until(lambda: len(place.door._http_streams) == 1)
-            until(lambda: not place.door._http_streams)
-            assert len(read_all(stream)) < values.nbytes
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds; the test's own timeout is the deadline."""
-    import time
-
-    while not holds():
-        time.sleep(0.005)
-
-
-def test_what_waits_is_bounded_over_both_dialects(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "MAX_HELD_BYTES", 3 * limits.MIB)
-    monkeypatch.setattr(limits, "MAX_WAITING_REQUESTS", 3)
-    agent = Agent()
-
-    def work(place: Place) -> None:
-        agent.hold = asyncio.Event()
-        size = 1_000_000
-        tensor = {"name": "x", "datatype": "FP32", "shape": [size // 4], "parameters": {"binary_data_size": size}}
-        head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-        lengths = f"Content-Length: {len(head) + size}", f"Inference-Header-Content-Length: {len(head)}"
-        big = http_of(head, *lengths) + bytes(size)
-        with contextlib.ExitStack() as stack:
-            links = [stack.enter_context(place.raw()) for _ in range(2)]
-            for link in links:
-                link.sendall(big)
-            until(lambda: len(agent.asked) == 2)
-            got, headers, said = place.ask(
-                "POST", "/v2/models/double/infer", gzip.compress(b" " * 2 * limits.MIB), Content_Encoding="gzip"
-            )
-            assert (got, said["code"], headers["retry-after"]) == (429, "overload.memory", "1")
-            third = stack.enter_context(place.raw(unix=True))
-            third.sendall(http_of(json.dumps(request()).encode(), f"Content-Length: {len(json.dumps(request()))}"))
-            until(lambda: len(agent.asked) == 3)
-            got, headers, said = place.infer()
-            assert (got, said["code"], headers["retry-after"]) == (429, "overload", "1")
-            place.loop.call_soon_threadsafe(agent.hold.set)
-            for link in (*links, third):
-                assert link.recv(12) == b"HTTP/1.1 200"
-        assert place.infer()[0] == 200
-
-    at(short_tmp / "door.sock", agent.handle, work)
-
-
-def test_connections_are_bounded_over_both_dialects(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_DOOR_CONNECTIONS", 2)
-
-    def work(place: Place) -> None:
-        with place.raw() as one, Client(place.path) as framed:
-            framed.infer("double", {"x": np.zeros(1, np.float32)})
-            one.sendall(http_of(b"", start="GET /v2/health/live HTTP/1.1"))
-            assert one.recv(12) == b"HTTP/1.1 200"
-            for unix in (True, False):
-                with place.raw(unix=unix) as stream:
-                    stream.sendall(http_of(b"", start="GET /v2 HTTP/1.1"))
-                    data = read_all(stream)
-                assert data.startswith(b"HTTP/1.1 503 ")
-                assert b"overload.connections" in data
-        until(lambda: not place.door._connections and not place.door._http_streams)
-        assert place.infer()[0] == 200
-
-    at(short_tmp / "door.sock", Agent().handle, work)
-
-
-def test_a_client_that_leaves_takes_nothing_with_it(short_tmp: Path) -> None:
-    agent = Agent()
-
-    def work(place: Place) -> None:
-        agent.hold = asyncio.Event()
-        body = json.dumps(request()).encode()
-        with place.raw() as stream:
-            stream.sendall(http_of(body, f"Content-Length: {len(body)}"))
-            until(lambda: len(agent.asked) == 1)
-        place.loop.call_soon_threadsafe(agent.hold.set)
-        assert place.infer()[0] == 200
-        until(lambda: not place.door._http_streams)
-
-    at(short_tmp / "door.sock", agent.handle, work)
 
 
 def test_a_port_that_is_taken_is_said(short_tmp: Path) -> None:

@@ -315,8 +315,9 @@ def test_errors_are_read_from_any_server() -> None:
 @pytest.mark.parametrize("labels", [(), ("7",), ("7", "a,b")])
 def test_provenance_comes_back_from_scalars(labels: tuple[str, ...]) -> None:
     said = Provenance(
-        rung="cached", digest="d" * 64, variant="int8", labels=labels, confidences=(0.5,) * len(labels), degraded=True
-    )
+        rung="cached", digest="d" * 64, variant="int8", labels=labels, confidences=(0.5,) * len(labels), degraded=True,
+        reason="the model is loading", escalated="offline",
+    )  # fmt: skip
     parameters = oip_terms.write_provenance(said)
     assert all(isinstance(value, str | int | float | bool) for value in parameters.values())
     assert parameters.get("label") == (labels[0] if len(labels) == 1 else None)
