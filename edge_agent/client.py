@@ -33,6 +33,7 @@ from edge_agent.replies import (
     RequestNames,
     error_of,
     expect,
+    late_prediction,
     needs_signature,
     pack,
     prediction,
@@ -48,6 +49,7 @@ from shared.inference import (
     Done,
     Feedback,
     Infer,
+    Late,
     Measure,
     Refusal,
     Reply,
@@ -125,6 +127,11 @@ class Client:
         """Tell what was true of the answer with this id; returns once the agent has it on disk."""
         ask = Feedback(request=request, id=self._names.next(), label=label, correct=correct, value=value)
         expect(self._call(ask, (), self._timeout_s)[0], Done)
+
+    def late(self, request: str) -> Prediction | None:
+        """The hub's answer to an earlier request, which had to be answered without it; None while none has come."""
+        reply, payload = self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
+        return late_prediction(reply, payload, request=request)
 
     def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""
@@ -270,6 +277,11 @@ class AsyncClient:
         """Tell what was true of the answer with this id; returns once the agent has it on disk."""
         ask = Feedback(request=request, id=self._names.next(), label=label, correct=correct, value=value)
         expect((await self._call(ask, (), self._timeout_s))[0], Done)
+
+    async def late(self, request: str) -> Prediction | None:
+        """As `Client.late`."""
+        reply, payload = await self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
+        return late_prediction(reply, payload, request=request)
 
     async def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""

@@ -229,6 +229,8 @@ def _check_together(config: AgentConfig, problems: list[str]) -> None:
             check_hub_url(config.hub.url)
         except InvalidValue as error:
             problems.append(f"hub.url: {error}; {error.hint}")
+    if (config.cascade.below or config.cascade.family) and not config.cascade.model:
+        problems.append("cascade.below and cascade.family belong to cascade.model: name the hub's model, or leave both")
     if bool(config.broker.host) != bool(config.broker.port):
         problems.append("broker.host and broker.port belong together: set both, or neither to use the enrolled ones")
     if config.door.http and not _is_loopback(config.door.http):

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import logging
 import signal
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
 from edge_agent import runtimes
 from edge_agent.adapters.children import sweep_orphans
+from edge_agent.adapters.cloud import HubCloud
 from edge_agent.adapters.courier import MqttCourier, broker_context
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.door import Door
@@ -29,6 +31,7 @@ from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
+from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
@@ -109,7 +112,7 @@ async def _compose(
         outbox=outbox,
         models=models.running,
     )
-    answering = Answering(clock=clock, models=models, uplink=uplink)
+    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
     service = Service(
         running=running, clock=clock, loop=loop, models=models, uplink=uplink, outbox=outbox, answering=answering
     )
@@ -127,6 +130,28 @@ async def _compose(
     )
     door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
     return agent, door, loop
+
+
+def _answering(
+    config: AgentConfig,
+    identity: Identity,
+    context: ssl.SSLContext,
+    *,
+    clock: SystemClock,
+    loop: Loop,
+    models: Models,
+    uplink: Uplink,
+) -> Answering:
+    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink)
+    return Answering(
+        clock=clock,
+        models=models,
+        uplink=uplink,
+        escalation=escalation,
+        cache_entries=config.cache.entries,
+        cache_bytes=config.cache.bytes,
+    )
 
 
 def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Callable[[str], None]) -> MqttCourier:

@@ -58,6 +58,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         model, version, variant, digest: what answered; `digest` is the served file's SHA-256.
         rung: step of the degradation ladder.
         degraded: whether a better rung was wanted and could not be had.
+        escalated: whether the hub's larger model was wanted, empty for no, and what became of it: `answered`, or why
+            not: `late`, `refused`, `offline`, `budget`, `breaker`, `no_time`.
+        reason: why it is this rung, in words; empty where there is nothing to tell.
         deadline_met: whether the answer left the agent in time.
         took_us: from the request being read to the answer being ready, in the agent.
     """
@@ -76,6 +79,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     degraded: bool
     deadline_met: bool
     took_us: int
+    escalated: str = ""
+    reason: str = ""
 
 
 def error_of(refusal: Refusal) -> OutriderError:
@@ -153,7 +158,16 @@ def prediction(answer: Answer, payload: bytearray) -> Prediction:
         degraded=answer.degraded,
         deadline_met=answer.deadline_met,
         took_us=answer.took_us,
+        escalated=answer.escalated,
+        reason=answer.reason,
     )
+
+
+def late_prediction(reply: Reply, payload: bytearray, *, request: str) -> Prediction | None:
+    """The late answer to that request under its id; None where none has come."""
+    if isinstance(reply, Done):
+        return None
+    return msgspec.structs.replace(prediction(expect(reply, Answer), payload), id=request)
 
 
 def expect(reply: Reply, kind: type[_R]) -> _R:

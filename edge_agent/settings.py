@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from edge_agent.core.cascade import Policy
 from shared.errors import ConfigError
 from shared.profile import DeviceProfile
 
@@ -82,6 +83,13 @@ class ProbationConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_failures: Annotated[int, msgspec.Meta(ge=0, le=1_000)] = 0
 
 
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How many answers are kept to be given again; `entries` 0 keeps none, which is right unless inputs repeat."""
+
+    entries: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=2**32)] = 8_388_608
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be configured.
 
@@ -98,6 +106,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     log: LogConfig = LogConfig()
     intervals: IntervalConfig = IntervalConfig()
     probation: ProbationConfig = ProbationConfig()
+    cascade: Policy = Policy()
+    cache: CacheConfig = CacheConfig()
 
     @property
     def door_path(self) -> Path:

@@ -71,6 +71,16 @@ class Describe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     model: str = ""
 
 
+class Late(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="late", tag_field="type"):
+    """Fetch the hub's answer to an earlier request, which came after that request had to be answered without it.
+
+    Answered by an Answer with this request's id, or by Done, whose detail is `pending` or `none`.
+    """
+
+    request: RequestId
+    id: RequestId = ""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="status", tag_field="type"):
     """Ask how the agent is."""
 
@@ -85,7 +95,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     argument: str = ""
 
 
-Request = Infer | Feedback | Measure | Describe | Status | Control
+Request = Infer | Late | Feedback | Measure | Describe | Status | Control
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="answer", tag_field="type"):
@@ -98,6 +108,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
         labels, confidences: one per row for classification; empty for raw models. Confidence is the greatest softmax
             probability, 0 to 1.
         degraded: whether a better rung was wanted and could not be had.
+        escalated: whether the hub's larger model was wanted, empty for no, and what became of it: `answered`, or why
+            not: `late`, `refused`, `offline`, `budget`, `breaker`, `no_time`.
+        reason: why it is this rung, in words; empty where there is nothing to tell.
         deadline_met: whether the answer left the agent in time.
         took_us: from the request being read to the answer being ready.
         outputs: heads of the payload's tensors, in order.
@@ -115,6 +128,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     took_us: int
     degraded: bool = False
     deadline_met: bool = True
+    reason: str = ""
+    escalated: str = ""
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="done", tag_field="type"):
@@ -169,6 +184,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         link_detail: why the link is not online.
         queue: waiting records by class name.
         assignment_version: newest assignment accepted, 0 for none.
+        escalations: how often the hub's larger model was wanted since the start, by what became of it.
     """
 
     id: str
@@ -187,6 +203,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     answered: int = 0
     refused: int = 0
     hosts: dict[str, int] = {}
+    escalations: dict[str, int] = {}
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -46,11 +46,11 @@ LEAST_MS: Final = 2
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator allows.
+    """What the operator allows; the section `cascade` of the configuration.
 
     Attributes:
-        model: the hub's model; empty for never.
-        family: the local family it stands behind; empty for every one.
+        model: its name at the hub; empty for never.
+        family: the local family that it stands behind; empty for every one.
         below: local confidence, 0 to 1, under which it is asked; 0 asks only where no local answer can be had.
         per_minute: questions a minute; a minute's worth may be spent at once.
         bytes_per_minute: bytes of questions and answers a minute.
@@ -60,11 +60,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str = ""
     family: str = ""
-    below: float = 0.0
-    per_minute: int = 60
-    bytes_per_minute: int = 16_777_216
-    margin_ms: int = 10
-    late_ms: int = 5_000
+    below: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    bytes_per_minute: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 16_777_216
+    margin_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 10
+    late_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 5_000
 
 
 # The breaker

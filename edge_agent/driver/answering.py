@@ -1,9 +1,14 @@
 """Inference requests: admitted, run by a model host, answered by their deadline, and recorded right after.
 
 Rules of this file:
-1. A request is answered by its deadline or refused by it; a refusal says why and whether to try again.
+1. A request is answered by its deadline or refused by it; a refusal says why and whether to try again. An answer of
+   which the hub was to say something waits for it until a margin before the deadline, and then leaves as it is.
 2. An answer does not wait for the disk: its result is recorded right after. When results pile up faster than the disk
    takes them, answers wait rather than results being lost.
+3. Identical requests that are in the air together are run once, where the cache is on.
+
+Which rung answers is decided in edge_agent/core/ladder.py, what is kept in cache.py; the hub's larger model is asked
+by escalation.py.
 """
 
 from __future__ import annotations
@@ -13,15 +18,21 @@ import logging
 import secrets
 from typing import Final, TypeAlias
 
-from edge_agent.core import serving
+import msgspec
+
+from edge_agent.core import ladder, serving
+from edge_agent.core.cache import Store, key_of
+from edge_agent.core.cascade import Pace
+from edge_agent.core.ladder import LADDER, Choice, Ladder
 from edge_agent.core.slot_values import Installed
+from edge_agent.driver.escalation import Doubt, Escalation
 from edge_agent.driver.models import Models
 from edge_agent.driver.uplink import Uplink
-from edge_agent.ports import HostAnswer, ModelHost
+from edge_agent.ports import CloudAnswer, HostAnswer, ModelHost
 from shared.clock import Clock
 from shared.errors import HostLost, InputRefused, ModelError, OutriderError
 from shared.ids import FamilyName
-from shared.inference import Answer, Feedback, Infer, Refusal, Reply, check_inputs
+from shared.inference import Answer, Done, Feedback, Infer, Late, Refusal, Reply, TensorHead, check_inputs
 from shared.telemetry import Outcome, Result
 
 logger = logging.getLogger(__name__)
@@ -32,15 +43,45 @@ Response: TypeAlias = tuple[Reply, list[Buffer]]
 MAX_UNRECORDED: Final = 2_000
 """Results that may wait for the disk before answers wait too."""
 MAX_RECORDED_AT_ONCE: Final = 500
+_FINAL: Final = frozenset({"model.unknown", "deadline"})
+"""Refusals that no lower rung can mend."""
+_ENTRY_OVERHEAD_BYTES: Final = 512
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """A request with its name and the moment when it began, on the event loop's clock."""
+
+    request: Infer
+    payload: Buffer
+    id: str
+    began: float
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.request.deadline_ms / 1000
 
 
 class Answering:
     """Answers inference requests and remembers enough of each answer for the feedback on it."""
 
-    def __init__(self, *, clock: Clock, models: Models, uplink: Uplink) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        models: Models,
+        uplink: Uplink,
+        escalation: Escalation,
+        cache_entries: int = 0,
+        cache_bytes: int = 0,
+    ) -> None:
         self._clock = clock
         self._models = models
         self._uplink = uplink
+        self._escalation = escalation
+        self._cache: Store[HostAnswer] = Store(entries=cache_entries, size_bytes=cache_bytes)
+        self._flights: dict[str, asyncio.Future[HostAnswer]] = {}
+        self._ladders: dict[str, Ladder] = {}
+        self._paces: dict[str, Pace] = {}
         self._recent = serving.Recent()
         self._unrecorded: asyncio.Queue[tuple[int, Result]] = asyncio.Queue(MAX_UNRECORDED)
         self._recording = asyncio.Lock()
@@ -49,49 +90,169 @@ class Answering:
         self.answered = 0
         self.refused = 0
 
+    @property
+    def escalations(self) -> dict[str, int]:
+        """How often the hub's larger model was wanted, by what became of it."""
+        return dict(self._escalation.told)
+
     def outcome(self, feedback: Feedback) -> Outcome | Refusal:
         """What the feedback says, completed with what had answered."""
         return self._recent.outcome(feedback)
 
+    def late(self, request: Late) -> Response:
+        """The hub's answer that came too late for its request, if it has come."""
+        late = self._escalation.late(request.request)
+        if late is None:
+            pending = self._escalation.is_pending(request.request)
+            return Done(id=request.id, detail="pending" if pending else "none"), []
+        reason = "the hub answered after the deadline"
+        answer = _from_cloud(late.said, id=request.id, took_us=late.took_us, deadline_met=False, reason=reason)
+        return answer, list(late.said.payload)
+
     async def infer(self, request: Infer, payload: Buffer) -> Response:
         """The answer, or the refusal with its reason; raises OutriderError for what the door shall refuse."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        admitted = serving.admit(request, routes=self._models.routes(), waiting=self._waiting)
-        host = self._models.hosting.get(admitted.key) if isinstance(admitted, Installed) else None
-        if isinstance(admitted, Refusal) or host is None:
-            self.refused += 1
-            return (admitted, []) if isinstance(admitted, Refusal) else (_just_ended(request), [])
+        asked = _Asked(request, payload, request.id or secrets.token_hex(8), asyncio.get_running_loop().time())
+        state = self._step(request.model)
+        admitted = serving.admit(request, routes=self._models.routes(), waiting=self._waiting, limit=state.most_waiting)
+        if isinstance(admitted, Refusal):
+            return await self._below_full(asked, state, admitted)
+        host = self._models.hosting.get(admitted.key)
+        if host is None:
+            return await self._below_full(asked, _HOSTLESS, _host_ended(request))
         check_inputs(admitted.manifest.signature, request.inputs, len(payload))
+        key = None if self._cache.is_off else key_of(admitted.served.file.digest, request.inputs, payload)
+        kept = self._cache.get(key) if key is not None else None
+        choice = ladder.choose(
+            state,
+            hit=kept is not None,
+            cloud=False,
+            left_ms=request.deadline_ms,
+            expected_ms=self._pace(request.model).expected_ms(self._clock.mono_ms()),
+        )
         try:
-            told = await self._run(request, payload, admitted, host)
+            told = kept if kept is not None else await self._run_once(asked, key, admitted, host)
         except TimeoutError:
             self.refused += 1
             return _too_late(request), []
-        took_us = int((loop.time() - began) * 1_000_000)
-        answer = Answer(
-            id=request.id or secrets.token_hex(8),
-            model=request.model,
-            version=admitted.manifest.version,
-            variant=admitted.variant,
-            digest=admitted.served.file.digest,
-            rung="full",
-            labels=told.labels,
-            confidences=told.confidences,
-            outputs=told.outputs,
+        except HostLost as error:
+            return await self._below_full(asked, _HOSTLESS, _refusal(request, error))
+        return await self._answer(asked, admitted, told, choice)
+
+    async def _answer(self, asked: _Asked, release: Installed, told: HostAnswer, choice: Choice) -> Response:
+        """Give the local answer, unless the hub gives a better one in time."""
+        answer = _from_host(asked, release, told, choice, took_us=_took_us(asked))
+        if not self._escalation.wanted(asked.request.model, told.confidences):
+            return await self._finish(answer, [told.payload])
+        said = await self._escalation.ask(self._doubt(asked, answer))
+        took_us = _took_us(asked)
+        met = _is_met(asked, took_us)
+        if isinstance(said, CloudAnswer):
+            better = _from_cloud(
+                said, id=answer.id, took_us=took_us, deadline_met=met, reason=f"{_unsure(told)}; the hub answered"
+            )
+            return await self._finish(better, list(said.payload))
+        reasons = (choice.reason, f"{_unsure(told)}; {said.why}")
+        local = msgspec.structs.replace(
+            answer,
             took_us=took_us,
-            deadline_met=took_us <= request.deadline_ms * 1000,
+            deadline_met=met,
+            degraded=True,
+            escalated=said.escalated,
+            reason="; ".join(filter(None, reasons)),
         )
+        return await self._finish(local, [told.payload])
+
+    async def _below_full(self, asked: _Asked, state: Ladder, refusal: Refusal) -> Response:
+        """What can be had without the model, or the refusal."""
+        request = asked.request
+        if refusal.code in _FINAL:
+            self.refused += 1
+            return refusal, []
+        route = self._models.routes()[request.model]
+        kept = None
+        if route.release is not None:
+            check_inputs(route.release.manifest.signature, request.inputs, len(asked.payload))
+            if not self._cache.is_off:
+                key = key_of(route.release.served.file.digest, request.inputs, asked.payload)
+                kept = self._cache.get(key) if key is not None else None
+        cloud = self._escalation.wanted(request.model, None) and _rows(request.inputs) == 1
+        choice = ladder.choose(state, hit=kept is not None, cloud=cloud, why=refusal.message)
+        if kept is not None and route.release is not None and choice.kept:
+            return await self._answer(asked, route.release, kept, choice)
+        why = choice.reason
+        if choice.rung == "cloud":
+            said = await self._escalation.ask(self._doubt(asked, None))
+            if isinstance(said, CloudAnswer):
+                took_us = _took_us(asked)
+                met = _is_met(asked, took_us)
+                reason = f"{why}; the hub answered"
+                answer = _from_cloud(said, id=asked.id, took_us=took_us, deadline_met=met, reason=reason)
+                return await self._finish(answer, list(said.payload))
+            why = f"{why}; {said.why}"
+        self.refused += 1
+        return msgspec.structs.replace(refusal, message=why), []
+
+    async def _finish(self, answer: Answer, parts: list[Buffer]) -> Response:
         self.answered += 1
         self._recent.remember(answer)
         await self._unrecorded.put((self._clock.wall_ms(), _result(answer)))
-        return answer, [told.payload]
+        return answer, parts
 
-    async def _run(self, request: Infer, payload: Buffer, release: Installed, host: ModelHost) -> HostAnswer:
-        family = FamilyName(request.model)
-        self._waiting += 1
+    def _doubt(self, asked: _Asked, local: Answer | None) -> Doubt:
+        return Doubt(
+            id=asked.id,
+            family=asked.request.model,
+            inputs=asked.request.inputs,
+            payload=asked.payload,
+            local=local,
+            until=asked.deadline,
+        )
+
+    # The model
+
+    def _step(self, family: str) -> Ladder:
+        route = self._models.routes().get(family)
+        if route is None:
+            return Ladder()
+        now = ladder.situation(loaded=route.release is not None, up=route.up, waiting=self._waiting)
+        state = self._ladders[family] = LADDER.decide(self._ladders.get(family, Ladder()), now).state
+        return state
+
+    def _pace(self, family: str) -> Pace:
+        return self._paces.get(family, Pace())
+
+    async def _run_once(self, asked: _Asked, key: str | None, release: Installed, host: ModelHost) -> HostAnswer:
+        """Run the model, or wait for the identical request that is running."""
+        loop = asyncio.get_running_loop()
+        while key is not None and (flight := self._flights.get(key)) is not None:
+            async with asyncio.timeout_at(asked.deadline):
+                await asyncio.wait((flight,))
+            if not flight.cancelled() and not isinstance(flight.exception(), TimeoutError):
+                return flight.result()
+            # It had less time than this one has: run again, if nobody has begun yet.
+        if key is None:
+            return await self._run(asked, release, host)
+        flight = self._flights[key] = loop.create_future()
         try:
-            told = await host.infer(request.inputs, payload, deadline_ms=request.deadline_ms)
+            told = await self._run(asked, release, host)
+            flight.set_result(told)
+            self._cache.put(key, told, size_bytes=len(told.payload) + _ENTRY_OVERHEAD_BYTES)
+            return told
+        except (OutriderError, TimeoutError) as error:
+            flight.set_exception(error)
+            flight.exception()  # nobody else may be waiting
+            raise
+        finally:
+            flight.cancel()
+            del self._flights[key]
+
+    async def _run(self, asked: _Asked, release: Installed, host: ModelHost) -> HostAnswer:
+        request, family = asked.request, FamilyName(asked.request.model)
+        loop = asyncio.get_running_loop()
+        self._waiting += 1
+        began = loop.time()
+        try:
+            told = await host.infer(request.inputs, asked.payload, deadline_ms=request.deadline_ms)
         except (InputRefused, HostLost):
             raise  # the caller's fault, or told to the slot by the host's own end
         except ModelError as error:
@@ -100,8 +261,13 @@ class Answering:
             raise
         finally:
             self._waiting -= 1
+        if not self._cache.is_off:
+            pace = self._pace(family)
+            self._paces[family] = pace.measured((loop.time() - began) * 1000, at_ms=self._clock.mono_ms())
         self._models.answer_good(family, release.key)
         return told
+
+    # Records
 
     async def record(self) -> None:
         """Bring results into the outbox, many with one commit; runs until cancelled."""
@@ -114,6 +280,7 @@ class Answering:
 
     async def record_rest(self) -> None:
         """Bring what is left into the outbox, and wait for what `record` has in hand; before its end."""
+        self._escalation.close()
         rest = []
         while not self._unrecorded.empty():
             rest.append(self._unrecorded.get_nowait())
@@ -136,6 +303,61 @@ class Answering:
                 logger.info("results are recorded again")
 
 
+_HOSTLESS: Final = Ladder(ladder.Step.CACHED)
+
+
+def _took_us(asked: _Asked) -> int:
+    return int((asyncio.get_running_loop().time() - asked.began) * 1_000_000)
+
+
+def _is_met(asked: _Asked, took_us: int) -> bool:
+    return took_us <= asked.request.deadline_ms * 1000
+
+
+def _rows(inputs: tuple[TensorHead, ...]) -> int:
+    return inputs[0].shape[0] if inputs and inputs[0].shape else 1
+
+
+def _unsure(told: HostAnswer) -> str:
+    return f"local confidence {told.confidences[0]:.2f}"
+
+
+def _from_host(asked: _Asked, release: Installed, told: HostAnswer, choice: Choice, *, took_us: int) -> Answer:
+    return Answer(
+        id=asked.id,
+        model=asked.request.model,
+        version=release.manifest.version,
+        variant=release.variant,
+        digest=release.served.file.digest,
+        rung=choice.rung,
+        labels=told.labels,
+        confidences=told.confidences,
+        outputs=told.outputs,
+        took_us=took_us,
+        degraded=choice.rung == "cached",
+        deadline_met=_is_met(asked, took_us),
+        reason=choice.reason,
+    )
+
+
+def _from_cloud(said: CloudAnswer, *, id: str, took_us: int, deadline_met: bool, reason: str) -> Answer:
+    return Answer(
+        id=id,
+        model=said.model,
+        version=said.version,
+        variant=said.variant,
+        digest=said.digest,
+        rung="cloud",
+        labels=(said.label,),
+        confidences=(said.confidence,),
+        outputs=said.outputs,
+        took_us=took_us,
+        deadline_met=deadline_met,
+        escalated="answered",
+        reason=reason,
+    )
+
+
 def _result(answer: Answer) -> Result:
     return Result(
         request=answer.id,
@@ -149,9 +371,13 @@ def _result(answer: Answer) -> Result:
     )
 
 
-def _just_ended(request: Infer) -> Refusal:
+def _host_ended(request: Infer) -> Refusal:
     message = f"the model host of {request.model!r} has just ended"
     return Refusal(id=request.id, code="model.host_lost", message=message, hint="try again", retry=True)
+
+
+def _refusal(request: Infer, error: OutriderError) -> Refusal:
+    return Refusal(id=request.id, code=error.code, message=error.message, hint=error.hint, retry=error.retry)
 
 
 def _too_late(request: Infer) -> Refusal:

@@ -33,6 +33,7 @@ from shared.inference import (
     Done,
     Feedback,
     Infer,
+    Late,
     Measure,
     Refusal,
     Reply,
@@ -72,6 +73,8 @@ class Service:
         match request:
             case Infer():
                 return await self._answering.infer(request, payload)
+            case Late():
+                return self._answering.late(request)
             case Feedback():
                 return await self._feedback(request), []
             case Measure():
@@ -129,6 +132,7 @@ class Service:
             answered=self._answering.answered,
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
+            escalations=self._answering.escalations,
         )
 
     async def _control(self, request: Control) -> Reply:

@@ -9,9 +9,11 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.core.cascade import Policy
 from edge_agent.core.intake import Arrived
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
+from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
@@ -30,6 +32,7 @@ from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import Ack, Batch, Message, Reported, decode_body, encode_body
 from tests.fakes.clock import FakeClock
+from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
 from tests.fakes.hosts import FakeHosts
 from tests.fakes.ledger import FakeLedger
@@ -157,8 +160,11 @@ class HubOnFakes:
 
 def answer(manifest: Manifest, _: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
     """A model that says its own version."""
-    head = TensorHead(name="y", dtype="fp32", shape=(inputs[0].shape[0], 2))
-    return HostAnswer(labels=(manifest.version,), confidences=(0.9,), outputs=(head,), payload=bytes(8))
+    rows = inputs[0].shape[0]
+    head = TensorHead(name="y", dtype="fp32", shape=(rows, 2))
+    return HostAnswer(
+        labels=(manifest.version,) * rows, confidences=(0.9,) * rows, outputs=(head,), payload=bytes(8 * rows)
+    )
 
 
 class AgentWorld:
@@ -177,6 +183,9 @@ class AgentWorld:
         self.fetcher = FakeFetcher()
         self.verifier = FakeVerifier()
         self.hosts = FakeHosts(answer)
+        self.cloud = FakeCloud()
+        self.policy = Policy()
+        self.cache_entries = 0
         self.profile = profile()
         self.version = 0
         self.inbox = Inbox()
@@ -266,7 +275,16 @@ class AgentWorld:
             outbox=self.outbox,
             models=self.models.running,
         )
-        self.answering = Answering(clock=self.clock, models=self.models, uplink=self.uplink)
+        self.answering = Answering(
+            clock=self.clock,
+            models=self.models,
+            uplink=self.uplink,
+            escalation=Escalation(
+                cloud=self.cloud, policy=self.policy, clock=self.clock, loop=loop, uplink=self.uplink
+            ),
+            cache_entries=self.cache_entries,
+            cache_bytes=2**20,
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
