@@ -55,6 +55,7 @@ from shared.inference import (
     Reply,
     Request,
     Status,
+    Teach,
     decode_reply,
     encode_header,
 )
@@ -132,6 +133,19 @@ class Client:
         """The hub's answer to an earlier request, which had to be answered without it; None while none has come."""
         reply, payload = self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
         return late_prediction(reply, payload, request=request)
+
+    def teach(self, model: str, inputs: Mapping[str, ArrayLike], label: str) -> None:
+        """Hand over a labelled sample, one row, to learn from; returns once the agent has it on disk.
+
+        It stays on the device: what a federated run gets is what was learned from it.
+
+        Raises:
+            InputRefused: the arrays do not fit the model's signature, or the label is none of its own.
+        """
+        signature = self._signature(model) if needs_signature(inputs) else None
+        heads, parts = pack(inputs, signature)
+        ask = Teach(model=model, inputs=heads, label=label, id=self._names.next())
+        expect(self._call(ask, parts, self._timeout_s)[0], Done)
 
     def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""
@@ -282,6 +296,13 @@ class AsyncClient:
         """As `Client.late`."""
         reply, payload = await self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
         return late_prediction(reply, payload, request=request)
+
+    async def teach(self, model: str, inputs: Mapping[str, ArrayLike], label: str) -> None:
+        """As `Client.teach`."""
+        signature = await self._signature(model) if needs_signature(inputs) else None
+        heads, parts = pack(inputs, signature)
+        ask = Teach(model=model, inputs=heads, label=label, id=self._names.next())
+        expect((await self._call(ask, parts, self._timeout_s))[0], Done)
 
     async def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""

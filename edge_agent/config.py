@@ -42,7 +42,7 @@ class Setting:
         """The value for people: TOML, with credentials in a URL masked."""
         if isinstance(self.value, str):
             return f'"{masked_url(self.value)}"'
-        return str(self.value)
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,10 @@ from edge_agent.adapters.hosts import HostOptions, LiveHosts
 from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.outbox import SqliteOutbox
+from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
 from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
 from edge_agent.driver.agent import Agent
@@ -35,6 +37,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.identity import TRUST_DIR, Identity, load_identity
@@ -92,8 +95,58 @@ async def _compose(
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
     fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=fetcher, report=report)
+    uplink = Uplink(
+        running=running,
+        clock=clock,
+        loop=loop,
+        courier=_courier(config, identity, loop.inbox, lost),
+        outbox=outbox,
+        models=models.running,
+    )
+    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
+    room = _training_room(config, profile, database, fetcher)
+    routes, send = models.routes, uplink.answer_round
+    rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
+    service = Service(
+        running=running,
+        clock=clock,
+        loop=loop,
+        models=models,
+        uplink=uplink,
+        outbox=outbox,
+        answering=answering,
+        rounds=rounds,
+    )
+    agent = Agent(
+        clock=clock,
+        loop=loop,
+        ledger=ledger,
+        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
+        models=models,
+        uplink=uplink,
+        answering=answering,
+        rounds=rounds,
+        vitals=Vitals(state_dir=config.state_dir),
+        heartbeat_ms=config.intervals.heartbeat_ms,
+        vitals_ms=config.intervals.vitals_ms,
+    )
+    door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
+    return agent, door, loop
+
+
+def _models(
+    config: AgentConfig,
+    profile: DeviceProfile,
+    *,
+    clock: SystemClock,
+    loop: Loop,
+    ledger: SqliteLedger,
+    fetcher: HubFetcher,
+    report: Callable[[], None],
+) -> Models:
     options = HostOptions(threads=profile.inference.threads, memory_bytes=profile.memory.host_bytes)
-    models = Models(
+    return Models(
         profile=profile,
         runtimes=runtimes.installed(),
         loop=loop,
@@ -104,32 +157,6 @@ async def _compose(
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
     )
-    uplink = Uplink(
-        running=running,
-        clock=clock,
-        loop=loop,
-        courier=_courier(config, identity, loop.inbox, lost),
-        outbox=outbox,
-        models=models.running,
-    )
-    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
-    service = Service(
-        running=running, clock=clock, loop=loop, models=models, uplink=uplink, outbox=outbox, answering=answering
-    )
-    agent = Agent(
-        clock=clock,
-        loop=loop,
-        ledger=ledger,
-        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
-        models=models,
-        uplink=uplink,
-        answering=answering,
-        vitals=Vitals(state_dir=config.state_dir),
-        heartbeat_ms=config.intervals.heartbeat_ms,
-        vitals_ms=config.intervals.vitals_ms,
-    )
-    door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
-    return agent, door, loop
 
 
 def _answering(
@@ -151,6 +178,22 @@ def _answering(
         escalation=escalation,
         cache_entries=config.cache.entries,
         cache_bytes=config.cache.bytes,
+    )
+
+
+def _training_room(
+    config: AgentConfig, profile: DeviceProfile, database: Database, fetcher: HubFetcher
+) -> TrainingRoom:
+    return TrainingRoom(
+        samples=SqliteSamples(database),
+        replies=SqliteReplies(database),
+        trainers=LiveTrainers(
+            directory=hosts_dir(config), options=TrainerOptions(memory_bytes=profile.memory.host_bytes)
+        ),
+        shelf=FileShelf(config.state_dir),
+        tasks=FileShelf(config.state_dir / "rounds"),
+        fetcher=fetcher,
+        enabled=config.training.enabled,
     )
 
 

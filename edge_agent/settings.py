@@ -90,6 +90,12 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Annotated[int, msgspec.Meta(ge=0, le=2**32)] = 8_388_608
 
 
+class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`enabled`: whether this device keeps labelled samples and takes part in federated runs."""
+
+    enabled: bool = True
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be configured.
 
@@ -108,6 +114,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     probation: ProbationConfig = ProbationConfig()
     cascade: Policy = Policy()
     cache: CacheConfig = CacheConfig()
+    training: TrainingConfig = TrainingConfig()
 
     @property
     def door_path(self) -> Path:

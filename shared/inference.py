@@ -56,6 +56,15 @@ class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     value: float | None = None
 
 
+class Teach(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="teach", tag_field="type"):
+    """Hand over a labelled sample to learn from; it stays on the device. `inputs` are one row of what `model` takes."""
+
+    model: str
+    inputs: tuple[TensorHead, ...]
+    label: str
+    id: RequestId = ""
+
+
 class Measure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="reading", tag_field="type"):
     """Hand over a reading for the hub."""
 
@@ -88,14 +97,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="control", tag_field="type"):
-    """A command of `outrider-agent` to the running daemon: `queue.flush`, `queue.drop`, `model.rollback`."""
+    """A command of `outrider-agent` to the running daemon: `queue.flush`, `queue.drop`, `samples.drop`, `model.rollback`."""
 
     command: str
     id: RequestId = ""
     argument: str = ""
 
 
-Request = Infer | Late | Feedback | Measure | Describe | Status | Control
+Request = Infer | Late | Feedback | Teach | Measure | Describe | Status | Control
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="answer", tag_field="type"):

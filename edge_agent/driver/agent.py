@@ -20,6 +20,7 @@ from edge_agent.driver.events import (
     ForLink,
     ForPump,
     ForSlot,
+    ForTraining,
     HeartbeatDue,
     Inward,
     MessageArrived,
@@ -27,9 +28,11 @@ from edge_agent.driver.events import (
     ReconcileDue,
     ReportDue,
     Stop,
+    TaskCame,
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Verifier, Vitals
 from shared.clock import Clock
@@ -58,6 +61,7 @@ class Agent:
         models: Models,
         uplink: Uplink,
         answering: Answering,
+        rounds: Rounds,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
@@ -70,6 +74,7 @@ class Agent:
         self._models = models
         self._uplink = uplink
         self._answering = answering
+        self._rounds = rounds
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -97,6 +102,7 @@ class Agent:
         await self._answering.record_rest()
         self._loop.end()
         await self._uplink.say_goodbye()
+        await self._rounds.stop()
         await self._models.stop()
 
     async def _handle(self, event: Inward) -> None:
@@ -117,6 +123,10 @@ class Agent:
                 await self._uplink.on_pump(pump_event)
             case ForIntake(intake_event):
                 await self._on_intake(intake_event)
+            case ForTraining(training_event):
+                self._rounds.handle(training_event)
+            case TaskCame(task):
+                await self._rounds.on_task(task)
             case MessageArrived(topic, payload):
                 self._uplink.on_message(topic, payload)
             case Noted(name, detail):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_agent.core import intake, link, pump
+from edge_agent.core import intake, link, pump, training
 from edge_agent.core.slot_values import Event
 from shared.ids import FamilyName
+from shared.wire.messages import RoundTask
 
 
 class ForSlot(msgspec.Struct, frozen=True):
@@ -32,6 +33,18 @@ class ForIntake(msgspec.Struct, frozen=True):
     """An event of the intake machine."""
 
     event: intake.IntakeEvent
+
+
+class ForTraining(msgspec.Struct, frozen=True):
+    """An event of the training machine."""
+
+    event: training.TrainingEvent
+
+
+class TaskCame(msgspec.Struct, frozen=True):
+    """A task of a federated run came from the hub; not yet trusted in anything."""
+
+    task: RoundTask
 
 
 class MessageArrived(msgspec.Struct, frozen=True):
@@ -67,5 +80,16 @@ class Stop(msgspec.Struct, frozen=True):
 
 
 Inward = (
-    ForSlot | ForLink | ForPump | ForIntake | MessageArrived | ReportDue | HeartbeatDue | ReconcileDue | Noted | Stop
+    ForSlot
+    | ForLink
+    | ForPump
+    | ForIntake
+    | ForTraining
+    | TaskCame
+    | MessageArrived
+    | ReportDue
+    | HeartbeatDue
+    | ReconcileDue
+    | Noted
+    | Stop
 )

@@ -21,6 +21,7 @@ from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import Outbox
 from shared.clock import Clock
@@ -39,6 +40,7 @@ from shared.inference import (
     Reply,
     Request,
     Status,
+    Teach,
 )
 from shared.telemetry import Reading, RecordClass
 
@@ -58,6 +60,7 @@ class Service:
         uplink: Uplink,
         outbox: Outbox,
         answering: Answering,
+        rounds: Rounds,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -66,6 +69,7 @@ class Service:
         self._uplink = uplink
         self._outbox = outbox
         self._answering = answering
+        self._rounds = rounds
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer) -> Response:
@@ -75,6 +79,8 @@ class Service:
                 return await self._answering.infer(request, payload)
             case Late():
                 return self._answering.late(request)
+            case Teach():
+                return await self._rounds.teach(request, payload), []
             case Feedback():
                 return await self._feedback(request), []
             case Measure():
@@ -143,6 +149,9 @@ class Service:
             case "queue.drop":
                 dropped = await self._outbox.drop(_klass(request.argument), at_ms=self._clock.wall_ms())
                 return Done(id=request.id, detail=f"{dropped} records dropped")
+            case "samples.drop":
+                dropped = await self._rounds.forget(request.argument)
+                return Done(id=request.id, detail=f"{dropped} samples dropped")
             case "model.rollback":
                 return self._roll_back(request)
             case _:

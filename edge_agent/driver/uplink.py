@@ -22,7 +22,7 @@ from edge_agent import __version__
 from edge_agent.core import link, pump
 from edge_agent.core.intake import Arrived
 from edge_agent.core.slot_values import Note
-from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue
+from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue, TaskCame
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Courier, Outbox
 from shared.clock import Clock
@@ -40,6 +40,8 @@ from shared.wire.messages import (
     Death,
     Message,
     Reported,
+    RoundReply,
+    RoundTask,
     RunningModel,
     decode_body,
     encode_body,
@@ -271,8 +273,14 @@ class Uplink:
                 self._inbox.post(ForPump(pump.AckArrived(message)))
             case Assign():
                 self._inbox.post(ForIntake(Arrived(message.document)))
-            case Birth() | Death() | Batch() | Reported():
+            case RoundTask():
+                self._inbox.post(TaskCame(message))
+            case Birth() | Death() | Batch() | Reported() | RoundReply():
                 logger.warning("message for the hub came to the device", extra={"kind": KIND_OF[type(message)]})
+
+    def answer_round(self, reply: RoundReply) -> bool:
+        """Publish an answer to a task of a federated run; False when it cannot be now."""
+        return self.online and self._send("round", reply)
 
     def _open(self, topic: str, payload: bytes) -> Message:
         topics.parse_down(topic)

@@ -17,6 +17,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer, Shelf
@@ -30,13 +31,14 @@ from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
 from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
-from shared.wire.messages import Ack, Batch, Message, Reported, decode_body, encode_body
+from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, decode_body, encode_body
 from tests.fakes.clock import FakeClock
 from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
 from tests.fakes.hosts import FakeHosts
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.outbox import FakeOutbox
+from tests.fakes.rounds import FakeReplies, FakeSamples, FakeTrainers
 from tests.fakes.shelf import FakeShelf
 
 DEVICE = DeviceId("dev-test")
@@ -62,6 +64,7 @@ class FakeFetcher:
         self.files: dict[str, bytes] = {}
         self.away = False
         self.fetched: list[str] = []
+        self.uploads: dict[str, bytes] = {}
 
     async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
         """The trust fake needs none."""
@@ -74,6 +77,12 @@ class FakeFetcher:
         self.fetched.append(file.path)
         shelf.append(file.digest, self.files[file.digest], offset=0)
         shelf.publish(file)
+
+    async def upload(self, path: str, data: bytes) -> None:
+        """Keep it."""
+        if self.away:
+            raise Unreachable("the hub is away")
+        self.uploads[path] = data
 
 
 class NoVitals:
@@ -114,6 +123,7 @@ class HubOnFakes:
         self.duplicates = 0
         self.reports: list[Reported] = []
         self.births = 0
+        self.answers: list[RoundReply] = []
         self.silent = False
 
     def route(self, topic: str, payload: bytes) -> None:
@@ -127,6 +137,8 @@ class HubOnFakes:
                 self._store(message)
             case Reported():
                 self.reports.append(message)
+            case RoundReply():
+                self.answers.append(message)
         self.births += topic.endswith("/birth")
 
     def _store(self, message: Batch) -> None:
@@ -183,6 +195,11 @@ class AgentWorld:
         self.fetcher = FakeFetcher()
         self.verifier = FakeVerifier()
         self.hosts = FakeHosts(answer)
+        self.samples = FakeSamples()
+        self.replies = FakeReplies()
+        self.trainers = FakeTrainers()
+        self.tasks = FakeShelf()
+        self.learns = True
         self.cloud = FakeCloud()
         self.policy = Policy()
         self.cache_entries = 0
@@ -192,6 +209,7 @@ class AgentWorld:
         self.models: Models
         self.uplink: Uplink
         self.answering: Answering
+        self.rounds: Rounds
         self.service: Service
         self.agent: Agent
 
@@ -285,6 +303,22 @@ class AgentWorld:
             cache_entries=self.cache_entries,
             cache_bytes=2**20,
         )
+        self.rounds = Rounds(
+            device=DEVICE,
+            clock=self.clock,
+            loop=loop,
+            room=TrainingRoom(
+                samples=self.samples,
+                replies=self.replies,
+                trainers=self.trainers,
+                shelf=self.shelf,
+                tasks=self.tasks,
+                fetcher=self.fetcher,
+                enabled=self.learns,
+            ),
+            routes=self.models.routes,
+            send=self.uplink.answer_round,
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -293,6 +327,7 @@ class AgentWorld:
             uplink=self.uplink,
             outbox=self.outbox,
             answering=self.answering,
+            rounds=self.rounds,
         )
         self.agent = Agent(
             clock=self.clock,
@@ -302,6 +337,7 @@ class AgentWorld:
             models=self.models,
             uplink=self.uplink,
             answering=self.answering,
+            rounds=self.rounds,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,
