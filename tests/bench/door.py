@@ -1,15 +1,20 @@
-"""The door's price: a model asked through the framed socket against the same file in this process; memory; start.
+"""The door's price: a model asked through the socket against the same file in this process; memory; start.
 
 `framed_vs_inprocess`: p50 of a blocking client's `infer` (client -> door -> model host and back, three processes)
 over p50 of the bare engine's `run` on the very file that is served, blocks of both taken in turns, a net of about
-2 ms on 16 kB, one thread, no cache. `host_start_ms`: median from the start of a model host's process to its first
-answer, golden check included. `core_rss_mb`, `with_model_rss_mb`: of a daemon that has verified, committed and served
-that release (tests/bench/_served.py), alone and together with its model host; PSS beside it.
+2 ms on 16 kB, one thread, no cache. `oip_vs_inprocess`: the same over HTTP on the same socket, the Open Inference
+Protocol with binary tensors, asked with Python's http.client over one connection. `host_start_ms`: median from the
+start of a model host's process to its first answer, golden check included. `core_rss_mb`, `with_model_rss_mb`: of a
+daemon that has verified, committed and served that release (tests/bench/_served.py), alone and together with its
+model host; PSS beside it. `core_rss_oip_mb`: of the core once it has spoken HTTP as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
+import socket
 import statistics
 import sys
 import tempfile
@@ -26,6 +31,7 @@ from edge_agent.adapters.system import SystemClock
 from edge_agent.client import Client
 from edge_agent.runtimes import find_loader
 from shared.inference import TensorHead
+from shared.wire.oip import JSON_LENGTH_HEADER, OipRequest, Parameters, decode_response, encode_request
 from tests.bench._served import Served, served
 from tests.fakes.releases import Build, build
 
@@ -43,7 +49,9 @@ def run() -> dict[str, float]:
     figures = {"host_start_ms": host_start_ms(made)}
     with served(made) as agent:
         figures |= framed_vs_inprocess(agent.door, made, agent.model)
-        return figures | memory(agent)
+        figures |= memory(agent)
+        figures |= oip_vs_inprocess(agent.door, made, agent.model)
+        return figures | {"core_rss_oip_mb": sizes_mb(agent.pid)[0]}
 
 
 def two_ms_model() -> Build:
@@ -126,19 +134,12 @@ def convolutions(layers: int) -> Build:
 def framed_vs_inprocess(door: Path, made: Build, model: bytes) -> dict[str, float]:
     """Blocks of both in turns; p50 in milliseconds and their ratio."""
     image = np.random.default_rng(2).standard_normal((1, 1, SIDE, SIDE)).astype(np.float32)
-    inprocess = _runner(model, image)
-    framed: list[float] = []
-    bare: list[float] = []
     with Client(door) as client:
 
         def ask() -> None:
             client.infer(made.manifest.family, {"x": image}, deadline_ms=1000)
 
-        for block in range(BLOCKS + 1):
-            both = _timed(ask, BLOCK), _timed(inprocess, BLOCK)
-            if block > 0:  # the first block warms both up
-                framed += both[0]
-                bare += both[1]
+        framed, bare = _in_turns(ask, _runner(model, image))
     framed_ms, bare_ms = statistics.median(framed), statistics.median(bare)
     return {
         "framed_vs_inprocess": framed_ms / bare_ms,
@@ -147,6 +148,44 @@ def framed_vs_inprocess(door: Path, made: Build, model: bytes) -> dict[str, floa
         "inprocess_p50_ms": bare_ms,
         "inprocess_p99_ms": statistics.quantiles(bare, n=100)[98],
     }
+
+
+def oip_vs_inprocess(door: Path, made: Build, model: bytes) -> dict[str, float]:
+    """The same over HTTP."""
+    image = np.random.default_rng(2).standard_normal((1, 1, SIDE, SIDE)).astype(np.float32)
+    head = TensorHead(name="x", dtype="fp32", shape=image.shape)
+    path = f"/v2/models/{made.manifest.family}/infer"
+    with socket.socket(socket.AF_UNIX) as stream, contextlib.closing(http.client.HTTPConnection("door")) as link:
+        stream.connect(str(door))
+        link.sock = stream
+
+        def ask() -> None:
+            parameters: Parameters = {"timeout": 1_000_000, "binary_data_output": True}
+            asked = OipRequest(inputs=(head,), payload=(image.tobytes(),), parameters=parameters)
+            length, parts = encode_request(asked)
+            link.request("POST", path, body=b"".join(parts), headers={JSON_LENGTH_HEADER: str(length)})
+            got = link.getresponse()
+            answer = decode_response(got.read(), json_length=int(got.headers[JSON_LENGTH_HEADER]))
+            np.frombuffer(answer.payload[0], np.float32).reshape(answer.outputs[0].shape)
+
+        asked, bare = _in_turns(ask, _runner(model, image))
+    return {
+        "oip_vs_inprocess": statistics.median(asked) / statistics.median(bare),
+        "oip_p50_ms": statistics.median(asked),
+        "oip_p99_ms": statistics.quantiles(asked, n=100)[98],
+    }
+
+
+def _in_turns(ask: Callable[[], object], inprocess: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call of both, in blocks that alternate."""
+    asked: list[float] = []
+    bare: list[float] = []
+    for block in range(BLOCKS + 1):
+        both = _timed(ask, BLOCK), _timed(inprocess, BLOCK)
+        if block > 0:  # the first block warms both up
+            asked += both[0]
+            bare += both[1]
+    return asked, bare
 
 
 def host_start_ms(made: Build) -> float:
