@@ -192,6 +192,8 @@ def _response(answer: Answer, parts: Sequence[Buffer]) -> oip.OipResponse:
         confidences=answer.confidences,
         degraded=answer.degraded,
         deadline_met=answer.deadline_met,
+        reason=answer.reason,
+        escalated=answer.escalated,
     )
     try:
         payload = oip.cut_payload(answer.outputs, parts[0] if len(parts) == 1 else b"".join(parts))
