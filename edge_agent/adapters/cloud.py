@@ -42,6 +42,8 @@ CONNECTIONS: Final = 4
 MAX_LABEL_CHARS: Final = 1 * KIB
 MAX_RETRY_AFTER_S: Final = 86_400
 _CHUNK_BYTES: Final = 64 * KIB
+_ONE: Final = 1.001
+"""A share of one, as 32-bit arithmetic may give it."""
 _GRACE_S: Final = 0.2
 """How long a thread whose connection was cut is waited for; name resolution cannot be cut."""
 
@@ -279,7 +281,7 @@ def _understand(response: http.client.HTTPResponse, body: bytearray) -> CloudAns
     if said_by is None or len(said_by.labels) != 1 or len(said_by.confidences) != 1:
         raise TransferCorrupt("the hub's answer does not say one label and its confidence")
     label, confidence = said_by.labels[0], said_by.confidences[0]
-    if len(label) > MAX_LABEL_CHARS or not (math.isfinite(confidence) and 0 <= confidence <= 1):
+    if len(label) > MAX_LABEL_CHARS or not (math.isfinite(confidence) and 0 <= confidence <= _ONE):
         raise TransferCorrupt("the hub's answer says a label or a confidence that is none")
     return CloudAnswer(
         model=answer.model,
@@ -287,7 +289,7 @@ def _understand(response: http.client.HTTPResponse, body: bytearray) -> CloudAns
         variant=said_by.variant,
         digest=said_by.digest,
         label=label,
-        confidence=confidence,
+        confidence=min(confidence, 1.0),
         outputs=answer.outputs,
         payload=answer.payload,
         size_bytes=len(body),
