@@ -97,7 +97,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="control", tag_field="type"):
-    """A command of `outrider-agent` to the running daemon: `queue.flush`, `queue.drop`, `samples.drop`, `model.rollback`."""
+    """A command of `outrider-agent` to the daemon: `queue.flush`, `queue.drop`, `samples.drop`, `model.rollback`."""
 
     command: str
     id: RequestId = ""
