@@ -10,6 +10,9 @@ OUTRIDER_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 OUTRIDER_PYTHON="$OUTRIDER_ROOT/.venv/bin/python"
 export OUTRIDER_ROOT OUTRIDER_PYTHON
 
+# Ctrl-C ends a script with 130 once the child that it reached has ended, not with that child's own complaint.
+trap 'exit 130' INT
+
 _outrider_say() { printf 'set-up: %s\n' "$*" >&2; }
 
 # Runs a command that must not outlive this script, with every cache inside the folder.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cloud_hub import onnx_library
 from shared.errors import ConfigError, ModelError
 from shared.model import Manifest, Variant
 from shared.wire.golden import GoldenSet
@@ -124,7 +125,7 @@ def _outputs(manifest: Manifest, model: bytes, golden: GoldenSet) -> Any:
 
 def _session(model: bytes) -> Any:
     try:
-        import onnxruntime as ort
+        ort = onnx_library.onnxruntime()
     except ImportError as error:
         raise ConfigError(
             "checking a release needs onnxruntime", code="config.onnxruntime", hint="pip install 'outrider[hub]'"

@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from cloud_hub import onnx_library
 from shared.errors import InputRefused, ModelError, OutriderError
 from shared.inference import TensorHead
 from shared.model import Manifest, Variant
@@ -216,14 +217,13 @@ def _is_of_one_kind(scores: Array) -> bool:
 
 def _load(model: bytes, *, threads: int) -> Any:
     try:
-        import onnxruntime
+        onnxruntime = onnx_library.onnxruntime()
     except ImportError as error:
         raise ModelError(
             f"onnxruntime cannot be imported: {error}",
             code="model.runtime_missing",
             hint="install the hub with its runtime: pip install 'outrider[hub]'",
         ) from error
-    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -5,7 +5,7 @@ goes to standard output line by line, `report.json` and the variants' files to t
 because it takes hostile files into native libraries: it may crash, hang or swell, and the hub goes on.
 
 Rules: it talks to nobody; it dies with the hub; whatever the libraries raise on an odd graph becomes a refusal of the
-model with the library's words, never a traceback that nobody reads. Only this module of the hub imports onnxruntime.
+model with the library's words, never a traceback that nobody reads. ONNX Runtime comes from cloud_hub/onnx_library.py.
 
 Not here: the deadline and the watch on its memory (workbench.py), whether a figure is good enough (rules.py).
 """
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from cloud_hub import onnx_library
 from cloud_hub.releases.job import MAX_JOB_BYTES, MODULE, REPORT_FILE, Held, Hold, Job, Step
 from cloud_hub.releases.rules import BuildReport, VariantReport, gate_verdict
 from shared import limits
@@ -160,8 +161,7 @@ def _admit(file: Path, *, what: str) -> None:
 
 
 def _load(file: Path, *, batch: int | None = None) -> Graph:
-    import onnxruntime
-
+    onnxruntime = onnx_library.onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -46,8 +46,8 @@ def yardstick(
 ) -> Yardstick:
     """Run the base once over its golden set; raises ModelError when it does not give the features that it declares."""
     import numpy as np
-    import onnxruntime
 
+    from cloud_hub import onnx_library
     from shared.tensors import from_wire, prepare
 
     content = decode_golden(golden.read_bytes(), signature)
@@ -59,7 +59,7 @@ def yardstick(
         preparation = by_input.get(tensor.name)
         array = plain[tensor.name]
         rows[tensor.name] = array if preparation is None else prepare(preparation, specs[tensor.name], array)
-    features = _run(onnxruntime, model, rows, head)
+    features = _run(onnx_library.onnxruntime(), model, rows, head)
     labels = np.array(content.labels, dtype=np.int64)
     known = (labels >= 0) & (labels < head.classes)
     if not known.any():

@@ -7,6 +7,7 @@ The model comes as bytes, so that weights in other files cannot be pulled in by 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import InputRefused, ModelError
@@ -20,7 +21,7 @@ _LOG_FATAL_ONLY = 4
 def require() -> None:
     """Import the library; raises ModelError with what to install."""
     try:
-        import onnxruntime  # noqa: F401
+        _library()
     except ImportError as error:
         raise ModelError(
             f"onnxruntime cannot be imported: {error}",
@@ -31,9 +32,7 @@ def require() -> None:
 
 def load(model: bytes, *, threads: int) -> OnnxEngine:
     """The loaded model; raises ModelError with the code `model.corrupt` when ONNX Runtime refuses the bytes."""
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
+    onnxruntime = _library()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -69,6 +68,15 @@ class OnnxEngine:
                 raise InputRefused(f"the model's graph refuses the input: {_first_line(error)}") from error
             raise ModelError(f"the model failed: {_first_line(error)}", code="model.run") from error
         return dict(zip(self.outputs, results, strict=True))
+
+
+def _library() -> Any:
+    # Before the import, or it is too late: the wheels send usage data home, and keep a device id below the home
+    # directory. The library reads this from the environment and from nowhere else.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # noqa: TID251
+    import onnxruntime
+
+    return onnxruntime
 
 
 def _first_line(error: Exception) -> str:
