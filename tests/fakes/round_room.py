@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -131,11 +132,13 @@ class Fleet:
     Attributes:
         answers: by device, what it says to a task; None says nothing.
         asked: messages in the order of their coming, with repetitions.
+        uploads: whether answers come over HTTPS.
     """
 
     devices: dict[str, Device] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: list[tuple[str, RoundTask]] = field(default_factory=list)
+    uploads: bool = False
 
     async def list(
         self, *, after: str = "", limit: int = 500, labels: Mapping[str, str] | None = None
@@ -220,8 +223,8 @@ class RoundRoom:
         self.releases.database.write_now(work)
 
     @contextlib.asynccontextmanager
-    async def open(self, *, builds: bool = True) -> AsyncIterator[Desk]:
-        """A start of the hub over the same data; leaving it is as sudden as being killed."""
+    async def open(self, *, holds: bool = True) -> AsyncIterator[Desk]:
+        """A start of the hub over the same data; leaving it is as sudden as being killed. `holds` holds runs, too."""
         self._posted = asyncio.Queue()
         desk = Desk(
             data=self.root,
@@ -235,9 +238,9 @@ class RoundRoom:
         )
         self.desk = desk
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(desk.run()), group.create_task(self._devices(desk))]
-            if builds:
-                tasks.append(group.create_task(self._build()))
+            tasks = [group.create_task(self._devices(desk)), group.create_task(self._build())]
+            if holds:
+                tasks.append(group.create_task(desk.run()))
             try:
                 yield desk
             finally:
@@ -278,6 +281,12 @@ class RoundRoom:
             if said is None:
                 continue
             reply = RoundReply(run=task.run, message=task.message, content=said)
+            if self.fleet.uploads:
+                await desk.upload(
+                    DeviceId(name), run=task.run, message=task.message, length=len(said), pieces=_pieces(said)
+                )
+                digest = hashlib.sha256(said).hexdigest()
+                reply = RoundReply(run=task.run, message=task.message, blob=digest, length=len(said))
             await desk.replied(DeviceId(name), envelope_of(reply, device=name), reply)
 
     async def _build(self) -> None:
@@ -295,6 +304,11 @@ class RoundRoom:
 
                 await self.releases.database.write(work)
             await asyncio.sleep(0.05)
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), 1000):
+        yield data[start : start + 1000]
 
 
 def spec(**fields: Any) -> Spec:

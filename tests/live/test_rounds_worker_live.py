@@ -18,8 +18,10 @@ import pytest
 from onnx import numpy_helper
 
 from cloud_hub.ground import audit
+from cloud_hub.rounds import session
 from cloud_hub.rounds.desk import Desk, Run
 from shared.federated import Array, ArrayRecord, FlowerRecord, MetricRecord
+from shared.ids import Digest
 from tests.fakes.round_room import FAMILY, RESULT, RoundRoom, altered, npy, refusal, spec
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
@@ -77,6 +79,25 @@ def test_a_run_learns_a_head_that_becomes_a_model(room: RoundRoom) -> None:
     assert row.push.model == run.row.model
     actions = [entry.action for entry in room.releases.database.read_now(lambda c: audit.entries(c, after=0, limit=50))]
     assert [action for action in actions if action.startswith("round.")] == ["round.started", "round.finished"]
+
+
+def test_large_tasks_and_answers_travel_as_files(room: RoundRoom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "MAX_INLINE_BYTES", 100)
+    room.fleet.uploads = True
+    run = hold(room, rounds=2)
+    assert run.row.state == "finished", run.row.reason
+    assert all(result.accepted == 3 for result in run.results)
+    blobs = {task.blob for _, task in room.fleet.asked}
+    assert len(blobs) == 2, "one file for all devices of a round"
+    assert all(not task.content for _, task in room.fleet.asked)
+    assert not any(room.releases.desk.blobs.find(Digest(blob)) for blob in blobs), "old tasks pile up"
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "fedyogi", "fedmedian", "fedtrimmedavg", "krum", "multikrum"])
+def test_every_strategy_holds_a_run(room: RoundRoom, strategy: str) -> None:
+    run = hold(room, rounds=2, strategy=strategy)
+    assert run.row.state == "finished", run.row.reason
+    assert all(array.dtype == np.float32 for array in head_of(room).values())
 
 
 def test_devices_that_send_nonsense_do_not_hurt_the_run(room: RoundRoom) -> None:
