@@ -49,6 +49,7 @@ MAX_ARRIVING_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
 MAX_PATH_BYTES: Final = 100
 """The kernel takes 107 (unix(7)), other systems 103; staying below both keeps a state directory movable."""
 _UNSENT_BYTES: Final = limits.MIB
+_SCRATCH_BYTES: Final = 64 * limits.KIB
 _LINGER_S: Final = 1.0
 
 
@@ -82,6 +83,7 @@ class Door:
         self._connections: set[_Connection] = set()
         self._http_streams: set[HttpStream] = set()
         self._conversation: Conversation | None = None
+        self._http_scratch = memoryview(b"")
 
     @property
     def http_port(self) -> int:
@@ -178,14 +180,14 @@ class Door:
 
         return self._room.enter(request.id, len(payload), work)
 
-    def hand_over(self, connection: _Connection, first: bytes, *, is_turned_away: bool) -> None:
+    def hand_over(self, connection: _Connection, first: memoryview, *, is_turned_away: bool) -> None:
         """The connection speaks HTTP: go on with its stream in that dialect."""
         self._connections.discard(connection)
         transport = connection.link.give_away()
         stream = self._http_stream(is_turned_away=is_turned_away, is_local=False)
         transport.set_protocol(stream)
         stream.connection_made(transport)
-        stream.data_received(first)
+        stream.take(first)
 
     def forget(self, connection: _Connection) -> None:
         """The connection has ended."""
@@ -208,12 +210,15 @@ class Door:
         from edge_agent.adapters.http_door import HttpStream
         from edge_agent.adapters.oip import Conversation
 
-        self._conversation = self._conversation or Conversation(reply_to=self._room.reply_to)
+        if self._conversation is None:
+            self._conversation = Conversation(reply_to=self._room.reply_to)
+            self._http_scratch = memoryview(bytearray(_SCRATCH_BYTES))
         stream = HttpStream(
             room=self._room,
             conversation=self._conversation,
             on_end=self._http_streams.discard,
             has_room=lambda: self.arriving_bytes() <= MAX_ARRIVING_BYTES,
+            scratch=self._http_scratch,
             is_turned_away=is_turned_away,
             is_local=is_local,
         )
@@ -266,7 +271,7 @@ class _Connection:
     def _on_first(self, first: memoryview) -> bool:
         if first[0] != frames.MAGIC:
             self._stop_timer()
-            self._door.hand_over(self, bytes(first), is_turned_away=self._turned_away)
+            self._door.hand_over(self, first, is_turned_away=self._turned_away)
             return True
         if self._turned_away:
             self._end_with(

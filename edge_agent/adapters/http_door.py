@@ -1,7 +1,7 @@
 """HTTP/1.1 at the door: h11 reads and writes it, asyncio carries it, the conversation (oip.py) answers it.
 
 Rules:
-- One request of a connection is worked on at a time; what a client sends ahead waits in the socket.
+- One request of a connection is worked on at a time; what a client sends ahead waits in the socket, but for one read.
 - Head, body and silence are bounded in time, head and body in size. The head's time counts from its first byte and
   does not begin anew because another byte dribbles in. Who does not read the answers is cut off after `CLOGGED_S`.
 - A request that ends the connection gets its reason first, and a moment to read it.
@@ -77,9 +77,10 @@ class HttpExchange:
         """Whether the connection ends with the response that was written."""
         return self._machine.our_state is not h11.DONE
 
-    def receive(self, data: bytes) -> None:
-        """Bytes have arrived; none means the end."""
-        self._machine.receive_data(data)
+    def receive(self, data: bytes | memoryview) -> None:
+        """Bytes have arrived, which are copied; none means the end."""
+        # A view will do for h11, though it is only declared for bytes.
+        self._machine.receive_data(data)  # type: ignore[arg-type]
 
     def next_step(self) -> Step:
         """What is to be done with what has arrived."""
@@ -152,7 +153,7 @@ class HttpExchange:
         return request
 
 
-class HttpStream(asyncio.Protocol):
+class HttpStream(asyncio.BufferedProtocol):
     """One connection that speaks HTTP."""
 
     def __init__(
@@ -162,6 +163,7 @@ class HttpStream(asyncio.Protocol):
         conversation: Conversation,
         on_end: Callable[[HttpStream], None],
         has_room: Callable[[], bool],
+        scratch: memoryview,
         is_turned_away: bool,
         is_local: bool,
     ) -> None:
@@ -172,6 +174,7 @@ class HttpStream(asyncio.Protocol):
             conversation: answers them.
             on_end: the connection has ended.
             has_room: whether all that is still arriving is within its bound.
+            scratch: where bytes arrive before they are taken over; one for all connections.
             is_turned_away: there are too many connections; its first request is refused.
             is_local: came in at the port on loopback, so that its headers must say so.
         """
@@ -179,6 +182,7 @@ class HttpStream(asyncio.Protocol):
         self._conversation = conversation
         self._on_end = on_end
         self._has_room = has_room
+        self._scratch = scratch
         self._is_turned_away = is_turned_away
         self._exchange = HttpExchange(is_local=is_local)
         self._loop = asyncio.get_running_loop()
@@ -187,6 +191,7 @@ class HttpStream(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._clogged: asyncio.TimerHandle | None = None
         self._is_busy = False
+        self._is_paused = False
         self._is_ending = False
 
     @property
@@ -211,11 +216,24 @@ class HttpStream(asyncio.Protocol):
             message = f"{limits.MAX_DOOR_CONNECTIONS} connections are open"
             self._end_with(_status(503, error_response(overload("", "overload.connections", message))))
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """asyncio: where the next bytes go."""
+        return self._scratch
+
+    def buffer_updated(self, nbytes: int) -> None:
         """asyncio: bytes have arrived."""
-        if not self._is_ending:
-            self._exchange.receive(data)
-            self._advance()
+        self.take(self._scratch[:nbytes])
+
+    def take(self, data: memoryview) -> None:
+        """Go on with bytes of the stream, which are copied."""
+        if self._is_ending:
+            return
+        self._exchange.receive(data)
+        if self._is_busy and self._transport is not None:
+            # Only who sends ahead costs the two system calls of a pause; the first part of it is here already.
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._advance()
 
     def eof_received(self) -> bool:
         """asyncio: the other side sends no more; it may still wait for an answer."""
@@ -264,8 +282,6 @@ class HttpStream(asyncio.Protocol):
         """Have a request answered."""
         self._is_busy = True
         self._watch(None)
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
 
         async def work(place: Place) -> None:
             self._answer(await self._conversation.respond(request, place))
@@ -290,7 +306,9 @@ class HttpStream(asyncio.Protocol):
             self.close()
             return
         self._exchange.go_on()
-        self._transport.resume_reading()
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
         self._advance()
 
     def _end_with(self, response: HttpResponse) -> None:
