@@ -64,7 +64,7 @@ class HttpsServer:
                 self.close_connection = True
                 reply(request, self)
 
-            do_POST = do_GET
+            do_POST = do_PUT = do_GET
 
             def log_message(self, *_: object) -> None:
                 """Nothing."""

@@ -246,6 +246,37 @@ def test_metadata_is_bounded_and_may_be_missing(ca: TestCa) -> None:
     assert caught.value.code == "transfer.too_large"
 
 
+def test_bytes_are_put_and_the_hubs_word_decides(ca: TestCa) -> None:
+    statuses = {"/v1/rounds/r/replies/a": 201, "/v1/rounds/r/replies/late": 409, "/v1/rounds/r/replies/busy": 503}
+
+    def reply(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        answer(handler, statuses[request.path], b"{}")
+
+    with HttpsServer(ca, reply) as server:
+        link = fetcher(ca, server.url)
+        asyncio.run(link.upload("/v1/rounds/r/replies/a", DATA))
+        with pytest.raises(TransferRefused):
+            asyncio.run(link.upload("/v1/rounds/r/replies/late", b"x"))
+        with pytest.raises(Unreachable):
+            asyncio.run(link.upload("/v1/rounds/r/replies/busy", b""))
+        first = server.requests[0]
+    assert (first.method, first.body, first.peer) == ("PUT", DATA, "dev-a")
+    assert first.headers["Content-Length"] == str(len(DATA))
+    assert [request.body for request in server.requests[1:]] == [b"x", b""]
+
+
+def test_an_upload_to_a_hub_that_never_answers_is_given_up(ca: TestCa) -> None:
+    ended = threading.Event()
+
+    def silent(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        ended.wait(20)
+
+    with HttpsServer(ca, silent) as server:
+        with pytest.raises(Unreachable):
+            asyncio.run(fetcher(ca, server.url, stall_ms=200).upload("/v1/rounds/r/replies/a", b"x" * 100))
+        ended.set()
+
+
 def test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused(ca: TestCa, tmp_path: Path) -> None:
     foreign = TestCa(tmp_path, name="foreign-ca")
     with HttpsServer(foreign, serve_range) as server, pytest.raises(TransferRefused) as caught:
