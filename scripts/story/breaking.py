@@ -85,7 +85,7 @@ def _event_counts(house: House) -> dict[str, int]:
 
 
 def _refused(house: House, seen: dict[str, int], *, wanted: int) -> tuple[str, ...]:
-    """Wait until every device has told the hub of that many refusals; returns their codes, the same for all."""
+    """Wait until every device has told the hub of that many kinds of refusal; returns their codes, the same for all."""
     codes = {
         until(
             f"{device.name} tells the hub that it refused",
@@ -105,7 +105,9 @@ def _refusals(house: House, device: Device, *, seen: int, wanted: int) -> tuple[
             codes.append(str(event["detail"].get("code", "")))
         elif event["name"] in TAKEN:
             raise NeverTrue(f"{device.name} took what it had to refuse: {event}")
-    return tuple(codes) if len(codes) >= wanted else None
+    # The hub sends what a device has not taken again and again; each kind of refusal counts once.
+    kinds = tuple(dict.fromkeys(codes))
+    return kinds if len(kinds) >= wanted else None
 
 
 def _serves_on(house: House, *, title: str) -> None:
