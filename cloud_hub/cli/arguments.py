@@ -9,7 +9,7 @@ import argparse
 from typing import Final, NoReturn
 
 PACKAGE: Final = "cloud_hub.cli"
-LISTINGS: Final = ("devices", "models", "releases", "assignments")
+LISTINGS: Final = ("devices", "models", "releases", "assignments", "rollouts")
 THINGS: Final = ("device", "model", "release")
 
 _Leaves = argparse._SubParsersAction  # the only name that argparse has for it
@@ -36,6 +36,7 @@ def build() -> Parser:
     _device(commands)
     _model(commands)
     _release(commands)
+    _rollout(commands)
     _round(commands)
     leaf = _leaf(commands, "audit", "list who did what, oldest first", run="fleet:audit")
     leaf.add_argument("--after", type=int, default=0, metavar="SEQ", help="start behind this row")
@@ -146,6 +147,67 @@ def _release(commands: _Leaves[Parser]) -> None:
     leaf.add_argument("name", metavar="FAMILY/VERSION")
 
 
+def _rollout(commands: _Leaves[Parser]) -> None:
+    leaves = _group(commands, "rollout", "bring a release to the fleet in stages")
+    leaf = _leaf(leaves, "plan", "show what a rollout would do, and what its first stage can miss", run="rollouts:plan")
+    _rollout_options(leaf)
+    leaf = _leaf(leaves, "start", "start a rollout", run="rollouts:start")
+    _rollout_options(leaf)
+    leaf.add_argument("--draft", action="store_true", help="keep it, to be started later by its name")
+    _until_ended(leaf)
+    leaf = _leaf(leaves, "status", "show a rollout, or list all of them", run="rollouts:status")
+    leaf.add_argument("rollout", metavar="ROLLOUT", nargs="?", help="its name; without one all are listed")
+    leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
+    _until_ended(leaf)
+    leaf = _leaf(leaves, "explain", "show every decision with its numbers", run="rollouts:explain")
+    leaf.add_argument("rollout", metavar="ROLLOUT")
+    leaf = _leaf(leaves, "pause", "offer the release to nobody else for now", run="rollouts:pause")
+    leaf.add_argument("rollout", metavar="ROLLOUT")
+    leaf.add_argument("--reason", default="", metavar="TEXT", help="kept with the decision")
+    leaf = _leaf(leaves, "resume", "go on; acknowledges what failed so far", run="rollouts:resume")
+    leaf.add_argument("rollout", metavar="ROLLOUT")
+    leaf = _leaf(leaves, "abort", "end a rollout", run="rollouts:abort")
+    leaf.add_argument("rollout", metavar="ROLLOUT")
+    then = leaf.add_mutually_exclusive_group()
+    then.add_argument("--revert", action="store_true", help="devices go back to what they ran before (the default)")
+    then.add_argument("--keep", action="store_true", help="devices keep what they have")
+
+
+def _rollout_options(leaf: Parser) -> None:
+    add = leaf.add_argument
+    add("release", metavar="FAMILY/VERSION|FILE.toml|DRAFT", help="a release, a file that says all, or a draft's name")
+    whom = leaf.add_mutually_exclusive_group()
+    whom.add_argument("--all", action="store_true", help="all devices (the default)")
+    whom.add_argument(
+        "--selector", action="append", default=[], metavar="KEY=VALUE", help="only devices with this label; repeatable"
+    )
+    whom.add_argument("--device", action="append", default=[], metavar="NAME", help="only this device; repeatable")
+    add("--stages", metavar="SIZE,…", help="counts or percent, growing (default 1%%,5%%,25%%,50%%,100%%)")
+    add("--soak", type=_whole, metavar="SECONDS", help="how long a settled stage is watched (default 1800)")
+    add("--max-harmed", type=_whole, metavar="N", help="harmed devices that are borne (default 5%%, at least 1)")
+    add("--max-unresolved", type=_whole, metavar="N", help="unresolved devices that are borne (default as harmed)")
+    add("--min-answers", type=_whole, metavar="N", help="good answers that make a device healthy (default 20)")
+    add("--deadline", type=_count, metavar="SECONDS", help="after this an offered device is unresolved (default 1800)")
+    add("--baseline", type=_count, metavar="SECONDS", help="how far back the release before is read (default 3600)")
+    add("--gates", metavar="NAME,…|none", help="of devices, outcomes, latency (default all)")
+    add("--margin", type=_number, metavar="SHARE", help="a rise of wrong answers to be found (default 0.05)")
+    add("--tolerance", type=_number, metavar="SHARE", help="a rise that still counts as good (default 0.01)")
+    add("--min-baseline", type=_count, metavar="N", help="outcomes that the release before needs (default 50)")
+    add("--max-ratio", type=_number, metavar="X", help="p95 latency against the release before (default 1.5)")
+    add("--min-timed", type=_count, metavar="N", help="timed answers that both releases need (default 50)")
+
+
+def _until_ended(leaf: Parser) -> None:
+    leaf.add_argument("--wait", action="store_true", help="wait until it has ended; 7 when that was not well")
+    leaf.add_argument(
+        "--timeout",
+        type=_count,
+        default=86_400,
+        metavar="SECONDS",
+        help="with --wait: how long (default a day), then 8",
+    )
+
+
 def _round(commands: _Leaves[Parser]) -> None:
     leaves = _group(commands, "round", "learn a model's head on the devices, without their data leaving them")
     leaf = _leaf(leaves, "start", "begin a federated run from a published release", run="rounds:start")
@@ -187,6 +249,10 @@ def _count(text: str) -> int:
     if not 0 < value <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
     return value
+
+
+def _whole(text: str) -> int:
+    return 0 if text.strip() == "0" else _count(text)
 
 
 def _number(text: str) -> float:

@@ -133,9 +133,16 @@ def _device_row(item: Document, now_ms: int) -> list[str]:
         "online" if device.online else "offline",
         screen.ago(device.last_seen_ms, now_ms=now_ms),
         ", ".join(running(model) for model in reported.models) or "-",
-        str(reported.queue_records),
+        _queue(device, reported, now_ms),
         labels(device) or "-",
     ]
+
+
+def _queue(device: Device, reported: Reported, now_ms: int) -> str:
+    # A device reports now and then, and not at all while it is away: the figure is as old as its report.
+    if not device.reported_ms:
+        return "-"
+    return f"{reported.queue_records} ({screen.ago(device.reported_ms, now_ms=now_ms)} ago)"
 
 
 def _model_row(item: Document, _now_ms: int) -> list[str]:
@@ -153,6 +160,12 @@ def _assignment_row(item: Document, _now_ms: int) -> list[str]:
     assigned = read(item, Assigned, what="assignment")
     models = ", ".join(f"{model.family}/{model.version}" for model in assigned.models)
     return [assigned.device, str(assigned.version), models, moment(assigned.issued_ms)]
+
+
+def _rollout_row(item: Document, now_ms: int) -> list[str]:
+    from cloud_hub.cli import rollouts
+
+    return rollouts.row(item, now_ms)
 
 
 _LISTINGS: Final[dict[str, _Listing]] = {
@@ -179,5 +192,11 @@ _LISTINGS: Final[dict[str, _Listing]] = {
         ("DEVICE", "VERSION", "MODELS", "ISSUED (UTC)"),
         _assignment_row,
         "no assignments; make some: outrider release publish FAMILY/VERSION --assign all",
+    ),
+    "rollouts": _Listing(
+        "/v1/rollouts",
+        ("ROLLOUT", "RELEASE", "PHASE", "STAGE", "DEVICES", "STARTED (UTC)"),
+        _rollout_row,
+        "no rollouts; start one: outrider rollout start --help",
     ),
 }
