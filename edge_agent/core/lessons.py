@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, cast
 
@@ -88,7 +89,7 @@ def read_task(message: FlowerMessage, *, routes: Mapping[str, Route], device: st
         learning_rate=_number(settings, "learning_rate", default=0.1, most=1e6),
         epochs=_integer(settings, "epochs", default=1, most=MAX_EPOCHS),
         batch_size=_integer(settings, "batch_size", default=32, most=MAX_BATCH),
-        seed=_seed(settings.get("seed", 0), device=device, round_name=message.metadata.group_id),
+        seed=_seed(settings.get("seed", 0), device=device, group=message.metadata.group_id),
     )
     return Study(release=release, features=_text(settings, "features"), lesson=lesson)
 
@@ -181,7 +182,11 @@ def _integer(settings: Mapping[str, ConfigValue], key: str, *, default: int, mos
     return int(value)
 
 
-def _seed(value: ConfigValue, *, device: str, round_name: str) -> int:
-    """A number that differs by run, device and round, and never between two tries of the same task."""
-    words: Sequence[str] = (str(value)[:80], device, round_name)
+def _seed(value: ConfigValue, *, device: str, group: str) -> int:
+    """A number that differs by seed, device and round, and never between two attempts at the same round.
+
+    The round is the number that a message's group begins with, as Flower's strategies and the hub name it.
+    """
+    number = re.match(r"[0-9]{0,18}", group, re.ASCII)
+    words: Sequence[str] = (str(value)[:80], device, number.group() if number is not None else "")
     return int.from_bytes(hashlib.sha256("\n".join(words).encode("utf-8", "replace")).digest()[:8], "big")

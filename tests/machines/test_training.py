@@ -239,6 +239,7 @@ def test_chance_differs_by_seed_device_and_round_and_by_nothing_else() -> None:
     assert len(set(seeds)) == 4
     assert all(0 <= number < 2**64 for number in seeds)
     assert seed(epochs=9) == seed()
+    assert seed(round_name="1t7") == seed(round_name="1t0") == seed()  # another attempt at the same round
 
 
 @pytest.mark.parametrize(
