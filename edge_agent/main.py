@@ -11,6 +11,7 @@ import logging
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -106,7 +107,7 @@ async def _compose(
     )
     answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
     room = _training_room(config, profile, database, fetcher)
-    routes, send = models.routes, uplink.answer_round
+    routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
     service = Service(
         running=running,

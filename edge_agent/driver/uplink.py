@@ -173,14 +173,14 @@ class Uplink:
             assignment_version=self.assignment_version,
             models=self._models(),
         )
-        self._send("birth", birth)
+        self.send("birth", birth)
         self.report_now()
         self._inbox.post(ForPump(pump.WentOnline()))
 
     async def say_goodbye(self) -> None:
         """Tell the hub that this is a clean stop, then leave without the last will."""
         if self.online:
-            self._send("death", Death(boot=self._running.boot, session=self._session, reason="stopped"))
+            self.send("death", Death(boot=self._running.boot, session=self._session, reason="stopped"))
         await self._courier.disconnect()
 
     # State reports
@@ -202,7 +202,7 @@ class Uplink:
             queue_records=sum(depth.records.values()),
             queue_bytes=depth.bytes,
         )
-        if not self._send("reported", reported):
+        if not self.send("reported", reported):
             self.report_soon()
 
     # Outbox
@@ -222,7 +222,7 @@ class Uplink:
                 case pump.LoadBatch(klass):
                     await self._load(klass)
                 case pump.SendBatch(batch):
-                    self._send(_LEAF[RecordClass(batch.batch.klass)], batch)
+                    self.send(_LEAF[RecordClass(batch.batch.klass)], batch)
                 case pump.Settle(batch_id):
                     await self._settle(batch_id)
                 case pump.StartAckTimer(klass, digest, delay_ms):
@@ -278,10 +278,6 @@ class Uplink:
             case Birth() | Death() | Batch() | Reported() | RoundReply():
                 logger.warning("message for the hub came to the device", extra={"kind": KIND_OF[type(message)]})
 
-    def answer_round(self, reply: RoundReply) -> bool:
-        """Publish an answer to a task of a federated run; False when it cannot be now."""
-        return self.online and self._send("round", reply)
-
     def _open(self, topic: str, payload: bytes) -> Message:
         topics.parse_down(topic)
         envelope = decode_envelope(payload)
@@ -289,7 +285,8 @@ class Uplink:
             raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
         return decode_body(envelope)
 
-    def _send(self, leaf: topics.UpLeaf, message: Message) -> bool:
+    def send(self, leaf: topics.UpLeaf, message: Message) -> bool:
+        """Publish a message now; False when the link does not take it: whoever needs it sends it again."""
         return self._courier.publish(topics.up(self._running.device, leaf), self._pack(message))
 
     def _pack(self, message: Message) -> bytes:

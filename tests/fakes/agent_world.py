@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -317,7 +318,7 @@ class AgentWorld:
                 enabled=self.learns,
             ),
             routes=self.models.routes,
-            send=self.uplink.answer_round,
+            send=partial(self.uplink.send, "round"),
         )
         self.service = Service(
             running=running,

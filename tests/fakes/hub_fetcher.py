@@ -41,3 +41,6 @@ class HubFetcher:
         if data is not None and len(data) > need.max_bytes:
             raise TransferCorrupt("longer than asked for", code="transfer.too_large")
         return data
+
+    async def upload(self, path: str, data: bytes) -> None:
+        raise TransferError("this repository takes nothing", code="transfer.refused")
