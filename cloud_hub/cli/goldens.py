@@ -98,4 +98,5 @@ def _truth(path: Path, truth: Array | None, *, rows: int, labels: tuple[str, ...
 
 
 def _unusable(path: Path, message: str, *, hint: str = "") -> InvalidValue:
+    hint = hint or "give an .npz with one array per input, named like it, and `labels`, all with as many rows"
     return InvalidValue(f"{path}: {message}", code="invalid.golden", hint=hint)

@@ -100,6 +100,14 @@ def _small_file(name: str, *, what: str) -> str:
             data = file.read(64 * KIB)
         return data.decode("ascii")
     except OSError as error:
-        raise InvalidValue(f"{what} file {name} cannot be read: {error.strerror}", code="invalid.file") from error
+        raise InvalidValue(
+            f"{what} file {name} cannot be read: {error.strerror}",
+            code="invalid.file",
+            hint="check the path and that you may read the file",
+        ) from error
     except UnicodeDecodeError as error:
-        raise InvalidValue(f"{what} file {name} is not text", code="invalid.file") from error
+        raise InvalidValue(
+            f"{what} file {name} is not text",
+            code="invalid.file",
+            hint="give the file as `outrider-hub` wrote or printed it",
+        ) from error

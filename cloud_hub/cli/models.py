@@ -24,6 +24,7 @@ from shared.ids import parse_family, parse_version
 from shared.model import Signature, check_signature
 
 POLL_MS: Final = 300
+FILE_HINT: Final = "check the path and that you may read the file"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +103,8 @@ def show_model(document: Document) -> None:
     report = document.get("report") or {}
     print(screen.fields([("model", f"{model.family}/{model.version}"), ("state", model.state)]))
     if report.get("reason"):
-        print(screen.fields([("reason", str(report["reason"]))]))
+        told = [("reason", str(report["reason"])), ("code", str(report.get("code") or "-"))]
+        print(screen.fields([*told, *([("try", str(report["hint"]))] if report.get("hint") else [])]))
     variants = read(report.get("variants", []), list[Variant], what="build report")
     rows = [
         [
@@ -176,12 +178,16 @@ def _model_file(path: Path) -> bytes:
     try:
         length = path.stat().st_size
         if length > limits.MAX_MODEL_BYTES:
-            raise InvalidValue(f"{path} is {length} bytes long; at most {limits.MAX_MODEL_BYTES} are taken")
+            raise InvalidValue(
+                f"{path} is {length} bytes long; at most {limits.MAX_MODEL_BYTES} are taken",
+                code="invalid.file",
+                hint="push a smaller model",
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise InvalidValue(f"{path} cannot be read: {error.strerror}", code="invalid.file") from error
+        raise InvalidValue(f"{path} cannot be read: {error.strerror}", code="invalid.file", hint=FILE_HINT) from error
     if not data:
-        raise InvalidValue(f"{path} is empty", code="invalid.file")
+        raise InvalidValue(f"{path} is empty", code="invalid.file", hint="export the model again")
     return data
 
 
@@ -192,8 +198,16 @@ def _labels(text: str | None) -> tuple[str, ...]:
     if "," not in text and path.is_file():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidValue(f"labels file {path} cannot be read: {error}", code="invalid.labels") from error
+        except OSError as error:
+            raise InvalidValue(
+                f"labels file {path} cannot be read: {error.strerror}", code="invalid.labels", hint=FILE_HINT
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InvalidValue(
+                f"labels file {path} is not UTF-8 text",
+                code="invalid.labels",
+                hint="give a text file, one label a line",
+            ) from error
         return tuple(line.strip() for line in lines if line.strip())
     if "," not in text:
         raise InvalidValue(
@@ -208,7 +222,7 @@ def _signature(name: str | None) -> Signature | None:
     try:
         signature = msgspec.json.decode(Path(name).read_bytes()[: limits.MAX_JSON_BODY_BYTES], type=Signature)
     except OSError as error:
-        raise InvalidValue(f"{name} cannot be read: {error.strerror}", code="invalid.file") from error
+        raise InvalidValue(f"{name} cannot be read: {error.strerror}", code="invalid.file", hint=FILE_HINT) from error
     except msgspec.MsgspecError as error:
         raise InvalidValue(f"{name} is not a signature: {error}", code="invalid.signature") from error
     check_signature(signature)

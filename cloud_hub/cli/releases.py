@@ -121,7 +121,15 @@ def _publish(hub: Hub, name: str) -> tuple[str, str, Document]:
 
     path = Path(name)
     if not path.is_file():
-        family, version = parse_release(name)
+        try:
+            family, version = parse_release(name)
+        except InvalidValue as error:
+            raise CommandFailed(
+                f"there is no file {name[:200]!r}, and that is no release's name either",
+                status=Exit.NOT_FOUND,
+                code="not_found.bundle",
+                hint="give the file that `outrider release sign` wrote, or FAMILY/VERSION",
+            ) from error
         path = Path(bundle_name(family, version))
         try:
             return family, version, hub.get(f"/v1/releases/{family}/{version}", Document)
@@ -152,6 +160,10 @@ def _selector(arguments: argparse.Namespace) -> dict[str, Any] | None:
     for part in arguments.assign.split(","):
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InvalidValue(f"--assign {part!r} is neither `all` nor KEY=VALUE", code="invalid.selector")
+            raise InvalidValue(
+                f"--assign {part!r} is neither `all` nor KEY=VALUE",
+                code="invalid.selector",
+                hint="for example --assign all, or --assign site=north,row=2; single devices are named with --device",
+            )
         labels[key] = value
     return {"labels": labels}

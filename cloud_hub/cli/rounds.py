@@ -217,7 +217,11 @@ def _selector(pairs: list[str]) -> dict[str, str]:
     for text in pairs:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise InvalidValue(f"--selector {text!r} is not KEY=VALUE", code="invalid.selector")
+            raise InvalidValue(
+                f"--selector {text!r} is not KEY=VALUE",
+                code="invalid.selector",
+                hint="give a label that devices have, for example --selector site=north",
+            )
         found[key] = value
     return found
 

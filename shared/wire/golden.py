@@ -41,16 +41,22 @@ def encode_golden(golden: GoldenSet) -> bytes:
 def decode_golden(data: bytes, signature: Signature) -> GoldenSet:
     """Parse a golden file and check it against the signature; raises InvalidValue saying what does not fit."""
     if len(data) > limits.MAX_GOLDEN_BYTES:
-        raise InvalidValue(f"golden file of {len(data)} bytes exceeds {limits.MAX_GOLDEN_BYTES}", code="invalid.golden")
+        raise _unusable(f"golden file of {len(data)} bytes exceeds {limits.MAX_GOLDEN_BYTES}", hint="give fewer rows")
     try:
         golden = msgspec.msgpack.decode(data, type=GoldenSet)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"golden file does not parse: {error}", code="invalid.golden") from error
+        raise _unusable(f"golden file does not parse: {error}") from error
     if golden.v != 1 or not 0 < golden.samples <= limits.MAX_GOLDEN_SAMPLES or len(golden.labels) != golden.samples:
-        raise InvalidValue("golden file has an unusable number of samples or labels", code="invalid.golden")
+        raise _unusable(
+            f"golden file has {golden.samples} samples and {len(golden.labels)} labels",
+            hint=f"give 1 to {limits.MAX_GOLDEN_SAMPLES} rows and one label for each, -1 where it is unknown",
+        )
     specs = {spec.name: spec for spec in signature.inputs}
     if {tensor.name for tensor in golden.inputs} != set(specs) or len(golden.inputs) != len(specs):
-        raise InvalidValue(f"golden file must hold exactly the inputs {sorted(specs)}", code="invalid.golden")
+        raise _unusable(
+            f"golden file must hold exactly the inputs {sorted(specs)}",
+            hint="name the arrays of the golden file like the model's inputs",
+        )
     for tensor in golden.inputs:
         spec = specs[tensor.name]
         fits = (
@@ -61,9 +67,13 @@ def decode_golden(data: bytes, signature: Signature) -> GoldenSet:
             and len(tensor.data) == math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         )
         if not fits:
-            raise InvalidValue(
+            raise _unusable(
                 f"golden input {tensor.name!r} is {tensor.dtype}{list(tensor.shape)} in {len(tensor.data)} bytes, "
                 f"the signature says {spec.dtype}{list(spec.shape)}",
-                code="invalid.golden",
+                hint="save the rows in the signature's element type and shape",
             )
     return golden
+
+
+def _unusable(message: str, *, hint: str = "make it again from arrays: `outrider model push --golden`") -> InvalidValue:
+    return InvalidValue(message, code="invalid.golden", hint=hint)

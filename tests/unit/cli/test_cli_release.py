@@ -321,6 +321,40 @@ def test_publish_without_a_bundle(fleet: Fleet, run: Run) -> None:
     assert "outrider release sign sign/1.0.0" in ended.err
 
 
+@pytest.mark.parametrize("name", ["MISSING/PATH.json", "/MISSING/PATH.json", "out.json", "sign/bundle.json"])
+def test_publish_of_what_is_neither_a_file_nor_a_release(fleet: Fleet, run: Run, name: str) -> None:
+    ended = run("release", "publish", name)
+    assert ended.code == 3
+    assert f"there is no file {name!r}" in ended.err
+    assert "try: " in ended.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("release", "publish", "sign/1.0.0", "--assign", "north"),
+        ("model", "push", "none.onnx", "--family", "s", "--version", "1.0.0", "--golden", "g.npz", "--labels", "a,b"),
+        ("login", "https://localhost:1", "--token-file", "none"),
+        ("login", "https://localhost:1", "--token-file", "binary"),
+    ],
+)
+def test_what_cannot_be_used_says_what_to_do(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    ended = run(*words)
+    assert ended.code == 2
+    assert "\ntry: " in ended.err
+    assert "codec" not in ended.err
+
+
+def test_a_rejected_model_shows_its_code_and_what_to_try(logged_in: SmallHub, run: Run) -> None:
+    report = {"code": "model.admission", "reason": "the file ends early", "hint": "export it again"}
+    shown = {"family": "sign", "version": "1.0.0", "state": "rejected", "report": report}
+    logged_in.answers[("GET", "/v1/models/sign/1.0.0")] = (200, shown)
+    out = run("model", "show", "sign/1.0.0").out
+    assert "model.admission" in out
+    assert "export it again" in out
+
+
 def test_no_device_is_not_found(fleet: Fleet, run: Run) -> None:
     fleet.hub.answers[("GET", "/v1/releases/sign/1.0.0")] = (200, {"family": "sign", "version": "1.0.0"})
     fleet.hub.answers[("POST", "/v1/assignments")] = (200, {"assigned": [], "skipped": []})
@@ -392,7 +426,7 @@ def test_unusable_samples_say_why(run: Run, tmp_path: Path, arrays: dict[str, An
     ended = run(*PUSH, "--labels", "a,b")
     assert ended.code == 2
     assert said in ended.err
-    assert "code: invalid.golden" in ended.err
+    assert "code: invalid.golden\ntry: " in ended.err
 
 
 def test_samples_with_objects_are_not_unpickled(run: Run, tmp_path: Path) -> None:
