@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -110,4 +111,19 @@ def _show_device(document: Document) -> None:
 
 
 def _short(detail: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in detail.items())
+    return " ".join(f"{key}={value}" for key, value in _flat(detail))
+
+
+def _flat(detail: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys with their values as text, those of an inner object after its own key and a dot."""
+    for key, value in detail.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", _plain(held)) for inner, held in value.items())
+        else:
+            yield key, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -113,6 +113,19 @@ def test_odd_labels_never_reach_the_hub(logged_in: SmallHub, run: Run, change: s
     assert logged_in.asked == []
 
 
+def test_a_queue_is_as_old_as_its_report(logged_in: SmallHub, run: Run) -> None:
+    from cloud_hub.cli.system import SystemClock
+
+    items = [
+        device("pi-1", reported_ms=SystemClock().wall_ms() - 3 * 3_600_000),
+        device("pi-2", reported_ms=None, reported=None),
+    ]
+    logged_in.answers[("GET", "/v1/devices")] = (200, {"items": items, "next": None})
+    lines = run("ls", "devices").out.splitlines()
+    assert "4 (3 h ago)" in lines[1]
+    assert lines[2].split()[-2:] == ["-", "site=north"]
+
+
 def test_one_device(logged_in: SmallHub, run: Run) -> None:
     logged_in.answers[("GET", "/v1/devices/pi-1")] = (200, device("pi-1"))
     ended = run("get", "device", "pi-1")
@@ -122,10 +135,12 @@ def test_one_device(logged_in: SmallHub, run: Run) -> None:
 
 def test_audit(logged_in: SmallHub, run: Run) -> None:
     row = {"seq": 7, "at_ms": 0, "actor": "ann", "action": "device.labelled", "subject": "pi-1", "detail": {"a": "b"}}
+    row["detail"] = {"a": "b c", "labels": {"site": "north", "old": None}, "uses": 1, "devices": ["x", "y"]}
     logged_in.answers[("GET", "/v1/audit")] = (200, {"items": [row], "next": None})
     ended = run("audit", "--after", "6")
     assert "1970-01-01 00:00:00  ann" in ended.out
     assert "after=6" in logged_in.asked[0].query
+    assert ended.out.splitlines()[1].endswith("a=b c labels.site=north labels.old=null uses=1 devices=x,y")
 
 
 def test_text_from_the_hub_cannot_move_the_cursor(logged_in: SmallHub, run: Run) -> None:
