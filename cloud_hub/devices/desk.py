@@ -315,9 +315,7 @@ class Desk:
             found = tables.find_device(conn, device)
             if found is None:
                 raise _unknown(device)
-            merged = {**found.labels, **changes}
-            labels = rules.check_labels({key: value for key, value in merged.items() if value is not None})
-            tables.set_labels(conn, found.id, labels)
+            tables.set_labels(conn, found.id, rules.merge_labels(found.labels, changes))
             audit.record(
                 conn,
                 at_ms=now_ms,
@@ -390,7 +388,7 @@ def _known(presence: rules.Presence | None, device: DeviceId) -> rules.Presence:
 
 def _unknown(device: str) -> NotFound:
     return NotFound(
-        f"there is no device {device[:80]!r}", code="not_found.device", hint="`outrider ls` lists the devices"
+        f"there is no device {device[:80]!r}", code="not_found.device", hint="`outrider ls devices` lists them"
     )
 
 

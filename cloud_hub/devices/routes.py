@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cloud_hub.devices.desk import Desk, Device
 from cloud_hub.ground.auth import Principal, Role, require
 from cloud_hub.ground.problems import Throttled
-from cloud_hub.ground.rates import Buckets
+from cloud_hub.ground.rates import Buckets, source_of
 from shared import join, limits
 from shared.clock import Clock
 from shared.errors import InvalidValue
@@ -88,7 +88,7 @@ async def enroll(request: Request, body: EnrolIn) -> EnrolledOut:
     address = request.client.host if request.client else "unknown"
     rate: Buckets = request.app.state.enrol_rate
     clock: Clock = request.app.state.clock
-    wait_s = rate.take(address, now_ms=clock.mono_ms())
+    wait_s = rate.take(source_of(address), now_ms=clock.mono_ms())
     if wait_s:
         raise Throttled("too many tries to enrol from this address", retry_after_s=wait_s, hint="wait and try again")
     enrolled = await _desk(request).enroll(

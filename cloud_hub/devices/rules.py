@@ -79,7 +79,7 @@ def spent() -> OutriderError:
         "the join token has been used",
         code="enrol.token_spent",
         hint="make a new one with `outrider-hub token create --kind join`; "
-        "if you did not use it, look at `GET /v1/audit` for who did",
+        "if you did not use it, look at `outrider audit` for who did",
     )
 
 
@@ -128,10 +128,21 @@ def is_newer_report(known: ReportMark, *, boot: int, revision: int) -> bool:
     return (boot, revision) > (known.boot, known.revision)
 
 
-def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels as they are stored; raises InvalidValue."""
-    if len(labels) > MAX_LABELS:
-        raise InvalidValue(f"a device has at most {MAX_LABELS} labels", code="invalid.labels")
+def merge_labels(labels: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """The labels after these changes, of which None removes one; raises InvalidValue.
+
+    What is removed is checked like what is set: both go into the audit log.
+    """
+    _check_labels({key: value or "" for key, value in changes.items()})
+    merged = {key: value for key, value in {**labels, **changes}.items() if value is not None}
+    if len(merged) > MAX_LABELS:
+        raise InvalidValue(
+            f"a device has at most {MAX_LABELS} labels", code="invalid.labels", hint="remove some: KEY- removes KEY"
+        )
+    return merged
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
     for key, value in labels.items():
         fits = 0 < len(key) <= MAX_LABEL_CHARS and len(value) <= MAX_LABEL_CHARS
         if not fits or not (key + value).isprintable() or "=" in key or "," in key + value:
@@ -140,7 +151,6 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
                 code="invalid.labels",
                 hint=f"keys and values have up to {MAX_LABEL_CHARS} printable characters, no comma; keys no '='",
             )
-    return dict(labels)
 
 
 def check_join_request(*, uses: int, ttl_ms: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections import OrderedDict
 from typing import Final
@@ -31,3 +32,19 @@ class Buckets:
         if len(self._levels) > _MAX_KEYS:
             self._levels.popitem(last=False)
         return 0 if allowed else max(1, math.ceil((1 - level) / self._per_ms / 1000))
+
+
+def source_of(address: str) -> str:
+    """What to count a network address by: an IPv4 address alone, an IPv6 address with all of its /64.
+
+    One customer of one provider has at least a /64 (RFC 6177), so a single host could take a fresh address per try.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(found, ipaddress.IPv6Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))

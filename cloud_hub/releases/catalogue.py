@@ -112,7 +112,7 @@ class Catalogue:
         """The pushed version; raises NotFound."""
         row = await self._database.read(lambda conn: tables.find_model(conn, family, version))
         if row is None:
-            raise NotFound(f"there is no model {family}/{version}", hint="GET /v1/models lists them")
+            raise NotFound(f"there is no model {family}/{version}", hint="`outrider ls models` lists them")
         return row
 
     async def page(

@@ -338,9 +338,19 @@ def test_labels_are_set_removed_and_searched(room: Room) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"": "x"}, {"a=b": "x"}, {"a": "x" * 64}, {"a": "x\n"}, {str(number): "x" for number in range(33)}]
+    "changes",
+    [
+        {"": "x"},
+        {"a=b": "x"},
+        {"a": "x" * 64},
+        {"a": "x\n"},
+        {str(number): "x" for number in range(33)},
+        {"k" * 64: None},
+        {"a\n": None},
+        {"": None},
+    ],
 )
-def test_labels_that_are_refused(room: Room, changes: dict[str, str]) -> None:
+def test_labels_that_are_refused(room: Room, changes: dict[str, str | None]) -> None:
     room.enroll(room.token(), name="pi-1")
     with pytest.raises(InvalidValue):
         asyncio.run(room.desk.label("pi-1", changes=changes, actor="token:op"))

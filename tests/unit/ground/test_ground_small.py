@@ -15,7 +15,7 @@ from cloud_hub.ground import folder as files
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
 from cloud_hub.ground.ca import make_ca
 from cloud_hub.ground.folder import DataFolder
-from cloud_hub.ground.rates import Buckets
+from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.ground.tlsport import bind
 from shared.errors import ConfigError, Conflict
 from shared.ids import DeviceId
@@ -35,6 +35,22 @@ def test_a_clock_that_goes_back_gives_nothing_away() -> None:
     buckets = Buckets(burst=1, per_minute=60)
     assert buckets.take("a", now_ms=10_000) == 0
     assert buckets.take("a", now_ms=0) > 0
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unknown", "unknown"),
+    ],
+)
+def test_who_owns_a_network_has_one_bucket(address: str, source: str) -> None:
+    assert source_of(address) == source
 
 
 def test_events_reach_all_who_asked_in_order() -> None:
