@@ -44,6 +44,7 @@ MAX_MODEL_BYTES: Final = 512 * MIB
 MAX_GOLDEN_BYTES: Final = 32 * MIB
 MAX_GOLDEN_SAMPLES: Final = 4096
 MAX_LABELS: Final = 10_000
+"""Of one model. They have to fit into the manifest beside all else, so long ones meet MAX_MANIFEST_BYTES first."""
 MAX_GRAPH_NODES: Final = 100_000
 MAX_GRAPH_DEPTH: Final = 8
 

@@ -54,6 +54,7 @@ class Bounds:
                         status=413,
                         code="protocol.too_large",
                         detail=f"a request's body holds at most {limits.MAX_JSON_BODY_BYTES} bytes",
+                        hint="send less at once; models and golden files go to /v1/blobs",
                     )
                     await refusal(scope, receive, answer.send)
                     return

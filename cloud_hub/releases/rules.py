@@ -168,6 +168,9 @@ def check_push(push: Push) -> None:
         _refuse("labels", f"give at most {limits.MAX_LABELS} distinct labels")
     if any(not 0 < len(label) <= MAX_LABEL_CHARS for label in push.labels):
         _refuse("labels", f"a label has 1 to {MAX_LABEL_CHARS} characters")
+    # Before the build: afterwards there would be a release that its manifest cannot hold.
+    if sum(len(label.encode()) for label in push.labels) > limits.MAX_MANIFEST_BYTES:
+        _refuse("labels", f"all labels together go into a manifest of at most {limits.MAX_MANIFEST_BYTES} bytes")
     if push.task == "classification" and len(push.labels) < 2:
         _refuse("labels", "a classification model needs at least two labels, in the order of its output")
     if push.signature is not None:
@@ -234,7 +237,11 @@ def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[D
     """The devices that a selector means, and those it names but cannot have, with the reason."""
     given = (selector.devices is not None) + (selector.labels is not None) + selector.all
     if given != 1 or selector.devices == () or selector.labels == {}:
-        raise InvalidValue("give exactly one of devices, labels and all", code="invalid.selector")
+        raise InvalidValue(
+            "give exactly one of devices, labels and all",
+            code="invalid.selector",
+            hint="name devices, or labels that they carry, or all; an empty list or object selects nothing",
+        )
     by_name = {candidate.device: candidate for candidate in candidates}
     skipped: list[Skipped] = []
     if selector.devices is not None:

@@ -54,6 +54,7 @@ def test_a_plain_push_is_taken() -> None:
         ({"labels": ["only"]}, "at least two labels"),
         ({"labels": ["x", "x"]}, "distinct"),
         ({"labels": ["x", ""]}, "1 to 200 characters"),
+        ({"labels": [f"{number:05d}{'x' * 100}" for number in range(3000)]}, "a manifest of at most 262144 bytes"),
         ({"gate": {"max_drop_pt": -1}}, "gate.max_drop_pt"),
         ({"gate": {"min_accuracy": 1.5}}, "gate.min_accuracy"),
         ({"gate": {"min_agreement": -0.1}}, "gate.min_agreement"),
