@@ -262,9 +262,11 @@ class Rounds:
             logger.error("a round's answer cannot be kept", extra={"run": task.run, "why": error.message})
         else:
             await self._deliver(task, content)
-            reason = outcome.reason if isinstance(outcome, FlowerError) else ""
-            took_ms = self._clock.mono_ms() - self._began_ms
-            logger.info("round task answered", extra={"run": task.run, "took_ms": took_ms, "refused": reason})
+            if isinstance(outcome, FlowerError):
+                logger.warning("round task refused", extra={"run": task.run, "why": outcome.reason})
+            else:
+                took_ms = self._clock.mono_ms() - self._began_ms
+                logger.debug("round task answered", extra={"run": task.run, "took_ms": took_ms})
         self._inbox.post(ForTraining(training.Replied(task.key, self._clock.mono_ms())))
 
     def _encode(self, task: Task, outcome: Outcome) -> bytes:
