@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent.adapters import door as door_module
 from edge_agent.adapters import http_door, waiting
 from edge_agent.client import Client
 from shared import limits
@@ -186,7 +187,10 @@ def test_what_waits_is_bounded_over_both_dialects(short_tmp: Path, monkeypatch: 
             place.loop.call_soon_threadsafe(agent.hold.set)
             for link in (*links, third):
                 assert link.recv(12) == b"HTTP/1.1 200"
-        assert place.infer()[0] == 200
+        for _ in range(4):  # each has given its place back
+            with place.raw() as link:
+                link.sendall(big)
+                assert link.recv(12) == b"HTTP/1.1 200"
 
     at(short_tmp / "door.sock", agent.handle, work)
 
@@ -220,8 +224,34 @@ def test_a_client_that_leaves_takes_nothing_with_it(short_tmp: Path) -> None:
         with place.raw() as stream:
             stream.sendall(http_of(body, f"Content-Length: {len(body)}"))
             until(lambda: len(agent.asked) == 1)
-        place.loop.call_soon_threadsafe(agent.hold.set)
+        with place.raw() as stream:  # this one only says that it will send no more, and waits
+            stream.sendall(http_of(body, f"Content-Length: {len(body)}"))
+            stream.shutdown(socket.SHUT_WR)
+            until(lambda: len(agent.asked) == 2)
+            assert place.ask("GET", "/v2/health/live")[0] == 200
+            place.loop.call_soon_threadsafe(agent.hold.set)
+            assert b'"data":[2.0,5.0]' in read_all(stream)
         assert place.infer()[0] == 200
         until(lambda: not place.door._http_streams)
 
     at(short_tmp / "door.sock", agent.handle, work)
+
+
+def test_arriving_bodies_are_bounded_together(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door_module, "MAX_ARRIVING_BYTES", 3 * limits.MIB)
+    part = bytes(2 * limits.MIB)
+    start = http_of(b"", f"Content-Length: {32 * limits.MIB}")
+
+    def work(place: Place) -> None:
+        with place.raw() as first, place.raw(unix=True) as second:
+            first.sendall(start + part)
+            until(lambda: place.door.arriving_bytes() == len(part))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                second.sendall(start + part)
+            data = read_all(second)
+            assert data.startswith(b"HTTP/1.1 429 ")
+            assert b"overload.memory" in data
+            assert place.infer()[0] == 200
+        until(lambda: place.door.arriving_bytes() == 0)
+
+    at(short_tmp / "door.sock", Agent().handle, work)
