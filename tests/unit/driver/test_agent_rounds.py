@@ -30,6 +30,7 @@ from shared.inference import Control, Done, Teach, TensorHead
 from shared.wire.flower import decode_message, encode_message
 from shared.wire.messages import RoundReply, RoundTask
 from tests.fakes.agent_world import AgentWorld, release, until
+from tests.fakes.rounds import FakeSamples
 
 HEAD = (TensorHead(name="x", dtype="fp32", shape=(1, 4)),)
 ROWS = {"0": (1.0, 0.0, 0.5, 0.0), "1": (0.0, 1.0, 0.0, 0.5)}
@@ -149,6 +150,24 @@ def test_the_trainer_is_warm_within_a_run_and_is_fed_only_what_is_new() -> None:
         world.inbox.post(ForTraining(WarmthOver()))
         await until(lambda: world.trainers.started[1].stopped, "the trainer ends when it is not needed")
         assert world.rounds.trainer_pid == 0
+
+    world.life(story)
+
+
+def test_what_made_room_is_forgotten_by_the_trainer_too() -> None:
+    world = AgentWorld()
+    world.samples = FakeSamples(max_samples=3)
+
+    async def story() -> None:
+        await serve(world)
+        await teach(world)
+        send(world, task("m1"))
+        await answers(world, 1)
+        await teach(world, ("0", "1"))
+        send(world, task("m2"))
+        await answers(world, 2)
+        (trainer,) = world.trainers.started
+        assert sorted(trainer.samples) == [4, 5, 6]
 
     world.life(story)
 

@@ -187,6 +187,7 @@ def test_fields_that_nobody_knows_are_left_alone() -> None:
         (b"\x0a\x03\x12\x01\xff", "not UTF-8"),
         (b"\x12\x02\x0a\x00", "0 kinds"),
         (b"\x0a\x0c" + b"\x08" + b"\xff" * 11, "ten bytes"),
+        (b"\x0a\x0b" + b"\x08" + b"\xff" * 9 + b"\x02", "more than 64 bits"),
     ],
 )
 def test_malformed_bytes_say_what_is_wrong(data: bytes, why: str) -> None:

@@ -92,6 +92,8 @@ def test_arrays_are_read_as_float32_in_either_order(dtype: str, order: str) -> N
         b"\x93NUMPY\x01\x00",
         b"PK\x03\x04",
         saved(np.zeros((3, 5), np.float32)),
+        saved(np.zeros((4, 3), np.float32)),
+        saved(np.zeros(12, np.float32)),
         saved(np.zeros((3, 4), np.int64)),
         saved(np.zeros((3, 4), ">f4")),
         saved(np.array([[object()] * 4] * 3)),
