@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.runtimes import Engine
 from shared import limits
-from shared.errors import ModelError
+from shared.errors import InputRefused, ModelError
 from shared.model import Manifest, Variant
 from shared.tensors import Array, numpy_dtype, prepare, probabilities
 from shared.wire.golden import GoldenSet
@@ -55,8 +55,10 @@ class Session:
             )
 
     def run(self, inputs: dict[str, Array], *, rows: int) -> Outcome:
-        """Answer; raises InputRefused when the graph refuses the arrays, else ModelError."""
-        outputs = self._infer(inputs)
+        """Answer; raises InputRefused when an input is not finite or the graph refuses it, else ModelError."""
+        feeds = self._prepared(inputs)
+        _check_finite(feeds)
+        outputs = self._infer(feeds)
         if self._manifest.task == "raw":
             return Outcome(labels=(), confidences=(), outputs=outputs)
         table = self._table(outputs, rows=rows)
@@ -111,11 +113,13 @@ class Session:
             return False
         return not answers or answers[0] == answer
 
-    def _infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        feeds = {
+    def _prepared(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        return {
             name: prepare(self._preparations[name], self._specs[name], array) if name in self._preparations else array
             for name, array in inputs.items()
         }
+
+    def _infer(self, feeds: dict[str, Array]) -> dict[str, Array]:
         results = self._engine.run(feeds)
         outputs = {name: np.asarray(results[name]) for name in self._outputs}
         for name, array in outputs.items():
@@ -134,7 +138,7 @@ class Session:
 
     def _answers(self, inputs: dict[str, Array], *, rows: int) -> list[int]:
         """The class of each row; empty for a raw model, whose outputs must be finite."""
-        outputs = self._infer(inputs)
+        outputs = self._infer(self._prepared(inputs))
         if self._manifest.task == "classification":
             return [int(winner) for winner in self._table(outputs, rows=rows).argmax(axis=1)]
         for name, array in outputs.items():
@@ -167,3 +171,13 @@ class Session:
         fixed = max(spec.shape[0] for spec in self._specs.values()) > 0
         copies = size if fixed else 1
         return {name: np.repeat(array[row : row + 1], copies, axis=0) for name, array in inputs.items()}, answer
+
+
+def _check_finite(feeds: dict[str, Array]) -> None:
+    """Refuse what a graph would answer with a confident guess: comparisons with NaN are false, whatever they mean."""
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputRefused(
+                f"input {name!r} holds values that are not finite numbers, or become none when they are prepared",
+                hint="replace NaN and infinite values before asking, as was done for training",
+            )

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_agent.host.session import Session
-from shared.errors import ModelError
+from shared.errors import InputRefused, ModelError
 from shared.model import Preparation, Signature, TensorSpec
 from shared.wire.golden import decode_golden
 from tests.fakes.releases import Build, build, sign_classifier
@@ -146,3 +146,21 @@ def test_outputs_that_are_no_numbers_are_an_error() -> None:
     with pytest.raises(ModelError) as caught:
         session(release(), engine).run({"x": np.array([[1, 2]], dtype=np.float32)}, rows=1)
     assert caught.value.code == "model.output"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("preparations", [(), (Preparation(input="x", scale=2.0),)])
+def test_inputs_that_are_no_numbers_are_refused(value: float, preparations: tuple[Preparation, ...]) -> None:
+    engine = Arithmetic()
+    live = session(release(preparations=preparations), engine)
+    with pytest.raises(InputRefused, match="'x' holds values that are not finite") as caught:
+        live.run({"x": np.array([[1, 2], [3, value]], dtype=np.float32)}, rows=2)
+    assert caught.value.code == "model.input"
+    assert caught.value.hint
+    assert engine.seen == []
+
+
+def test_inputs_that_preparation_makes_infinite_are_refused() -> None:
+    live = session(release(preparations=(Preparation(input="x", std=(0.0, 1.0)),)), Arithmetic())
+    with np.errstate(divide="ignore"), pytest.raises(InputRefused, match="when they are prepared"):
+        live.run({"x": np.array([[1, 2]], dtype=np.float32)}, rows=1)
