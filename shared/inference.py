@@ -230,9 +230,16 @@ def encode_header(header: Request | Reply) -> bytes:
 def decode_request(data: bytes | bytearray | memoryview) -> Request:
     """Parse a request's header; raises InputRefused, which goes back to the caller."""
     try:
-        return _request_decoder.decode(data)
+        request = _request_decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InputRefused(f"the request's header does not parse: {error}", code="model.request") from error
+    if isinstance(request, Measure) and not math.isfinite(request.value):
+        raise InputRefused(
+            f"the reading's value is {request.value}, which is no number to keep",
+            code="invalid.reading",
+            hint="give a finite number; leave out a reading that could not be taken",
+        )
+    return request
 
 
 def decode_reply(data: bytes | bytearray | memoryview) -> Reply:
@@ -260,7 +267,9 @@ def check_inputs(signature: Signature, inputs: tuple[TensorHead, ...], payload_b
         InputRefused: naming the input, what came and what was expected. Nothing is broken by it.
     """
     if len(inputs) > limits.MAX_TENSORS:
-        raise InputRefused(f"{len(inputs)} inputs exceed {limits.MAX_TENSORS}")
+        raise InputRefused(
+            f"{len(inputs)} inputs exceed {limits.MAX_TENSORS}", hint=f"the model takes {len(signature.inputs)}"
+        )
     specs = {spec.name: spec for spec in signature.inputs}
     names = [head.name for head in inputs]
     if sorted(names) != sorted(specs):
@@ -280,9 +289,15 @@ def check_inputs(signature: Signature, inputs: tuple[TensorHead, ...], payload_b
             got > 0 and want in (-1, got) for want, got in zip(spec.shape, head.shape, strict=True)
         )
         if not fits:
-            raise InputRefused(f"input {head.name!r} has shape {list(head.shape)}, expected {expected}")
+            raise InputRefused(
+                f"input {head.name!r} has shape {list(head.shape)}, expected {expected}",
+                hint=f"send as many axes as {expected} has, each of its size; every axis needs at least one element",
+            )
         total += tensor_bytes(head)
     if total != payload_bytes:
-        raise InputRefused(f"the inputs' shapes need {total} bytes, {payload_bytes} were sent")
+        raise InputRefused(
+            f"the inputs' shapes need {total} bytes, {payload_bytes} were sent",
+            hint="send the elements of every input, row-major, in the header's order and nothing else",
+        )
     first = inputs[0].shape
     return first[0] if first else 1

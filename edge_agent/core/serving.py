@@ -9,6 +9,7 @@ Not here: connections, hosts, time.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
@@ -21,6 +22,8 @@ from shared.inference import Answer, Feedback, Infer, Refusal
 from shared.telemetry import Outcome
 
 RECENT_ANSWERS: Final = 4096
+MAX_LABEL_BYTES: Final = limits.MAX_RECORD_BYTES - 2 * limits.KIB
+"""Of a feedback's label; the rest of the record is for the names of what had answered."""
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -116,6 +119,21 @@ class Recent:
                 code="invalid.feedback",
                 message="the feedback says nothing",
                 hint="give a label, correct, or a value",
+            )
+        if feedback.value is not None and not math.isfinite(feedback.value):
+            return Refusal(
+                id=feedback.id,
+                code="invalid.feedback",
+                message=f"the feedback's value is {feedback.value}, which is no number to keep",
+                hint="give a finite number, or leave the value out",
+            )
+        label_bytes = len(feedback.label.encode()) if feedback.label is not None else 0
+        if label_bytes > MAX_LABEL_BYTES:
+            return Refusal(
+                id=feedback.id,
+                code="invalid.feedback",
+                message=f"the feedback's label has {label_bytes} bytes, at most {MAX_LABEL_BYTES} fit into a record",
+                hint="give the label's name; large data does not belong into records",
             )
         answered = self._answers.get(feedback.request)
         if answered is None:

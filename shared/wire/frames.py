@@ -28,11 +28,7 @@ _PREFIX: Final = struct.Struct(">BBHII")
 def prefix(header_bytes: int, payload_bytes: int) -> bytes:
     """The twelve bytes before a header of this length and a payload of this length."""
     if header_bytes > limits.MAX_FRAME_HEADER_BYTES or payload_bytes > limits.MAX_FRAME_PAYLOAD_BYTES:
-        raise ProtocolViolation(
-            f"frame of {header_bytes} + {payload_bytes} bytes is too large",
-            code="protocol.too_large",
-            hint=f"send at most {limits.MAX_FRAME_PAYLOAD_BYTES} bytes of tensors in one request",
-        )
+        raise _too_large(header_bytes, payload_bytes)
     return _PREFIX.pack(MAGIC, VERSION, 0, header_bytes, payload_bytes)
 
 
@@ -42,7 +38,17 @@ def parse_prefix(data: bytes | bytearray | memoryview) -> tuple[int, int]:
     if magic != MAGIC or version != VERSION or reserved != 0:
         raise ProtocolViolation("this is not an Outrider frame", code="protocol.frame")
     if header_bytes > limits.MAX_FRAME_HEADER_BYTES or payload_bytes > limits.MAX_FRAME_PAYLOAD_BYTES:
-        raise ProtocolViolation(
-            f"frame of {header_bytes} + {payload_bytes} bytes is too large", code="protocol.too_large"
-        )
+        raise _too_large(header_bytes, payload_bytes)
     return int(header_bytes), int(payload_bytes)
+
+
+def _too_large(header_bytes: int, payload_bytes: int) -> ProtocolViolation:
+    hint = f"send at most {limits.MAX_FRAME_PAYLOAD_BYTES} bytes of tensors in one request"
+    if header_bytes > limits.MAX_FRAME_HEADER_BYTES:
+        hint = (
+            f"shorten its names and labels: a header has at most {limits.MAX_FRAME_HEADER_BYTES} bytes, "
+            f"what is kept as a record at most {limits.MAX_RECORD_BYTES}"
+        )
+    return ProtocolViolation(
+        f"frame of {header_bytes} + {payload_bytes} bytes is too large", code="protocol.too_large", hint=hint
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import pytest
 
-from edge_agent.core.serving import Recent, Route, admit
+from edge_agent.core.serving import MAX_LABEL_BYTES, Recent, Route, admit
 from shared.inference import Answer, Feedback, Infer, Refusal
-from shared.limits import MAX_WAITING_REQUESTS
+from shared.limits import MAX_RECORD_BYTES, MAX_REQUEST_ID_CHARS, MAX_WAITING_REQUESTS
 from shared.telemetry import Outcome
 from tests.machines.slot_parts import installed
 
@@ -119,3 +122,29 @@ def test_feedback_that_says_nothing_is_refused() -> None:
     refusal = recent().outcome(Feedback(request="r1", id="f1"))
     assert isinstance(refusal, Refusal)
     assert (refusal.code, refusal.id) == ("invalid.feedback", "f1")
+
+
+@pytest.mark.parametrize(
+    ("feedback", "words"),
+    [
+        (Feedback(request="r1", id="f1", value=math.nan), "value is nan"),
+        (Feedback(request="r1", id="f1", correct=True, value=-math.inf), "value is -inf"),
+        (Feedback(request="r1", id="f1", label="é" * 20_000), "40000 bytes, at most 30720"),
+    ],
+)
+def test_feedback_that_cannot_be_kept_is_refused(feedback: Feedback, words: str) -> None:
+    refusal = recent(answer("r1", "7")).outcome(feedback)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.code, refusal.id, refusal.retry) == ("invalid.feedback", "f1", False)
+    assert words in refusal.message
+    assert refusal.hint
+
+
+def test_the_longest_label_fits_into_a_record_with_the_longest_names() -> None:
+    request = "r" * MAX_REQUEST_ID_CHARS
+    longest = msgspec.structs.replace(
+        answer(request, "7"), model="m" * 63, version=f"1.0.0-{'b' * 58}", variant="v" * 63
+    )
+    outcome = recent(longest).outcome(Feedback(request=request, label="x" * MAX_LABEL_BYTES, value=1.5))
+    assert isinstance(outcome, Outcome)
+    assert len(msgspec.msgpack.encode(outcome)) <= MAX_RECORD_BYTES

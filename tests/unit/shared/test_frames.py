@@ -44,6 +44,16 @@ def test_a_frame_that_is_too_large_is_refused_on_both_sides(header_bytes: int, p
         frames.parse_prefix(forged)
 
 
+def test_the_hint_is_about_the_part_that_is_too_large() -> None:
+    for header_bytes, payload_bytes, limit in (
+        (limits.MAX_FRAME_HEADER_BYTES + 1, 0, limits.MAX_RECORD_BYTES),
+        (0, limits.MAX_FRAME_PAYLOAD_BYTES + 1, limits.MAX_FRAME_PAYLOAD_BYTES),
+    ):
+        with pytest.raises(ProtocolViolation) as caught:
+            frames.prefix(header_bytes, payload_bytes)
+        assert str(limit) in caught.value.hint
+
+
 @pytest.mark.parametrize("start", [b"GET / HT", b"POST /v2", b"\xf1\x02\x00\x00", b"\xf1\x01\x00\x01", b"\x00\x01"])
 def test_what_is_not_a_frame_is_refused(start: bytes) -> None:
     with pytest.raises(ProtocolViolation, match="not an Outrider frame"):

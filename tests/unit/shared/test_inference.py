@@ -23,7 +23,7 @@ heads = st.builds(TensorHead, name=texts, dtype=dtypes, shape=st.lists(sizes, ma
 requests: st.SearchStrategy[inference.Request] = st.one_of(
     st.builds(inference.Infer, model=texts, inputs=st.lists(heads, max_size=3).map(tuple), id=texts),
     st.builds(inference.Feedback, request=texts, label=st.none() | texts, correct=st.none() | st.booleans()),
-    st.builds(inference.Measure, name=texts, value=st.floats(allow_nan=False)),
+    st.builds(inference.Measure, name=texts, value=st.floats(allow_nan=False, allow_infinity=False)),
     st.builds(inference.Describe, model=texts),
     st.builds(inference.Status, id=texts),
     st.builds(inference.Control, command=texts, argument=texts),
@@ -112,8 +112,23 @@ def test_whatever_is_sent_is_taken_or_refused_and_never_breaks(inputs: tuple[Ten
     ],
 )
 def test_a_refusal_names_what_came_and_what_was_expected(head: TensorHead, says: str) -> None:
-    with pytest.raises(InputRefused, match=says):
+    with pytest.raises(InputRefused, match=says) as caught:
         check_inputs(DIGITS, (head,), 256)
+    assert caught.value.hint
+
+
+def test_an_empty_batch_is_told_what_is_wrong_with_it() -> None:
+    with pytest.raises(InputRefused) as caught:
+        check_inputs(DIGITS, (TensorHead(name="x", dtype="fp32", shape=(0, 64)),), 0)
+    assert "at least one element" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reading_is_a_number(value: float) -> None:
+    with pytest.raises(InputRefused, match="no number") as caught:
+        decode_request(encode_header(inference.Measure(name="cpu_temp_c", value=value, id="r1")))
+    assert caught.value.code == "invalid.reading"
+    assert caught.value.hint
 
 
 def test_an_input_sent_twice_or_too_often_is_refused() -> None:
