@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,9 +77,11 @@ def sketch_of(values: Iterable[float]) -> Sketch:
 
 def merge_all(sketches: Iterable[Sketch]) -> Sketch:
     """The sketch of all sets."""
-    counts: Counter[int] = Counter()
+    counts: dict[int, int] = {}
+    count_of = counts.get
     for sketch in sketches:
-        counts.update(dict(sketch.buckets))
+        for bucket, count in sketch.buckets:
+            counts[bucket] = count_of(bucket, 0) + count
     return _of_counts(counts)
 
 
@@ -92,7 +94,7 @@ def decode_sketch(data: bytes) -> Sketch:
     return Sketch(buckets)
 
 
-def _of_counts(counts: Counter[int]) -> Sketch:
+def _of_counts(counts: Mapping[int, int]) -> Sketch:
     return Sketch(tuple(sorted(counts.items())))
 
 

@@ -19,16 +19,17 @@ def evidence_of(state: Rollout, event: Looked) -> Evidence:
     """The figures that gates read: of the release, and of what each device ran before or, as a control, still runs."""
     target = state.spec.version
     new = {seen.device: seen.answers for seen in event.new if seen.version == target}
-    before: dict[DeviceId, str] = {}
+    before: dict[DeviceId, str | None] = {}
     for member in state.members:
-        if member.is_touched:
-            version = member.before
-        else:
-            sighting = event.sightings.get(member.device)
-            version = sighting.version if sighting is not None else None
-        if version and version != target:
-            before[member.device] = version
-    old = {seen.device: seen.answers for seen in event.old if before.get(seen.device) == seen.version}
+        if member.condition is not Condition.WAITING:
+            before[member.device] = member.before
+        elif sighting := event.sightings.get(member.device):
+            before[member.device] = sighting.version
+    old = {
+        seen.device: seen.answers
+        for seen in event.old
+        if seen.version != target and before.get(seen.device) == seen.version
+    }
     return Evidence(new=new, old=old)
 
 

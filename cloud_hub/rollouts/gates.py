@@ -28,7 +28,7 @@ P95: Final = 0.95
 LATENCY_Z: Final = 3.0
 """Width of the interval around the 95th percentile in standard errors: looked at often, so wider than usual."""
 UPPER_Z: Final = 1.645
-OWN_PAST: Final = 50
+OWN_PAST: Final = 300
 """As many answers of its own past weigh as much as the fleet's share of wrong answers."""
 MOST_WRONG: Final = 0.95
 MISSED: Final = 0.05

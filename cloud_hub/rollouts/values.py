@@ -195,7 +195,8 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     """A decision to keep with its evidence, in the transaction that stores the state.
 
     Attributes:
-        kind: `started`, `offered`, `device`, `stage`, `paused`, `resumed`, `failed`, `aborting`, `returned`, `ended`.
+        kind: `drafted`, `started`, `offered`, `device`, `stage`, `paused`, `resumed`, `failed`, `aborting`, `returned`,
+            `ended`.
     """
 
     at_ms: int
