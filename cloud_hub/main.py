@@ -42,7 +42,7 @@ from cloud_hub.ground.post import Post
 from cloud_hub.ground.rates import Buckets
 from cloud_hub.ground.readiness import notify
 from cloud_hub.ground.switchboard import Rooms, Switchboard
-from cloud_hub.ground.system import SystemClock, raise_file_limit
+from cloud_hub.ground.system import SystemClock, raise_file_limit, take_turns_sooner
 from cloud_hub.ground.tlsport import HttpsServer
 from cloud_hub.keyring import Keyring
 from cloud_hub.offload import asgi as offload_routes
@@ -110,6 +110,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     require_own_packages()
     config.folder.require()
     raise_file_limit()
+    take_turns_sooner()
     clock = SystemClock()
     with config.folder.alone(), closing(Database(config.folder.database_url)) as database:
         migrate.require_current(database)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from typing import Final
 
@@ -16,6 +17,15 @@ def raise_file_limit() -> None:
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def take_turns_sooner() -> None:
+    """Have threads hand the interpreter over after half a millisecond instead of five.
+
+    An engine's thread that comes back from a run would otherwise wait for the event loop for longer than the run took
+    (`scripts/bench offload`: a sixth more answers a second, p99 a quarter lower).
+    """
+    sys.setswitchinterval(0.0005)
 
 
 class SystemClock:

@@ -90,7 +90,8 @@ class OffloadApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        arrived_us = self._now_us()
+        # What waited in the socket while the loop was busy has come when it came, and not when it is seen.
+        arrived_us = self._now_us() - self._desk.lag_us
         target = oip_terms.parse_path(scope["path"])
         # The middleware's figures are by route; ours are few and known.
         scope["route"] = SimpleNamespace(path=f"{PREFIX}/{target.ask}" if target else PREFIX)

@@ -32,6 +32,9 @@ MAX_LOADING: Final = 64
 """Requests that may wait for one model to be loaded."""
 FAILURE_US: Final = 5_000_000
 """For so long a model that could not be loaded is not tried again."""
+LAG_EVERY_US: Final = 10_000
+TIMER_US: Final = 2_000
+"""By how much a timer of the event loop may be late when nothing is the matter."""
 _WAITS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SIZES: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0)
 
@@ -120,15 +123,27 @@ class Desk:
         self._figures = _Figures(metrics)
         self._places: OrderedDict[tuple[str, str], _Place] = OrderedDict()
         self._group: asyncio.TaskGroup | None = None
+        self._lag_us = 0
+
+    @property
+    def lag_us(self) -> int:
+        """How long what comes in now has waited unseen, because the event loop was busy with what came before."""
+        return self._lag_us
 
     async def run(self) -> None:
         """Feed the engines until cancelled; nothing is answered without it."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                await asyncio.Event().wait()
+                await self._watch_lag()
         finally:
             self._group = None
+
+    async def _watch_lag(self) -> None:
+        while True:
+            began_us = self._now_us()
+            await asyncio.sleep(LAG_EVERY_US / 1e6)
+            self._lag_us = max(0, self._now_us() - began_us - LAG_EVERY_US - TIMER_US)
 
     async def describe(self, model: str, version: str) -> Release:
         """The release behind a name; raises ModelError `model.unknown`."""

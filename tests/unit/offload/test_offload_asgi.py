@@ -20,7 +20,7 @@ from cloud_hub.offload.desk import Desk, Overload
 from shared.errors import ModelError
 from shared.inference import TensorHead
 from shared.wire import oip
-from tests.fakes.offload_room import OpenGate, Shelf, app_around, running
+from tests.fakes.offload_room import OpenGate, Shelf, app_around, now_us, running
 from tests.fakes.releases import sign_classifier
 
 INFER = "/v2/models/sign/infer"
@@ -61,7 +61,7 @@ async def call(
         "type": "http",
         "method": method,
         "path": path,
-        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items() if value],
         "extensions": {PEER_CERTIFICATE: certificate},
     }
     step = max(1, -(-len(body) // pieces))
@@ -210,6 +210,23 @@ def test_the_timeout_is_the_deadline_and_the_no_says_when_to_come_again(monkeypa
     story(work)
 
 
+def test_what_waited_unseen_has_less_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(app: OffloadApp, desk: Desk) -> None:
+        seen = []
+
+        async def infer(asked: Any) -> Any:
+            seen.append((now_us() - asked.arrived_us, asked.deadline_us - asked.arrived_us))
+            raise Overload("no", code="overload.late", retry_after_us=0)
+
+        monkeypatch.setattr(desk, "infer", infer)
+        monkeypatch.setattr(desk, "_lag_us", 700_000_000)
+        await call(app, "POST", INFER, json.dumps({**JSON_BODY, "parameters": {"timeout": 50_000}}).encode())
+        assert seen[0][0] >= 700_000_000
+        assert seen[0][1] == 50_000
+
+    story(work)
+
+
 def test_a_model_at_fault_is_a_500_and_no_400(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(app: OffloadApp, desk: Desk) -> None:
         async def infer(_: Any) -> Any:
@@ -230,6 +247,18 @@ def test_a_principal_has_a_rate() -> None:
         assert int(statuses[-1].headers["retry-after"]) >= 1
 
     story(work, burst=2)
+
+
+def test_a_body_of_unannounced_length_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(app: OffloadApp, _: Desk) -> None:
+        body = json.dumps(JSON_BODY).encode()
+        unannounced = {"content-length": ""}
+        assert (await call(app, "POST", INFER, body, headers=unannounced, pieces=3)).status == 200
+        monkeypatch.setattr(asgi, "MAX_BODY_BYTES", len(body) - 1)
+        assert (await call(app, "POST", INFER, body, headers=unannounced, pieces=3)).status == 413
+        assert app._held_bytes == 0
+
+    story(work)
 
 
 def test_memory_for_bodies_is_bounded_over_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,24 @@ def test_what_does_not_fit_is_the_callers_fault() -> None:
     asyncio.run(story())
 
 
+def test_a_busy_event_loop_is_noticed_and_forgotten() -> None:
+    async def story() -> None:
+        async with running(Shelf(sign=sign_classifier())) as (desk, _):
+            until = now_us() + 300_000
+            while now_us() < until:
+                pass
+            seen = 0
+            async with asyncio.timeout(20):
+                while not seen:
+                    await asyncio.sleep(0)
+                    seen = desk.lag_us
+                while desk.lag_us >= 100_000:
+                    await asyncio.sleep(0.005)
+            assert seen >= 100_000
+
+    asyncio.run(story())
+
+
 def desk_line(desk: Desk) -> Any:
     """The line of the only model."""
     (place,) = desk._places.values()

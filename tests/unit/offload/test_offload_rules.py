@@ -118,6 +118,19 @@ def test_who_can_no_longer_be_in_time_is_dropped_when_the_turn_comes() -> None:
     assert (loads(batch), [one.load for one in batch.dropped]) == ([1, 3, 4], [2])
 
 
+def test_while_more_than_a_batch_waits_the_batch_stays_full_and_who_is_too_tight_for_it_goes() -> None:
+    queue: Line[int] = Line()
+    for rows in (1, 2, 4, 8, 16, 32):
+        queue.pace.note(rows, rows * 1000)
+    queue.offer(ticket(0), now_us=0)
+    queue.form(now_us=0)
+    for number in range(1, 41):
+        queue.offer(ticket(number, deadline=30_000 if number == 1 else FAR), now_us=0)
+    queue.finish(1, took_us=1000)
+    batch = queue.form(now_us=5_000)
+    assert (loads(batch), [one.load for one in batch.dropped]) == (list(range(2, 34)), [1])
+
+
 def test_while_little_waits_a_batch_is_as_small_as_its_tightest_deadline_needs() -> None:
     queue: Line[int] = Line()
     for rows in (1, 2, 4, 8, 16, 32):
