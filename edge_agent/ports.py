@@ -338,6 +338,7 @@ class CloudAnswer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model, version, variant, digest: what answered; empty where the hub does not say.
         size_bytes: of the response's body.
+        took_ms: from the question being sent on a connection that was open to the answer being read.
     """
 
     model: str
@@ -349,6 +350,7 @@ class CloudAnswer(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorHead, ...]
     payload: tuple[bytes | bytearray | memoryview, ...]
     size_bytes: int
+    took_ms: int
 
 
 class CloudRefusal(msgspec.Struct, frozen=True, kw_only=True):

@@ -165,6 +165,7 @@ class HubCloud:
         whole = False
         try:
             call.hold(connection, left_s=self._left_s(call))
+            began_ms = self._clock.mono_ms()
             try:
                 connection.request("POST", call.path, body=iter(call.parts), headers=call.headers)
                 response = connection.getresponse()
@@ -174,7 +175,7 @@ class HubCloud:
                 raise
             body = self._read(call, response)
             whole = not response.will_close
-            return _understand(response, body)
+            return _understand(response, body, took_ms=self._clock.mono_ms() - began_ms)
         finally:
             is_kept = call.release() and whole
             if not (is_kept and self._keep(connection)):
@@ -268,7 +269,7 @@ class _Call:
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
-def _understand(response: http.client.HTTPResponse, body: bytearray) -> CloudAnswer | CloudRefusal:
+def _understand(response: http.client.HTTPResponse, body: bytearray, *, took_ms: int) -> CloudAnswer | CloudRefusal:
     if response.status != 200:
         said = decode_error(body)
         retry_after_ms = _retry_after_ms(response.getheader("Retry-After", ""))
@@ -293,6 +294,7 @@ def _understand(response: http.client.HTTPResponse, body: bytearray) -> CloudAns
         outputs=answer.outputs,
         payload=answer.payload,
         size_bytes=len(body),
+        took_ms=took_ms,
     )
 
 

@@ -12,7 +12,8 @@ Rules of this file:
 
 The breaker is a table: closed, open for a time with full jitter (or what Retry-After asked for), half open for one
 trial. The budget is two token buckets that hold a minute's worth. The round trip is a smoothed mean and deviation
-(Jacobson and Karels, as in RFC 6298, section 2) that fades, so that one slow hour does not end all questions.
+(Jacobson and Karels, as in RFC 6298, section 2), without the making of a connection, since those are kept; it fades,
+so that one slow hour does not end all questions.
 
 Not here: sockets, the deadline's timer, and what a late answer is kept for (edge_agent/driver/escalation.py).
 """
@@ -54,7 +55,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         below: local confidence, 0 to 1, under which it is asked; 0 asks only where no local answer can be had.
         per_minute: questions a minute; a minute's worth may be spent at once.
         bytes_per_minute: bytes of questions and answers a minute.
-        margin_ms: kept from each deadline for sending the local answer.
+        margin_ms: kept from each deadline for sending the local answer; what a busy machine needs to get to it.
         late_ms: how long after its deadline an answer is still waited for.
     """
 
@@ -63,7 +64,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     below: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
     bytes_per_minute: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 16_777_216
-    margin_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 10
+    margin_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 20
     late_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 5_000
 
 
@@ -296,7 +297,7 @@ def _obstacle(cascade: Cascade, policy: Policy, question: Question) -> Stay | No
 
 
 class Came(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer came; `late` when its deadline had passed, which was told with Missed."""
+    """An answer came, on an open connection in `took_ms`; `late` when its deadline had passed, told with Missed."""
 
     took_ms: float
     size_bytes: int

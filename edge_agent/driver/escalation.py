@@ -142,14 +142,13 @@ class Escalation:
             said = error
         finally:
             self._pending -= Counter((doubt.id,))
-        took_ms = (loop.time() - began) * 1000
         if isinstance(said, CloudAnswer):
             came = cascade.Came(
-                took_ms=took_ms, size_bytes=said.size_bytes, late=reply.cancelled(), at_ms=self._clock.mono_ms()
+                took_ms=said.took_ms, size_bytes=said.size_bytes, late=reply.cancelled(), at_ms=self._clock.mono_ms()
             )
             self._settle(came)
             if reply.cancelled():
-                await self._join(doubt, LateAnswer(said, int(took_ms * 1000)))
+                await self._join(doubt, LateAnswer(said, int((loop.time() - began) * 1_000_000)))
             else:
                 reply.set_result(said)
         elif reply.cancelled():

@@ -33,6 +33,7 @@ def cloud_answer(label: str = "7", *, confidence: float = 0.99, version: str = "
         outputs=(TensorHead(name="y", dtype="fp32", shape=(1, 2)),),
         payload=(bytes(range(8)),),
         size_bytes=200,
+        took_ms=5,
     )
 
 

@@ -39,6 +39,7 @@ class HttpsServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body are written one after the other
 
             def setup(self) -> None:
                 self.request = context.wrap_socket(self.request, server_side=True)
