@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from shared.tensors import Array
+
+
+UNWRITTEN: Final = "storage.unwritten"
+"""The disk refused; it may take the same later."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +70,7 @@ def write(file: Path, data: bytes) -> str:
         finally:
             os.close(folder)
     except OSError as error:
-        raise StorageError(f"{file.name} cannot be written: {error}", code="storage.checkpoint") from error
+        raise StorageError(f"{file.name} cannot be written: {error}", code=UNWRITTEN) from error
     return hashlib.sha256(data).hexdigest()
 
 

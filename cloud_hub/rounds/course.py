@@ -25,6 +25,7 @@ from cloud_hub.rounds.process import WorkerLost
 from cloud_hub.rounds.rules import Head, Spec
 from cloud_hub.rounds.session import RunFailed, Session, Surroundings
 from cloud_hub.rounds.tables import RunRow
+from shared import limits
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError
 from shared.ids import DeviceId
@@ -37,6 +38,7 @@ BUILD_S: Final = 1800.0
 INSPECT_S: Final = 20.0
 RETRY_S: Final = 2.0
 ACTOR: Final = "hub"
+FLOAT_BYTES: Final = 4
 _FIELDS_OF_LINEAGE: Final = ("rounds", "strategy", "learning_rate", "epochs", "batch_size", "seed", "min_devices")
 
 
@@ -183,6 +185,12 @@ class Course:
             raise OutriderError(
                 f"the last layer has {answer.head.classes} outputs for {len(base.push.labels)} labels",
                 code="rounds.head",
+            )
+        if answer.head.width * answer.head.classes * FLOAT_BYTES > limits.MAX_ROUND_MESSAGE_BYTES - limits.MIB:
+            raise OutriderError(
+                f"a head of {answer.head.width} by {answer.head.classes} does not fit into a message",
+                code="rounds.head",
+                hint=f"messages have up to {limits.MAX_ROUND_MESSAGE_BYTES} bytes; use narrower features",
             )
         return answer.head
 

@@ -23,13 +23,13 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.post import Post
 from cloud_hub.releases.desk import Blob
-from cloud_hub.rounds import frames, rules, tables
+from cloud_hub.rounds import checkpoint, frames, rules, tables
 from cloud_hub.rounds.counts import Counts
 from cloud_hub.rounds.process import Worker
 from cloud_hub.rounds.rules import RoundResult
 from cloud_hub.rounds.tables import RunRow, TaskRow
 from shared.clock import Clock
-from shared.errors import OutriderError, ProtocolViolation, Unreachable
+from shared.errors import OutriderError, ProtocolViolation, StorageError, Unreachable
 from shared.ids import DeviceId, Digest
 from shared.limits import KIB
 from shared.wire.messages import RoundTask
@@ -135,6 +135,8 @@ class Session:
                     await self._round_done(frame)
                 case frames.Trained():
                     return self._folder / Path(frame.model).name
+                case frames.Failed(code=checkpoint.UNWRITTEN):
+                    raise StorageError(frame.reason, code=frame.code, hint="free disk space in the hub's data folder")
                 case frames.Failed():
                     raise RunFailed(frame.reason, code=frame.code, hint=frame.hint)
                 case frames.Inspected():

@@ -18,7 +18,7 @@ import pytest
 from onnx import numpy_helper
 
 from cloud_hub.ground import audit
-from cloud_hub.rounds import session
+from cloud_hub.rounds import course, session
 from cloud_hub.rounds.desk import Desk, Run
 from shared.federated import Array, ArrayRecord, FlowerRecord, MetricRecord
 from shared.ids import Digest
@@ -268,3 +268,25 @@ def test_a_stopped_run_ends_its_worker_and_takes_no_more_answers(room: RoundRoom
             assert (await desk.stop(run, actor="token:test")).row.state == "stopped"
 
     asyncio.run(work())
+
+
+def test_a_disk_that_refuses_holds_a_run_up_and_does_not_end_it(
+    room: RoundRoom, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(course, "RETRY_S", 0.1)
+
+    async def work() -> Run:
+        async with room.open() as desk:
+            run = (await desk.start(spec(rounds=2), actor="token:test")).row.run
+            # A folder in the checkpoint's place: the worker cannot put the file there, as on a full disk.
+            obstacle = room.root / "rounds" / run / "round-1.checkpoint"
+            obstacle.mkdir(parents=True, exist_ok=True)
+            (obstacle / "x").touch()
+            async with asyncio.timeout(30):
+                while "a run is held up" not in caplog.text:
+                    await asyncio.sleep(0.05)
+            (obstacle / "x").unlink()
+            obstacle.rmdir()
+            return await room.until(desk, run, lambda found: found.row.finished_ms is not None)
+
+    assert asyncio.run(work()).row.state == "finished"
