@@ -140,6 +140,7 @@ class Broker:
         self._metrics = metrics
         self._clock = clock
         self._log_path = settings.folder / "mosquitto.log"
+        self._log_began = 0
         self._process: asyncio.subprocess.Process | None = None
 
     def reload(self) -> None:
@@ -166,9 +167,9 @@ class Broker:
                     ready.set()
                 elif not ready.is_set():
                     raise ConfigError(
-                        f"mosquitto does not start: {self._last_words()}",
+                        f"the broker {binary} does not start: {self._last_words(process.returncode)}",
                         code="config.broker_failed",
-                        hint=f"see {self._log_path}",
+                        hint=f"see {self._log_path}, and check that broker.binary names a mosquitto",
                     )
                 await self._attend(process)
             finally:
@@ -213,7 +214,9 @@ class Broker:
     def _open_log(self) -> IO[bytes]:
         trim_log(self._log_path)
         try:
-            return self._log_path.open("ab")
+            log = self._log_path.open("ab")
+            self._log_began = log.seek(0, os.SEEK_END)
+            return log
         except OSError as error:
             raise StorageError(f"{self._log_path} cannot be written: {error.strerror}") from error
 
@@ -233,12 +236,17 @@ class Broker:
             return True
         return False
 
-    def _last_words(self) -> str:
+    def _last_words(self, status: int | None) -> str:
+        """The last line that this process wrote; what stands before it in the log is of others."""
         try:
-            lines = self._log_path.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
+            with self._log_path.open("rb") as log:
+                log.seek(max(self._log_began, log.seek(0, os.SEEK_END) - 4096))
+                lines = log.read(4096).decode(errors="replace").strip().splitlines()
         except OSError:
             lines = []
-        return lines[-1] if lines else "it said nothing"
+        if lines:
+            return lines[-1]
+        return "it does not answer and says nothing" if status is None else f"it ended with status {status}, silently"
 
 
 def trim_log(path: Path) -> None:

@@ -133,9 +133,17 @@ def test_a_missing_broker_says_what_to_do(hub: HubProcess) -> None:
 
 
 def test_a_broker_that_does_not_start_is_told_with_its_last_words(hub: HubProcess) -> None:
+    log = hub.data / "broker" / "mosquitto.log"
+    log.write_text("1: a line of an earlier run\n")
     done = run_command("serve", "--data", str(hub.data), env={"OUTRIDER_HUB_BROKER__BINARY": "/bin/false"})
     assert done.returncode == 78
     assert "code: config.broker_failed" in done.stderr
+    assert "/bin/false does not start: it ended with status 1" in done.stderr
+    assert "earlier run" not in done.stderr
+    done = run_command("serve", "--data", str(hub.data), env={"OUTRIDER_HUB_BROKER__BINARY": "/bin/ls"})
+    assert done.returncode == 78
+    assert "/bin/ls does not start: " in done.stderr
+    assert "mosquitto.conf\n" in done.stderr.split("code:")[0]  # what it wrote itself
     assert "Traceback" not in done.stderr
 
 
