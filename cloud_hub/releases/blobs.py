@@ -237,4 +237,4 @@ def _translated() -> Iterator[None]:
             raise StorageFull(
                 "the blob store has no room left", hint="free disk space in the hub's data folder and send it again"
             ) from error
-        raise StorageError(f"the blob store failed: {error}", code="storage.blob") from error
+        raise StorageError(f"the blob store failed: {error.strerror}", code="storage.blob") from error

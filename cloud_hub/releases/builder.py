@@ -168,6 +168,7 @@ def _load(file: Path, *, batch: int | None = None) -> Graph:
     session = _library(
         "cannot be loaded",
         lambda: onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]),
+        file=file,
     )
     inputs = tuple(_spec(node, "input") for node in session.get_inputs())
     outputs = tuple(_spec(node, "output") for node in session.get_outputs())
@@ -391,8 +392,8 @@ def _tidy(onnx: Any, file: Path) -> None:
     onnx.save(graph, str(file))
 
 
-def _library(what: str, work: Callable[[], T]) -> T:
-    """Run a library on the model, its complaints turned into ours."""
+def _library(what: str, work: Callable[[], T], *, file: Path | None = None) -> T:
+    """Run a library on the model, its complaints turned into ours; `file` is what the library opens."""
     try:
         return work()
     except (OutriderError, MemoryError):
@@ -401,8 +402,10 @@ def _library(what: str, work: Callable[[], T]) -> T:
     # common base on graphs that they do not like, and this process exists to find that out.
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
+        # Libraries name the file by its path; where the hub keeps it is nobody's business who pushed it.
+        told = first.replace(str(file), "the file") if file is not None else first
         raise ModelError(
-            f"the model {what}: {type(error).__name__}: {first[:300]}",
+            f"the model {what}: {type(error).__name__}: {told[:300]}",
             code="model.unusable",
             hint="check that onnxruntime runs the file on your machine, and export it again",
         ) from error

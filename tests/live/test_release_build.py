@@ -230,6 +230,21 @@ def test_what_does_not_fit_the_graph_is_rejected_by_name(
     assert words in report.reason
 
 
+def test_a_graph_that_does_not_load_is_rejected_without_the_hubs_path(room: ReleaseRoom, weights: Weights) -> None:
+    def mistyped(graph: onnx.ModelProto) -> bytes:
+        whole = onnx.helper.make_tensor("whole", onnx.TensorProto.INT64, [1], [1])
+        graph.graph.initializer.append(whole)
+        graph.graph.node.append(onnx.helper.make_node("Add", ["pixels", "whole"], ["odd"]))
+        return bytes(graph.SerializeToString())
+
+    model = mistyped(onnx.load_model_from_string(export(weights)))
+    report = refused(room, room.push(model=model, golden=golden(20, seed=2)))
+    assert report.code == "model.unusable"
+    assert "the file" in report.reason
+    assert "/" not in report.reason.replace("/pixels", "")
+    assert report.hint
+
+
 def test_golden_samples_must_fit_the_signature_and_name_classes(room: ReleaseRoom, weights: Weights) -> None:
     model = export(weights)
     report = refused(room, room.push(model=model, golden=golden(20, seed=2, name="image")))
