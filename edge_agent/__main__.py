@@ -61,6 +61,10 @@ def _dispatch(argv: Sequence[str]) -> int:
         screen.show("\n".join(f"{item.key} = {item.shown()}  # {item.origin}" for item in loaded.settings))
         return Exit.DONE
     if getattr(args, "check_config", False):
+        from edge_agent.profiles import AUTO, choose_profile
+
+        if loaded.config.profile != AUTO:  # what auto comes to depends on the machine, not on the configuration
+            choose_profile(loaded.config.profile)
         screen.note("the configuration is good")
         return Exit.DONE
     if args.module is None:

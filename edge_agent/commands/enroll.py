@@ -55,7 +55,10 @@ def read_token(text: str) -> str:
             with Path(text[1:]).open(encoding="ascii") as stream:
                 return stream.readline(MAX_CHARS + 2).strip()
     except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise InvalidValue(
-            f"cannot read the token from {text!r}: {error}", code="invalid.join_token", hint="give -, @FILE or the text"
+            f"cannot read the token from {text!r}: {reason}",
+            code="invalid.join_token",
+            hint="give -, @FILE or the text",
         ) from error
     return text

@@ -40,6 +40,7 @@ _BY_CODE: Final[dict[str, Exit]] = {
     "deadline": Exit.STILL_RUNNING,
     "enrol": Exit.NOT_ALLOWED,
     "enrol.name_taken": Exit.CONFLICT,
+    "invalid": Exit.USAGE,
     "model.unknown": Exit.NOT_FOUND,
     "not_found": Exit.NOT_FOUND,
     "release.no_previous": Exit.CONFLICT,

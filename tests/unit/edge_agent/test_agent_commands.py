@@ -209,6 +209,13 @@ def test_configuration_is_checked_shown_and_refused(state: Path, capsys: pytest.
     assert run("--check-config", state=state) == 0
     assert run("run", "--print-config", "--log-level", "error", state=state) == 0
     assert 'log.level = "error"  # flag --log-level' in capsys.readouterr().out
+    (state / "agent.toml").write_text("profile = 'pi9'\n")
+    assert run("run", "--check-config", state=state) == Exit.BAD_CONFIGURATION
+    said = capsys.readouterr().err
+    assert "did you mean 'pi" in said
+    assert "the configuration is good" not in said
+    (state / "agent.toml").write_text("profile = 'pi4'\n")
+    assert run("run", "--check-config", state=state) == 0
     (state / "agent.toml").write_text("profil = 'x'\n")
     assert run("status", state=state) == Exit.BAD_CONFIGURATION
     assert "did you mean 'profile'" in capsys.readouterr().err
@@ -252,8 +259,12 @@ def test_tokens_come_from_argument_stdin_or_file(tmp_path: Path, monkeypatch: py
     assert read_token("-") == "orj1.stdin"
     (tmp_path / "token").write_text("orj1.file\n")
     assert read_token(f"@{tmp_path / 'token'}") == "orj1.file"
-    with pytest.raises(errors.InvalidValue):
+    with pytest.raises(errors.InvalidValue, match="No such file"):
         read_token(f"@{tmp_path / 'none'}")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(errors.InvalidValue, match="is not text") as caught:
+        read_token(f"@{tmp_path / 'binary'}")
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -266,6 +277,7 @@ def test_tokens_come_from_argument_stdin_or_file(tmp_path: Path, monkeypatch: py
         (errors.TransferRefused("x"), 4),
         (errors.TransferRefused("x", code="enrol.token_spent"), 4),
         (errors.TransferRefused("x", code="enrol.name_taken"), 6),
+        (errors.TransferRefused("x", code="invalid.device_id"), 2),
         (errors.Unreachable("x"), 5),
         (errors.Conflict("x"), 6),
         (errors.Unreachable("x", code="transfer.timeout"), 8),
