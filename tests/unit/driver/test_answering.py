@@ -395,6 +395,26 @@ def test_a_request_with_more_time_does_not_share_the_fate_of_one_with_less() -> 
     tell(story, policy=Policy(), cache_entries=8)
 
 
+def test_a_request_that_was_given_up_leaves_its_work_to_those_who_wait() -> None:
+    async def story(world: AgentWorld) -> None:
+        running = host(world)
+        assert running is not None
+        running.hang = True
+        first = asyncio.create_task(infer(world, "first", deadline_ms=5_000))
+        await until(lambda: len(running._pending) == 1, "on its way")
+        second = asyncio.create_task(infer(world, "second", deadline_ms=5_000))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await until(lambda: len(running._pending) == 1, "run again")
+        for waiting in list(running._pending):
+            waiting.set_result(None)
+        assert (await second).id == "second"
+
+    tell(story, policy=Policy(), cache_entries=8)
+
+
 def test_a_wrong_request_is_the_callers_fault_also_while_the_host_is_gone() -> None:
     async def story(world: AgentWorld) -> None:
         head = TensorHead(name="x", dtype="fp64", shape=(1, 4))
