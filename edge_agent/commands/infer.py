@@ -109,6 +109,8 @@ def _show(answer: Prediction, *, path: Path, first: int, count: int, as_json: bo
                 "rung": answer.rung,
                 "degraded": answer.degraded,
                 "deadline_met": answer.deadline_met,
+                "escalated": answer.escalated,
+                "reason": answer.reason,
                 "took_us": answer.took_us,
             }
             screen.show_json(document if outputs is None else {**document, "outputs": outputs}, is_row=True)

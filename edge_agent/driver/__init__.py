@@ -6,6 +6,7 @@
     hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
     uplink.py    the link, the outbox's pump, birth, reports and assignments
     answering.py inference requests: admitted, run, answered by their deadline, recorded
+    escalation.py questions to the hub's larger model, and its late answers
     rounds.py    federated runs: tasks fetched and learned, answers kept and then sent; samples taken in
     service.py   what else the door asks: feedback, readings, status, commands
     events.py    what the parts say to each other through the inbox
