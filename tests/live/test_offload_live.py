@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import ssl
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_agent.adapters.cloud import HubCloud
+from edge_agent.adapters.system import SystemClock
+from edge_agent.ports import CloudAnswer, CloudRefusal
 from scripts.story.stage import free_ports
 from shared.inference import TensorHead
 from shared.wire import oip
@@ -105,6 +109,27 @@ def test_a_device_asks_with_its_certificate_and_gets_the_right_digits(hub: HubPr
     assert right >= 0.9 * ROWS
     assert (response.model, response.version, response.parameters["rung"]) == ("digits", "1.0.0", "cloud")
     assert response.parameters["variant"] in ("int8", "fp32")
+
+
+def test_the_devices_own_client_gets_the_right_digits_and_is_told_no(hub: HubProcess, device: Device) -> None:
+    cloud = HubCloud(hub_url=f"https://localhost:{hub.port}", context=device.context(), clock=SystemClock())
+    pixels, truth = samples(20, seed=11)
+    heads = (TensorHead(name="pixels", dtype="fp32", shape=(1, *pixels.shape[1:])),)
+
+    async def main() -> None:
+        right = 0
+        for row, number in enumerate(truth):
+            said = await cloud.ask("digits", heads, pixels[row].tobytes(), deadline_ms=5_000, within_ms=10_000)
+            assert isinstance(said, CloudAnswer), said
+            assert (said.model, said.version) == ("digits", "1.0.0")
+            right += said.label == f"digit {number}" and said.confidence > 0
+        assert right >= 17
+        unknown = await cloud.ask("dogs", heads, pixels[0].tobytes(), deadline_ms=5_000, within_ms=10_000)
+        assert isinstance(unknown, CloudRefusal)
+        assert (unknown.status, unknown.retry_after_ms) == (404, None)
+
+    asyncio.run(main())
+    cloud.close()
 
 
 def test_many_devices_at_once_each_get_their_own_rows(hub: HubProcess, device: Device) -> None:
