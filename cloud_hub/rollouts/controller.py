@@ -163,11 +163,11 @@ class Controller:
         while True:
             began_ms = self._clock.mono_ms()
             self._wake.clear()
-            busy = False
+            busy = True
             try:
                 busy = await self.look()
             except OutriderError as error:
-                # A locked or full database passes; the state is where it was.
+                # A locked or full database passes; the state is where it was, and is looked at again soon.
                 logger.error("rollouts were not looked after: %s: %s", error.code, error.message)
             took_s = (self._clock.mono_ms() - began_ms) / 1000
             await asyncio.sleep(max(GATHER_S, took_s))
