@@ -16,9 +16,12 @@ from . import models
 from .beginning import enrol, first_release, local_answers
 from .breaking import altered_release
 from .cast import FAMILY, House, gather
+from .doubts import cloud_stalls, hard_digits
 from .folder import ROOT, FolderBusy, claim
 from .killing import kill_agent, kill_hub
+from .learning import federated_run
 from .offline import cloud_back, cloud_gone
+from .staged import good_rollout, slower_release, worse_release
 from .telling import Figure, Teller
 
 Act = Callable[[House, Teller], Mapping[str, Figure]]
@@ -32,17 +35,24 @@ STORY: Final[tuple[tuple[str, str, Act], ...]] = (
     ("altered-release", "somebody breaks into the hub", altered_release),
     ("kill-agent", "an agent is killed in mid-work", kill_agent),
     ("kill-hub", "the hub is killed in mid-work", kill_hub),
+    ("good-rollout", "a better model goes out in stages, and the hub is killed on the way", good_rollout),
+    ("worse-release", "a model that answers worse is stopped by its answers", worse_release),
+    ("slower-release", "a model that answers late is stopped by its times", slower_release),
+    ("federated-run", "the devices learn together, and keep their digits to themselves", federated_run),
+    ("hard-digits", "devices in doubt ask the hub's larger model", hard_digits),
+    ("cloud-stalls", "the hub takes questions and answers none", cloud_stalls),
 )
 
 
-class Interrupted(Exception):
-    """Somebody wants the demo to end."""
+class Interrupted(BaseException):
+    """Somebody wants the demo to end; not an Exception, so that no library on the way can take it for an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play; returns 0 when everything was true, 1 when not, 130 after Ctrl-C, 2 while another demo runs."""
     parser = argparse.ArgumentParser(
-        prog="demo", description="One hub, a real broker and three real agents on loopback, from enrolment to kill -9."
+        prog="demo",
+        description="One hub, a real broker and three real agents on loopback, from enrolment to a hub that stalls.",
     )
     parser.add_argument("--check", action="store_true", help="end after the story: 0 when all of it was true, else 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the steps and their figures here")
@@ -50,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--folder", type=Path, default=ROOT / ".demo", metavar="DIR", help="where everything goes; cleared first"
     )
     options = parser.parse_args(arguments)
+    # SIGINT too: a shell's background jobs inherit it as ignored, and Ctrl-C shall end the demo all the same.
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:

@@ -122,13 +122,13 @@ def local_answers(house: House, tell: Teller) -> Mapping[str, Figure]:
     }
 
 
-def push(house: House, version: str, model: str) -> None:
-    """Upload a model and wait until the hub has built and measured it."""
+def push(house: House, version: str, model: str, *, family: str = FAMILY, samples: str = "") -> None:
+    """Upload a model and wait until the hub has built and measured it, on all samples or on `few-` of them."""
     models.trained(house, model)
     house.operator.run(
         "model", "push", f"{model}.onnx",
-        "--family", FAMILY, "--version", version,
-        "--golden", "golden.npz", "--calibration", "calibration.npz",
+        "--family", family, "--version", version,
+        "--golden", f"{samples}golden.npz", "--calibration", f"{samples}calibration.npz",
         "--labels", ",".join(digits.LABELS), "--input-scale", str(digits.SCALE),
         "--data-tag", "scikit-learn digits 1.0", "--param", f"seed={models.RECIPES[model].seed}",
         "--license", "BSD-3-Clause", "--wait",

@@ -83,9 +83,16 @@ def events(house: House, device: Device) -> list[dict[str, Any]]:
     return [item["body"] for item in _items(house, device, "event") if item["kind"] == "event"]
 
 
+def late_labels(house: House, device: Device) -> int:
+    """How many late answers of the hub's larger model are kept as labels."""
+    items = _items(house, device, "outcome")
+    return sum(1 for item in items if item["kind"] == "outcome" and item["body"].get("source") == "hub")
+
+
 def _requests(house: House, device: Device, klass: str, *, kind: str) -> Counter[str]:
-    items = _items(house, device, klass)
-    return Counter(str(item["body"]["request"]) for item in items if item["kind"] == kind)
+    """How many records of this kind there are by request, those of the application: the hub may add its own word."""
+    bodies = [item["body"] for item in _items(house, device, klass) if item["kind"] == kind]
+    return Counter(str(body["request"]) for body in bodies if not body.get("source"))
 
 
 def _items(house: House, device: Device, klass: str) -> list[Document]:

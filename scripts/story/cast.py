@@ -176,6 +176,14 @@ class Device:
         self.pid = self.stage.start(self.name, "outrider-agent", "run", "--state", str(self.state))
         until(f"the agent {self.name} answers", self._answers, seconds=AGENT_UP_S)
 
+    def reconfigure(self, more: str) -> None:
+        """Add to the configuration and start the agent anew, as an operator would."""
+        file = self.state / "agent.toml"
+        file.write_text(file.read_text(encoding="utf-8") + more, encoding="utf-8")
+        if self.stage.stop(self.name) is None:
+            raise NotTrue(f"the agent {self.name} had to be killed, it did not end by itself")
+        self.start()
+
     def client(self) -> Client:
         """The Python client, as an application uses it."""
         return Client(self.door, timeout_ms=5000)

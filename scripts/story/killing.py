@@ -28,7 +28,7 @@ def kill_agent(house: House, tell: Teller) -> Mapping[str, Figure]:
     serving = device.model()
     hosts = device.host_pids()
     require(hosts, f"{device.name} has a model host")
-    with _hub_asleep(house):
+    with hub_asleep(house):
         with Burst(device, house.held_back, title="killed") as burst:
             until(f"{device.name} is in mid-work", partial(_has_asked, burst, BURST), seconds=BURST_S)
             device.stage.kill(device.name)
@@ -101,7 +101,7 @@ def kill_hub(house: House, tell: Teller) -> Mapping[str, Figure]:
 
 
 @contextlib.contextmanager
-def _hub_asleep(house: House) -> Iterator[None]:
+def hub_asleep(house: House) -> Iterator[None]:
     """Stop the hub's process for a while: the broker takes messages, and nobody acknowledges them."""
     os.kill(house.cloud.pid, signal.SIGSTOP)
     try:

@@ -6,9 +6,10 @@ Every request has an id of its own, so that the books can be compared with the h
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from shared.errors import OutriderError
 
 from .cast import FAMILY, Device, House
 from .digits import INPUT, LABELS
-from .telling import NotTrue
+from .telling import NotTrue, require
+
+T = TypeVar("T")
 
 DEADLINE_MS: Final = 5000
+EVERYDAY_PAUSE_S: Final = 0.02
 TALLY_TITLES: Final = ("device", "asked", "right", "accuracy", "median", "99 %")
 
 
@@ -82,9 +86,9 @@ def ask_all(house: House, rows: Sequence[int], *, title: str) -> dict[str, Tally
     return side_by_side(house.devices, lambda device: ask(device, house.held_back, rows, title=title))
 
 
-def side_by_side(devices: Sequence[Device], act: Callable[[Device], Tally]) -> dict[str, Tally]:
+def side_by_side(devices: Sequence[Device], act: Callable[[Device], T]) -> dict[str, T]:
     """Do this for each device in a thread of its own; raises the first failure."""
-    done: dict[str, Tally] = {}
+    done: dict[str, T] = {}
     failed: list[BaseException] = []
 
     def one(device: Device) -> None:
@@ -106,14 +110,23 @@ def side_by_side(devices: Sequence[Device], act: Callable[[Device], Tally]) -> d
 
 
 class Burst:
-    """An application that goes on asking, inside a `with`, until the block ends or its agent is gone."""
+    """An application that goes on asking, inside a `with`, until the block ends or its agent is gone.
 
-    def __init__(self, device: Device, held_back: Any, *, title: str) -> None:
+    Attributes:
+        asked: questions that were answered.
+        versions: which model versions answered.
+        cut_off: whether the agent was gone, or refused, while a question was on its way.
+    """
+
+    def __init__(self, device: Device, held_back: Any, *, title: str, pause_s: float = 0.0) -> None:
+        """Ask about these digits over and over, with a pause after each; `title` keeps the requests' names apart."""
         self._device = device
         self._held_back = held_back
         self._title = title
+        self._pause_s = pause_s
         self._enough = threading.Event()
         self.asked = 0
+        self.versions: set[str] = set()
         self.cut_off = False
         self._thread = threading.Thread(target=self._run, name=f"burst-{device.name}-{title}")
 
@@ -139,9 +152,27 @@ class Burst:
                     device.answered[request] = str(answer.label)
                     device.unsure.add(request)
                     self.asked += 1
+                    self.versions.add(answer.version)
                     client.feedback(request, label=truth)
                     device.confirmed.add(request)
+                    if self._pause_s:
+                        self._enough.wait(self._pause_s)
                 except OutriderError:
                     # The agent was killed under us; what was on its way has no answer, and that is all we may know.
                     self.cut_off = True
                     return
+
+
+@contextmanager
+def everyday(house: House, *, title: str) -> Iterator[dict[str, Burst]]:
+    """All devices' applications ask all the time, unhurriedly, while the block runs; none may go without an answer."""
+    with ExitStack() as stack:
+        bursts = {
+            device.name: stack.enter_context(Burst(device, house.held_back, title=title, pause_s=EVERYDAY_PAUSE_S))
+            for device in house.devices
+        }
+        yield bursts
+    for device in house.devices:
+        require(not bursts[device.name].cut_off, f"the application of {device.name} got every answer")
+        # No agent was killed after its answers, so that every record must reach the hub.
+        device.unsure -= {request for request in device.unsure if request.startswith(f"{title}-")}
