@@ -11,6 +11,7 @@ import pytest
 
 from cloud_hub.ground import audit
 from cloud_hub.ground.bus import DeviceReported
+from cloud_hub.rollouts.values import PauseAsked
 from shared.errors import Conflict, InvalidValue
 from shared.ids import DeviceId
 from shared.rollout import Condition, Phase, Verdict, parse_spec
@@ -243,3 +244,14 @@ def test_a_specification_is_checked_again_by_the_desk(room: RolloutRoom) -> None
     spec = msgspec.structs.replace(parse_spec(room.spec()), stages=("50%",))
     with pytest.raises(InvalidValue):
         asyncio.run(room.desk.start(spec, actor="token:ann"))
+
+
+def test_a_state_that_somebody_else_has_moved_on_is_not_overwritten(room: RolloutRoom) -> None:
+    name = room.start().id
+    stale = asyncio.run(room.desk.controller.load(name))
+    room.look()
+    event = PauseAsked(at_ms=room.clock.wall, actor="token:ann")
+    with pytest.raises(Conflict) as caught:
+        asyncio.run(room.desk.controller._decide(stale, event))
+    assert caught.value.code == "conflict.rollout_moved"
+    assert asyncio.run(room.desk.get(name)).phase is Phase.RUNNING
