@@ -28,6 +28,12 @@ STEPS = [
     "altered-release",
     "kill-agent",
     "kill-hub",
+    "good-rollout",
+    "worse-release",
+    "slower-release",
+    "federated-run",
+    "hard-digits",
+    "cloud-stalls",
 ]
 UP_S = 60.0
 GONE_S = 15.0
@@ -91,13 +97,13 @@ def wait_until_working(process: subprocess.Popen[str], folder: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 @pytest.mark.usefixtures("mosquitto_path")
 def test_every_step_of_the_story_is_true(short_tmp: Path) -> None:
     figures = short_tmp / "figures.json"
     folder = short_tmp / "demo"
     with story(folder, "--check", "--json", str(figures)) as process:
-        said, _ = process.communicate(timeout=280)
+        said, _ = process.communicate(timeout=450)
     assert process.returncode == 0, said
     steps = json.loads(figures.read_text())["steps"]
     assert [step["name"] for step in steps] == STEPS
@@ -106,6 +112,11 @@ def test_every_step_of_the_story_is_true(short_tmp: Path) -> None:
     assert by_name["cloud-back"]["missing"] == by_name["cloud-back"]["twice"] == 0
     assert by_name["altered-release"]["refusals"] == 9
     assert by_name["kill-agent"]["orphan_hosts"] == by_name["kill-hub"]["orphan_brokers"] == 0
+    assert by_name["good-rollout"]["on_it"] == 3
+    assert by_name["worse-release"]["touched"] == by_name["slower-release"]["touched"] == 1
+    assert by_name["federated-run"]["points_ahead"] >= 20
+    assert by_name["hard-digits"]["accuracy_with_hub"] > by_name["hard-digits"]["accuracy_alone"]
+    assert by_name["cloud-stalls"]["in_time"] == by_name["cloud-stalls"]["asked"]
     wait_until_gone(folder)
 
 
