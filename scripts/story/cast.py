@@ -208,6 +208,15 @@ class Device:
         model = self.model()
         return model.phase == "committed" and model.version == version and not model.candidate
 
+    def connect_now(self) -> None:
+        """Have it try at once (`outrider-agent queue flush`): killed again and again, hubs are tried less and less."""
+        try:
+            with self.client() as client:
+                client.control("queue.flush")
+        except OutriderError as error:
+            raise NotTrue(f"{self.name}: {error.message}") from error
+        self.wait_online()
+
     def wait_online(self) -> None:
         """Wait until the link to the broker is up."""
         until(f"{self.name} is online", lambda: self.status().link == "online", seconds=ONLINE_S)
@@ -258,6 +267,13 @@ class House:
     def folder(self) -> Folder:
         """The demo's folder."""
         return self.stage.folder
+
+    def lose_hub(self) -> None:
+        """kill -9 of the hub, which takes its broker with it; then start it again, and bring everybody back."""
+        self.cloud.kill_hub_only()
+        self.cloud.start()
+        for device in self.devices:
+            device.connect_now()
 
 
 def gather(folder: Folder) -> House:

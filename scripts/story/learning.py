@@ -159,8 +159,7 @@ def _run(house: House) -> Held:
     )  # fmt: skip
     run = str(started["run"])
     killed_after = until(f"round {KILL_AFTER} is done", partial(_has_done, house, run), seconds=RUN_S)
-    house.cloud.kill_hub_only()
-    house.cloud.start()
+    house.lose_hub()
     ended = until("the run has finished", partial(_finished, house, run), seconds=RUN_S)
     expect("rounds that were held", wanted=list(range(1, ROUNDS + 1)), found=_numbers(ended["rounds"]))
     return Held(
