@@ -28,7 +28,7 @@ OUTPUT: Final = "scores"
 FEATURES: Final = "features"
 BRIGHTEST: Final = 16.0
 SCALE: Final = 1.0 / BRIGHTEST
-DETOUR_WIDTH: Final = 4096
+DETOUR_WIDTH: Final = 8192
 LABELS: Final = tuple(str(digit) for digit in range(10))
 
 Floats = npt.NDArray[np.float32]

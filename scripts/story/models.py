@@ -31,7 +31,7 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
         "digits-3": Recipe(seed=5),
         "digits-retrained": Recipe(seed=7),
         "digits-hasty": Recipe(seed=3, samples=40),
-        "digits-slow": Recipe(seed=7, detours=300),
+        "digits-slow": Recipe(seed=7, detours=120),
         "digits-large": Recipe(seed=3, hidden=(512, 256), passes=15, noise=(4.0, 5.0)),
     }
 )

@@ -80,11 +80,11 @@ def worse_release(house: House, tell: Teller) -> Mapping[str, Figure]:
 
 
 def slower_release(house: House, tell: Teller) -> Mapping[str, Figure]:
-    """A model with the same answers and 600 more layers: stopped by the time that its answers take."""
+    """A model with the same answers and 240 more layers: stopped by the time that its answers take."""
     release(house, SLOWER, "digits-slow", samples="few-")
     figures, reading, canary = _stopped(house, tell, version=SLOWER, gate="latency")
     tell.say(
-        f"Version {SLOWER} gives the answers of {GOOD}, through 600 layers more. On {canary.name} the gate said: "
+        f"Version {SLOWER} gives the answers of {GOOD}, through 240 layers more. On {canary.name} the gate said: "
         f"{reading['why']}. Rolled back as well."
     )
     return {
