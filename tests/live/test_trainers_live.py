@@ -317,10 +317,18 @@ def test_kill_9_of_the_core_takes_a_busy_trainer_with_it(tmp_path: Path) -> None
 def test_a_trainer_that_outlived_its_core_is_swept(tmp_path: Path) -> None:
     lookalike = [sys.executable, "-c", "import time; time.sleep(60)", "edge_agent.trainers"]
     with subprocess.Popen(lookalike) as orphan:
-        fields = Path(f"/proc/{orphan.pid}/stat").read_text().rpartition(")")[2].split()
-        (tmp_path / str(orphan.pid)).write_text(f"{fields[19]}\n")
-        assert sweep_orphans(tmp_path) == 1
-        assert orphan.wait(timeout=10) == -signal.SIGKILL
+        try:
+            proc = Path(f"/proc/{orphan.pid}")
+            deadline = time.monotonic() + 10
+            while b"edge_agent.trainers" not in (proc / "cmdline").read_bytes():  # the new program is not there at once
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            fields = (proc / "stat").read_text().rpartition(")")[2].split()
+            (tmp_path / str(orphan.pid)).write_text(f"{fields[19]}\n")
+            assert sweep_orphans(tmp_path) == 1
+            assert orphan.wait(timeout=10) == -signal.SIGKILL
+        finally:
+            orphan.kill()
 
 
 def is_alive(pid: int) -> bool:
