@@ -32,7 +32,7 @@ def kill_agent(house: House, tell: Teller) -> Mapping[str, Figure]:
         with Burst(device, house.held_back, title="killed") as burst:
             until(f"{device.name} is in mid-work", partial(_has_asked, burst, BURST), seconds=BURST_S)
             device.stage.kill(device.name)
-        require(burst.cut_off, "a question was on its way when the agent was killed")
+            until("the application notices", lambda: burst.cut_off, seconds=BURST_S)
         for pid in hosts:
             wait_gone(f"the model host of {device.name}", pid)
         confirmed = sum(1 for request in device.confirmed if request.startswith("killed-"))
