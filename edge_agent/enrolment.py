@@ -207,9 +207,7 @@ def _exchange(
 
 
 _NOT_SPENT: Final = "check the address, the network and that `outrider-hub serve` is running; the token is not spent"
-_LOST_ANSWER: Final = (
-    "the hub may have taken the token already: try again, and ask for a new one if it is spent"
-)
+_LOST_ANSWER: Final = "the hub may have taken the token already: try again, and ask for a new one if it is spent"
 
 
 def _new_key(path: Path) -> str:
