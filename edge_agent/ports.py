@@ -13,7 +13,7 @@ from shared.ids import Digest
 from shared.inference import TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.release import Floors, VerifiedAssignment
-from shared.telemetry import BatchId, Body, Reading, RecordClass
+from shared.telemetry import BatchId, Body, Grade, Reading, RecordClass
 from shared.wire.messages import Batch
 
 
@@ -27,8 +27,12 @@ class Courier(Protocol):
         """Connect, subscribe and return; raises Unreachable or TransferRefused within its deadline (10 s)."""
         ...
 
-    def publish(self, topic: str, payload: bytes) -> bool:
-        """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later."""
+    def publish(self, topic: str, payload: bytes, *, ref: BatchId | None = None) -> bool:
+        """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later.
+
+        `ref` comes back in `on_refused(topic, ref, code, reason)` when the broker acknowledges with a failure, or when
+        the message is larger than the broker takes (0x95).
+        """
         ...
 
     async def disconnect(self) -> None:
@@ -68,45 +72,138 @@ class Ledger(Protocol):
         ...
 
 
+class Wear(msgspec.Struct, frozen=True, kw_only=True):
+    """What the outbox has cost the disk since the agent started: bytes handed to it, and syncs."""
+
+    written_bytes: int
+    syncs: int
+
+
 class Depth(msgspec.Struct, frozen=True, kw_only=True):
-    """How much waits for the hub: records by class, and bytes in all."""
+    """How much waits for the hub, and what became of what did not wait long enough.
+
+    Attributes:
+        records: waiting, by class; what is not yet on the disk is not counted.
+        bytes: on the disk, all files of the outbox together.
+        oldest_ms: by class, how long the oldest has waited, by the store's own clock; absent where none waits.
+        lost: records by reason (`evicted`, `expired`, `dropped`, `damaged`) since the store was made.
+        buried: batches put aside because the hub or the broker will never take them, as far as they are kept.
+    """
 
     records: Mapping[RecordClass, int]
     bytes: int
+    oldest_ms: Mapping[RecordClass, int]
+    lost: Mapping[str, int]
+    buried: int
+    wear: Wear
+
+
+class Ticket(Protocol):
+    """The promise for one record."""
+
+    async def durable(self) -> int:
+        """Wait until it is on the disk and return its number.
+
+        Raises:
+            StorageFull: there is no room, and none may be made for this class.
+            StorageError: the disk refused; nothing of the record is stored.
+        """
+        ...
 
 
 class Outbox(Protocol):
-    """Records that wait for the hub. Bounded by bytes; class 0 is never evicted.
+    """Records that wait for the hub (docs/adr/0009-the-journal.md). Bounded by bytes; class 0 is never evicted.
 
     Nothing is sent before it is durable, and nothing is deleted before the hub acknowledged it.
     """
 
     @property
     def epoch(self) -> str:
-        """16 hex digits, drawn when this outbox was created."""
+        """16 hex digits, drawn when this store was created."""
         ...
 
-    async def put(self, *, at_ms: int, body: Body) -> int:
-        """Append a record to its class and return its number once it is durable; raises StorageFull for class 0."""
+    def put(self, body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> Ticket:
+        """Append a record to its class; returns at once.
+
+        Raises:
+            InvalidValue: the record exceeds MAX_RECORD_BYTES.
+            StorageFull: more waits for the disk than may be held in memory: try again after the next commit.
+        """
         ...
 
-    async def next_batch(self, klass: RecordClass) -> Batch | None:
-        """The oldest batch of the class that is not acknowledged; its boundaries are durable before this returns.
+    async def load(self, klass: RecordClass, *, after: int = 0) -> Batch | None:
+        """The oldest batch or gap of the class that is not settled and begins above `after`.
 
-        The same batch, byte for byte, comes back until `settle` is called for it.
+        Its boundaries are durable before this returns. The same numbers come back, with the same content, until
+        they are settled. None when nothing more is durable.
         """
         ...
 
     async def settle(self, batch: BatchId) -> bool:
-        """Delete what the hub acknowledged; False when no such batch is open (a late or repeated answer)."""
+        """Let go of what the hub acknowledged, in any order; False for what is not open (a late or repeated answer)."""
         ...
 
-    async def drop(self, klass: RecordClass, *, at_ms: int) -> int:
-        """Drop the class's unsealed records at a person's word, leaving a note; returns how many. Not class 0."""
+    async def bury(self, batch: BatchId, *, reason: str) -> bool:
+        """Put aside a batch that will never be taken, with the reason, and settle it; False for what is not open."""
+        ...
+
+    async def flush(self) -> None:
+        """Return once everything that was put before is on the disk; raises StorageError."""
+        ...
+
+    async def drop(self, klass: RecordClass) -> int:
+        """Drop the class's waiting records at a person's word, leaving a gap; returns how many. Not class 0."""
         ...
 
     def depth(self) -> Depth:
         """How much waits; kept in memory, exact."""
+        ...
+
+
+class Disk(Protocol):
+    """One directory of files, as the journal needs it. Every call raises OSError as the system gives it.
+
+    Nothing is on the disk before `sync` (contents) or `sync_names` (creations, renames and removals) returned.
+    """
+
+    def names(self) -> list[str]:
+        """The files there are."""
+        ...
+
+    def create(self, name: str, size: int, *, zeroed: bool) -> None:
+        """Make a file of this size: filled with zeros that are written, or only with room set aside for it."""
+        ...
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Up to so many bytes from there; fewer at the end of the file."""
+        ...
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Write all of it there, or raise."""
+        ...
+
+    def sync(self, name: str) -> None:
+        """Return once the file's contents are on the disk (`fdatasync`)."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name, replacing what has it."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        ...
+
+    def sync_names(self) -> None:
+        """Return once creations, renames and removals are on the disk."""
+        ...
+
+    def free_bytes(self) -> int:
+        """What the file system has left."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files. Safe to call twice."""
         ...
 
 

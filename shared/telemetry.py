@@ -7,18 +7,19 @@ true of it, a *reading* is a number from the world, an *event* is something that
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Final
+from enum import Enum, IntEnum
+from typing import Final, Literal
 
 import msgspec
 
 
 class RecordClass(IntEnum):
-    """Priority of a record; lower is more precious."""
+    """Priority of a record; lower is more precious. EVENT is never evicted, READING is the first to go."""
 
     EVENT = 0
     OUTCOME = 1
-    TELEMETRY = 2
+    RESULT = 2
+    READING = 3
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="result", tag_field="kind"):
@@ -77,8 +78,8 @@ Body = Result | Reading | Outcome | DeviceEvent
 CLASS_OF: Final[dict[type, RecordClass]] = {
     DeviceEvent: RecordClass.EVENT,
     Outcome: RecordClass.OUTCOME,
-    Result: RecordClass.TELEMETRY,
-    Reading: RecordClass.TELEMETRY,
+    Result: RecordClass.RESULT,
+    Reading: RecordClass.READING,
 }
 
 
@@ -111,3 +112,27 @@ class BatchId(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     last: int
     digest: str
+
+
+class Grade(Enum):
+    """How much a record is worth to whoever puts it.
+
+    DURABLE: on the disk when its ticket says so. BUFFERED: within the flush interval. MEMORY: with whatever is written
+    next, or after thirty seconds; it causes no write of its own. What a crash takes of the last two was never numbered.
+    """
+
+    DURABLE = "durable"
+    BUFFERED = "buffered"
+    MEMORY = "memory"
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """Records that will not come; travels as a `Batch` without columns, and is settled like one.
+
+    Attributes:
+        reason: `evicted` for room, `expired` by their time to live, `dropped` by a person, `damaged` on the disk.
+        records: how many of the numbers first to last were waiting; the others had been settled before.
+    """
+
+    reason: Literal["evicted", "expired", "dropped", "damaged"]
+    records: int

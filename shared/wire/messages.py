@@ -5,12 +5,13 @@ New fields are added with a default and old ones never change their meaning; tha
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final, Literal, TypeVar
 
 import msgspec
 
 from shared.errors import ProtocolViolation
-from shared.telemetry import BatchId
+from shared.telemetry import BatchId, Gap
 from shared.wire.envelope import Envelope
 
 
@@ -62,24 +63,36 @@ class Death(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Literal["lost", "stopped"] = "lost"
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """Records first to last of a class, as columns (shared/wire/columns.py)."""
-
-    batch: BatchId
-    columns: bytes
-
-
-class Ack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The hub has committed the batch (or had it already, or will never take it).
+class Batch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Records first to last of a class, as columns (shared/wire/columns.py), or a gap.
 
     Attributes:
-        status: `stored` and `duplicate` let the device delete; `refused` too, after it kept the reason as an event.
+        columns: the records; empty for a gap. The id's digest is theirs, and for a gap that of its encoding.
+        gap: set when the numbers first to last will not come.
+    """
+
+    batch: BatchId
+    columns: bytes = b""
+    gap: Gap | None = None
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of one batch.
+
+    Attributes:
+        status: `stored` and `duplicate` let the device delete; `refused` too, after it put the batch aside with `code`.
         code: why it was refused.
     """
 
     batch: BatchId
     status: Literal["stored", "duplicate", "refused"]
     code: str = ""
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True):
+    """The hub has committed these batches (or had them already, or will never take them), in one message."""
+
+    verdicts: tuple[Verdict, ...]
 
 
 class Reported(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -167,3 +180,8 @@ def expect(envelope: Envelope, struct: type[_Body]) -> _Body:
     if not isinstance(message, struct):
         raise ProtocolViolation(f"expected {KIND_OF[struct]!r}, got {envelope.kind!r}", code="protocol.kind")
     return message
+
+
+def digest_of(*, columns: bytes, gap: Gap | None) -> str:
+    """SHA-256, hex, of what a batch carries: its columns, or its gap's encoding."""
+    return hashlib.sha256(columns if gap is None else _encoder.encode(gap)).hexdigest()
