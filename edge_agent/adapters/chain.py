@@ -30,7 +30,7 @@ from edge_agent.core.frames import (
     frame_size,
     read_frame,
 )
-from edge_agent.core.journal import JournalBounds, Portion, with_gaps, without_gaps
+from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Portion, with_gaps, without_gaps
 from edge_agent.ports import Disk
 from shared import ranges
 from shared.ranges import Ranges
@@ -45,16 +45,18 @@ class Window:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._name = ""
+        self._is_whole = False
         self.start = 0
         self.data = b""
 
     def show(self, name: str, offset: int, size: int, *, end: int) -> None:
         """See to it that `data`, from `start` on, holds so many bytes from there, as far as they lie below `end`."""
         wanted = min(offset + size, end)
-        if name == self._name and self.start <= offset and wanted <= self.start + len(self.data):
+        if name == self._name and self.start <= offset and (wanted <= self.start + len(self.data) or self._is_whole):
             return
         length = max(0, min(max(size, WINDOW_BYTES), end - offset))
         self.data = self._disk.read(name, offset, length)
+        self._is_whole = len(self.data) < length
         self._name, self.start = name, offset
 
 
@@ -269,7 +271,7 @@ class Chain:
 
     def _frame_at(self, index: int, offset: int) -> Frame | None:
         segment, window = self.segments[index], self._window
-        end = self.end if index + 1 == len(self.segments) else self._bounds.segment_bytes
+        end = self._end_of(index)
         if offset + HEAD_BYTES > end:
             return None
         name = str(segment)
@@ -280,10 +282,14 @@ class Chain:
         window.show(name, offset, size, end=end)
         return read_frame(window.data, offset, start=window.start, segment=segment)
 
+    def _end_of(self, index: int) -> int:
+        """Where to stop reading; a segment that is not written to any more may be from a time of other sizes."""
+        return self.end if index + 1 == len(self.segments) else LARGEST_SEGMENT_BYTES
+
     def _frame_behind(self, index: int, offset: int, *, above: int, below: int) -> Frame | None:
         """The next frame behind damage whose numbers lie between; reads the rest of the segment."""
         segment = self.segments[index]
-        end = self.end if index + 1 == len(self.segments) else self._bounds.segment_bytes
+        end = self._end_of(index)
         data = self._disk.read(str(segment), offset, max(0, end - offset))
         at = offset
         while (frame := find_frame(data, at, start=offset, segment=segment)) is not None:

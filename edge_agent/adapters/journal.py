@@ -19,7 +19,8 @@ Not here: what a record is, when to commit, tickets (`outbox.py`).
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from edge_agent.adapters import recovery
@@ -368,16 +369,13 @@ def _full(klass: RecordClass) -> StorageFull:
     )
 
 
-class _translated:
-    """Turns the system's errors into the tree's."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull("no room left for records", hint="free disk space; what waited is kept") from error
-            raise StorageError(
-                f"the disk refused: {error.strerror}", hint="check the disk and the rights of the state directory"
-            ) from error
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("no room left for records", hint="free disk space; what waited is kept") from error
+        raise StorageError(
+            f"the disk refused: {error.strerror}", hint="check the disk and the rights of the state directory"
+        ) from error
