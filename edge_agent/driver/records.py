@@ -41,7 +41,7 @@ class Records:
         self._outbox = outbox
         self._newest: dict[RecordClass, Ticket] = {}
         self._watched: set[RecordClass] = set()
-        self._disk_refuses = False
+        self._refused: set[RecordClass] = set()
 
     async def keep(self, body: Body) -> int:
         """Put a record and return its number once it is durable; raises StorageError, InvalidValue."""
@@ -151,9 +151,11 @@ class Records:
             self._watched.discard(klass)
 
     def _note_disk(self, klass: RecordClass, why: str) -> None:
-        if bool(why) is not self._disk_refuses:
-            self._disk_refuses = bool(why)
-            if why:
-                logger.error("records are not kept", extra={"class": klass.name.lower(), "why": why})
-            else:
-                logger.info("records are kept again")
+        """Log that the disk takes none of a class, and that it does again, once each."""
+        about = {"class": klass.name.lower()}
+        if why and klass not in self._refused:
+            self._refused.add(klass)
+            logger.error("records are not kept", extra={**about, "why": why})
+        elif not why and klass in self._refused:
+            self._refused.discard(klass)
+            logger.info("records are kept again", extra=about)
