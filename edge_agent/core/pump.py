@@ -1,17 +1,21 @@
-"""The pump: which batch of the outbox goes out next.
+"""The pump: which batches of the outbox go out next, and what becomes of those that nobody takes.
 
     decision = decide(pump, event)         nothing is saved: the outbox remembers what is not acknowledged
 
 Rules of this file:
-1. Of each class at most one batch is on its way; a class is loaded only when every more precious one has nothing to
-   load or waits for its acknowledgement.
-2. A batch is sent again, the same one, after a reconnect and when its acknowledgement does not come. That is safe: the
-   outbox hands out the same batch until it is settled, and the hub counts it once.
-3. A refused batch is settled too, because the hub will never take it; the first refusal in a row is noted. Only the
-   first: the note is itself a record, and notes about refused notes would never end.
+1. Of each class at most WINDOW batches are on their way, and at most MAX_IN_FLIGHT in all, of which one place is kept
+   for class 0. A class is loaded only when every more precious one has nothing to load, rests, or has its window full.
+2. Batches of a class are sent in order. Their answers may come in any order, once, twice or never. When the oldest has
+   no answer in time, and at every connect, the whole class counts as unsent and is loaded again from its head. That is
+   safe: the outbox hands out the same batches until they are settled, and the hub counts each once.
+3. A batch that will never be taken, by the hub or by the broker, is buried: put aside with the reason. It holds up
+   nothing. The first of a row is noted; only the first, because the note is itself a record, and notes about refused
+   notes would never end. A stored batch ends the row.
+4. A class that is refused for now (quota, rights, a disk that fails) rests, and no other class with it.
 
-The driver carries out the effects of one decision in order, each before the next: `LoadBatch` after `Settle` must
-find the next batch. Not here: bytes, disk, the courier.
+Each `LoadBatch` is answered once, with the number that it was asked under; an answer to an earlier one is void. A gap
+is a batch like any other. The driver carries out the effects of one decision in order, each before the next:
+`LoadBatch` after `Settle` must not find what was settled. Not here: bytes, disk, the courier, drawing the jitter.
 """
 
 from __future__ import annotations
@@ -25,10 +29,25 @@ from msgspec.structs import replace
 from edge_agent.core.slot_values import Note
 from shared.machine import Decision, Row, Table
 from shared.telemetry import BatchId, RecordClass
-from shared.wire.messages import Ack, Batch
+from shared.wire.messages import Ack, Batch, Verdict
 
+WINDOW: Final = 4
+MAX_IN_FLIGHT: Final = 12
 FIRST_ACK_MS: Final = 10_000
 LONGEST_ACK_MS: Final = 80_000
+NO_ROOM_REST_MS: Final = 250
+"""Until a batch is offered again that the courier had no room for; its room comes back with the broker's answers."""
+FIRST_REST_MS: Final = 1_000
+LONGEST_REST_MS: Final = 60_000
+SHORTEST_REST_MS: Final = 200
+BARRED_REST_MS: Final = 60_000
+STORAGE_REST_MS: Final = 10_000
+"""How long a class rests after the disk refused, so that a full disk does not become a busy loop."""
+MAX_REASON_CHARS: Final = 200
+
+NOT_AUTHORIZED: Final = 0x87
+FOR_GOOD: Final = {0x90: "broker.topic_name", 0x95: "broker.packet_too_large", 0x99: "broker.payload_format"}
+"""PUBACK reasons that the same message will meet every time (MQTT 5.0, section 3.4.2.1), as codes of ours."""
 
 
 class PumpPhase(Enum):
@@ -39,22 +58,32 @@ class PumpPhase(Enum):
 
 
 class LanePhase(Enum):
-    """QUIET: nothing waits. WAITING: something may. LOADING: asked the outbox. SENT: waits for the hub's answer."""
+    """QUIET: nothing waits. WAITING: something may. LOADING: asked the outbox. RESTING: waits for its rest timer."""
 
     QUIET = "quiet"
     WAITING = "waiting"
     LOADING = "loading"
-    SENT = "sent"
+    RESTING = "resting"
 
 
 class Lane(msgspec.Struct, frozen=True):
-    """One class. `more`: records came while loading; `resends` and `refusals` count in a row."""
+    """One class.
+
+    Attributes:
+        sent: on their way, oldest first.
+        ask: number of the newest LoadBatch; answers to earlier ones are void.
+        more: records came while loading.
+        resends, rests: in a row, each making the next wait longer.
+        noted: the row of refusals that goes on was told.
+    """
 
     phase: LanePhase = LanePhase.WAITING
-    batch: BatchId | None = None
+    sent: tuple[BatchId, ...] = ()
+    ask: int = 0
     more: bool = False
     resends: int = 0
-    refusals: int = 0
+    rests: int = 0
+    noted: bool = False
 
 
 class Pump(msgspec.Struct, frozen=True):
@@ -79,41 +108,88 @@ class RecordsWaiting(msgspec.Struct, frozen=True):
 
 
 class BatchReady(msgspec.Struct, frozen=True):
-    """Answer to LoadBatch: the oldest batch of its class that is not acknowledged."""
+    """Answer to the LoadBatch of this number: the oldest batch that is not settled and begins above what it named."""
 
     batch: Batch
+    ask: int
 
 
 class NothingWaiting(msgspec.Struct, frozen=True):
-    """Answer to LoadBatch: the class is empty."""
+    """Answer to the LoadBatch of this number: there is no such batch."""
+
+    klass: RecordClass
+    ask: int
+
+
+class StorageRefused(msgspec.Struct, frozen=True):
+    """The disk failed under a LoadBatch, Settle or Bury of this class."""
 
     klass: RecordClass
 
 
+class NotTaken(msgspec.Struct, frozen=True):
+    """The courier had no room for this batch."""
+
+    batch: BatchId
+
+
+class PublishRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The broker acknowledged this batch with a failure, or would have. `jitter` is drawn from 0 to 1."""
+
+    batch: BatchId
+    code: int
+    jitter: float
+
+
 class AckArrived(msgspec.Struct, frozen=True):
-    """The hub answered a batch."""
+    """The hub answered batches."""
 
     ack: Ack
 
 
 class AckTimedOut(msgspec.Struct, frozen=True):
-    """The lane's timer: no answer to the batch with this digest."""
+    """The class's ack timer: no answer to the batch with this digest."""
 
     klass: RecordClass
     digest: str
 
 
-PumpEvent = WentOnline | WentOffline | RecordsWaiting | BatchReady | NothingWaiting | AckArrived | AckTimedOut
-
-
-class LoadBatch(msgspec.Struct, frozen=True):
-    """Ask the outbox for the class's next batch; answered by BatchReady or NothingWaiting."""
+class RestOver(msgspec.Struct, frozen=True):
+    """The class's rest timer."""
 
     klass: RecordClass
 
 
+class Hurried(msgspec.Struct, frozen=True):
+    """A person wants what waits to go now: no class rests any longer."""
+
+
+PumpEvent = (
+    WentOnline
+    | WentOffline
+    | RecordsWaiting
+    | BatchReady
+    | NothingWaiting
+    | StorageRefused
+    | NotTaken
+    | PublishRefused
+    | AckArrived
+    | AckTimedOut
+    | RestOver
+    | Hurried
+)
+
+
+class LoadBatch(msgspec.Struct, frozen=True):
+    """Ask the outbox for the next batch above this number; BatchReady, NothingWaiting or StorageRefused answer."""
+
+    klass: RecordClass
+    after: int
+    ask: int
+
+
 class SendBatch(msgspec.Struct, frozen=True):
-    """Publish it; when the courier does not take it, do nothing: the timer will."""
+    """Publish it; say NotTaken when the courier does not take it."""
 
     batch: Batch
 
@@ -122,7 +198,13 @@ class Settle(msgspec.Struct, frozen=True):
     """Let the outbox delete it."""
 
     batch: BatchId
-    status: str
+
+
+class Bury(msgspec.Struct, frozen=True):
+    """Let the outbox put it aside with the reason, and delete it."""
+
+    batch: BatchId
+    reason: str
 
 
 class StartAckTimer(msgspec.Struct, frozen=True):
@@ -134,12 +216,27 @@ class StartAckTimer(msgspec.Struct, frozen=True):
 
 
 class StopAckTimer(msgspec.Struct, frozen=True):
-    """Forget the class's timer."""
+    """Forget the class's ack timer."""
 
     klass: RecordClass
 
 
-PumpEffect = LoadBatch | SendBatch | Settle | StartAckTimer | StopAckTimer | Note
+class StartRestTimer(msgspec.Struct, frozen=True):
+    """Say RestOver(klass) after this time; one per class, replaced when started again."""
+
+    klass: RecordClass
+    delay_ms: int
+
+
+class StopRestTimer(msgspec.Struct, frozen=True):
+    """Forget the class's rest timer."""
+
+    klass: RecordClass
+
+
+PumpEffect = (
+    LoadBatch | SendBatch | Settle | Bury | StartAckTimer | StopAckTimer | StartRestTimer | StopRestTimer | Note
+)
 _Step = Decision[Pump, PumpEffect]
 
 
@@ -149,15 +246,15 @@ def decide(pump: Pump, event: PumpEvent) -> _Step:
 
 
 def _online(pump: Pump, _: WentOnline) -> _Step:
-    lanes = tuple(replace(lane, phase=LanePhase.WAITING, batch=None, more=False) for lane in pump.lanes)
-    return _load(Pump(phase=PumpPhase.ONLINE, lanes=lanes))
+    stops = _stops(pump)
+    lanes = tuple(_unsent(lane) for lane in pump.lanes)
+    return _load(Pump(phase=PumpPhase.ONLINE, lanes=lanes), *stops)
 
 
 def _offline(pump: Pump, _: WentOffline) -> _Step:
     # Everything counts as waiting again: the next connection starts by asking the outbox.
-    lanes = tuple(replace(lane, phase=LanePhase.WAITING, batch=None, more=False, resends=0) for lane in pump.lanes)
-    stops = tuple(StopAckTimer(klass) for klass in RecordClass if pump.lanes[klass].phase is LanePhase.SENT)
-    return Decision(Pump(phase=PumpPhase.OFFLINE, lanes=lanes), stops)
+    lanes = tuple(replace(_unsent(lane), resends=0) for lane in pump.lanes)
+    return Decision(Pump(phase=PumpPhase.OFFLINE, lanes=lanes), _stops(pump))
 
 
 def _waiting(pump: Pump, event: RecordsWaiting) -> _Step:
@@ -173,50 +270,116 @@ def _ready(pump: Pump, event: BatchReady) -> _Step:
     batch = event.batch.batch
     klass = RecordClass(batch.klass)
     lane = pump.lanes[klass]
-    if lane.phase is not LanePhase.LOADING:
+    if lane.phase is not LanePhase.LOADING or lane.ask != event.ask:
         return Decision(pump)
-    delay_ms = min(LONGEST_ACK_MS, FIRST_ACK_MS << min(lane.resends, 10))
-    sent = replace(lane, phase=LanePhase.SENT, batch=batch, more=False)
-    effects = (SendBatch(event.batch), StartAckTimer(klass, batch.digest, delay_ms))
-    return _load(_with(pump, klass, sent), *effects)
+    after = replace(lane, phase=LanePhase.WAITING, sent=(*lane.sent, batch), more=False)
+    return _load(_with(pump, klass, after), SendBatch(event.batch), *_ack_timer(klass, lane, after))
 
 
 def _nothing(pump: Pump, event: NothingWaiting) -> _Step:
     lane = pump.lanes[event.klass]
-    if lane.phase is not LanePhase.LOADING:
+    if lane.phase is not LanePhase.LOADING or lane.ask != event.ask:
         return Decision(pump)
     # What came while the outbox was asked may have been missed by the answer.
     phase = LanePhase.WAITING if lane.more else LanePhase.QUIET
     return _load(_with(pump, event.klass, replace(lane, phase=phase, more=False)))
 
 
-def _acked(pump: Pump, event: AckArrived) -> _Step:
-    ack = event.ack
-    if ack.batch.klass not in tuple(RecordClass):
+def _storage_refused(pump: Pump, event: StorageRefused) -> _Step:
+    # What could not be settled lies below what is on its way: only from the head it is found again.
+    return _rest(pump, event.klass, keep=0, delay_ms=STORAGE_REST_MS)
+
+
+def _not_taken(pump: Pump, event: NotTaken) -> _Step:
+    place = _place(pump, event.batch)
+    if place is None:
         return Decision(pump)
-    klass = RecordClass(ack.batch.klass)
+    klass, index = place
+    return _rest(pump, klass, keep=index, delay_ms=NO_ROOM_REST_MS)
+
+
+def _publish_refused(pump: Pump, event: PublishRefused) -> _Step:
+    place = _place(pump, event.batch)
+    if place is None:
+        # Sent before the class was counted as unsent; it is sent again, and then this is said again.
+        return Decision(pump)
+    klass, index = place
     lane = pump.lanes[klass]
-    settle = Settle(ack.batch, ack.status)
-    if lane.phase is not LanePhase.SENT or lane.batch != ack.batch:
+    for_good = FOR_GOOD.get(event.code)
+    if for_good is not None:
+        after, effects = _buried(lane, event.batch, for_good)
+        return _load(_with(pump, klass, after), *effects, *_ack_timer(klass, lane, after))
+    if event.code == NOT_AUTHORIZED:
+        notes = () if lane.noted else (_note(event.batch, "broker.not_authorized"),)
+        barred = _with(pump, klass, replace(lane, noted=True))
+        return _rest(barred, klass, notes, keep=index, delay_ms=BARRED_REST_MS)
+    delay_ms = rest_ms(lane.rests, jitter=event.jitter)
+    return _rest(_with(pump, klass, replace(lane, rests=lane.rests + 1)), klass, keep=index, delay_ms=delay_ms)
+
+
+def rest_ms(rests: int, *, jitter: float) -> int:
+    """Full jitter over a window that doubles with each rest in a row."""
+    window_ms = min(LONGEST_REST_MS, FIRST_REST_MS << min(rests, 20))
+    return max(SHORTEST_REST_MS, int(window_ms * min(max(jitter, 0.0), 1.0)))
+
+
+def _acked(pump: Pump, event: AckArrived) -> _Step:
+    before, effects = pump, list[PumpEffect]()
+    for verdict in event.ack.verdicts:
+        if verdict.batch.klass in tuple(RecordClass):
+            klass = RecordClass(verdict.batch.klass)
+            lane, wanted = _answered(pump.lanes[klass], verdict)
+            pump = _with(pump, klass, lane)
+            effects += wanted
+    for klass in RecordClass:
+        effects += _ack_timer(klass, before.lanes[klass], pump.lanes[klass])
+    if pump.phase is PumpPhase.OFFLINE:
+        return Decision(pump, tuple(effects))
+    return _load(pump, *effects)
+
+
+def _answered(lane: Lane, verdict: Verdict) -> tuple[Lane, tuple[PumpEffect, ...]]:
+    if verdict.status == "refused":
+        return _buried(lane, verdict.batch, verdict.code)
+    settle = Settle(verdict.batch)
+    if verdict.batch not in lane.sent:
         # An answer from before a reconnect, or the second one: settling it saves a resend, and twice is harmless.
-        return Decision(pump, (settle,))
-    refusals = lane.refusals + 1 if ack.status == "refused" else 0
-    effects: tuple[PumpEffect, ...] = (StopAckTimer(klass), settle)
-    if refusals == 1:
-        effects = (*effects, _refusal(ack))
-    return _load(_with(pump, klass, Lane(refusals=refusals)), *effects)
+        return lane, (settle,)
+    sent = tuple(batch for batch in lane.sent if batch != verdict.batch)
+    return replace(lane, sent=sent, resends=0, rests=0, noted=False), (settle,)
 
 
-def _acked_late(pump: Pump, event: AckArrived) -> _Step:
-    return Decision(pump, (Settle(event.ack.batch, event.ack.status),))
+def _buried(lane: Lane, batch: BatchId, code: str) -> tuple[Lane, tuple[PumpEffect, ...]]:
+    sent = tuple(other for other in lane.sent if other != batch)
+    bury = Bury(batch, code[:MAX_REASON_CHARS])
+    effects = (bury,) if lane.noted else (bury, _note(batch, code))
+    return replace(lane, sent=sent, noted=True), effects
 
 
 def _timed_out(pump: Pump, event: AckTimedOut) -> _Step:
     lane = pump.lanes[event.klass]
-    if lane.phase is not LanePhase.SENT or lane.batch is None or lane.batch.digest != event.digest:
+    if not lane.sent or lane.sent[0].digest != event.digest:
         return Decision(pump)
-    again = replace(lane, phase=LanePhase.WAITING, batch=None, resends=lane.resends + 1)
-    return _load(_with(pump, event.klass, again))
+    if lane.phase is LanePhase.RESTING:
+        return Decision(_with(pump, event.klass, replace(lane, sent=(), resends=lane.resends + 1)))
+    return _load(_with(pump, event.klass, replace(_unsent(lane), resends=lane.resends + 1)))
+
+
+def _rested(pump: Pump, event: RestOver) -> _Step:
+    lane = pump.lanes[event.klass]
+    if lane.phase is not LanePhase.RESTING:
+        return Decision(pump)
+    return _load(_with(pump, event.klass, replace(lane, phase=LanePhase.WAITING)))
+
+
+def _hurried(pump: Pump, _: Hurried) -> _Step:
+    stops = []
+    for klass in RecordClass:
+        lane = pump.lanes[klass]
+        if lane.phase is LanePhase.RESTING:
+            pump = _with(pump, klass, replace(lane, phase=LanePhase.WAITING))
+            stops.append(StopRestTimer(klass))
+    return _load(pump, *stops)
 
 
 def _stay(pump: Pump, _: PumpEvent) -> _Step:
@@ -224,25 +387,63 @@ def _stay(pump: Pump, _: PumpEvent) -> _Step:
 
 
 def _load(pump: Pump, *effects: PumpEffect) -> _Step:
-    """Ask for the most precious class that has something to load, unless a more precious answer is outstanding."""
+    """Ask for the most precious class that may be loaded, unless the answer for a more precious one is outstanding."""
+    on_the_way = sum(len(lane.sent) + (lane.phase is LanePhase.LOADING) for lane in pump.lanes)
     for klass in RecordClass:
         lane = pump.lanes[klass]
         if lane.phase is LanePhase.LOADING:
             break
-        if lane.phase is LanePhase.WAITING:
-            pump = _with(pump, klass, replace(lane, phase=LanePhase.LOADING, more=False))
-            return Decision(pump, (*effects, LoadBatch(klass)))
+        places = MAX_IN_FLIGHT if klass is RecordClass.EVENT else MAX_IN_FLIGHT - 1
+        if lane.phase is LanePhase.WAITING and len(lane.sent) < WINDOW and on_the_way < places:
+            asking = replace(lane, phase=LanePhase.LOADING, ask=lane.ask + 1, more=False)
+            after = lane.sent[-1].last if lane.sent else 0
+            return Decision(_with(pump, klass, asking), (*effects, LoadBatch(klass, after, asking.ask)))
     return Decision(pump, effects)
+
+
+def _rest(pump: Pump, klass: RecordClass, told: tuple[PumpEffect, ...] = (), *, keep: int, delay_ms: int) -> _Step:
+    """Let the class rest; of what is on its way only the `keep` oldest still count as sent."""
+    lane = pump.lanes[klass]
+    resting = replace(lane, phase=LanePhase.RESTING, sent=lane.sent[:keep], more=False)
+    effects = (*told, *_ack_timer(klass, lane, resting), StartRestTimer(klass, delay_ms))
+    return _load(_with(pump, klass, resting), *effects)
+
+
+def _unsent(lane: Lane) -> Lane:
+    return replace(lane, phase=LanePhase.WAITING, sent=(), more=False)
+
+
+def _place(pump: Pump, batch: BatchId) -> tuple[RecordClass, int] | None:
+    """The batch's class and its place among those on their way."""
+    for klass in RecordClass:
+        if batch in pump.lanes[klass].sent:
+            return klass, pump.lanes[klass].sent.index(batch)
+    return None
+
+
+def _ack_timer(klass: RecordClass, before: Lane, after: Lane) -> tuple[PumpEffect, ...]:
+    """The timer belongs to the oldest on its way: it starts anew when that is another one."""
+    if before.sent[:1] == after.sent[:1]:
+        return ()
+    if not after.sent:
+        return (StopAckTimer(klass),)
+    delay_ms = min(LONGEST_ACK_MS, FIRST_ACK_MS << min(after.resends, 10))
+    return (StartAckTimer(klass, after.sent[0].digest, delay_ms),)
+
+
+def _stops(pump: Pump) -> tuple[PumpEffect, ...]:
+    acks = tuple(StopAckTimer(klass) for klass in RecordClass if pump.lanes[klass].sent)
+    rests = tuple(StopRestTimer(klass) for klass in RecordClass if pump.lanes[klass].phase is LanePhase.RESTING)
+    return acks + rests
 
 
 def _with(pump: Pump, klass: RecordClass, lane: Lane) -> Pump:
     return replace(pump, lanes=(*pump.lanes[:klass], lane, *pump.lanes[klass + 1 :]))
 
 
-def _refusal(ack: Ack) -> Note:
-    batch = ack.batch
-    records = f"{batch.first}-{batch.last}"
-    return Note("telemetry.refused", {"code": ack.code, "class": str(batch.klass), "records": records})
+def _note(batch: BatchId, code: str) -> Note:
+    detail = {"code": code[:MAX_REASON_CHARS], "class": str(batch.klass), "records": f"{batch.first}-{batch.last}"}
+    return Note("telemetry.refused", detail)
 
 
 _OFF, _ON = PumpPhase.OFFLINE, PumpPhase.ONLINE
@@ -261,12 +462,23 @@ PUMP: Final[Table[PumpPhase, Pump, PumpEvent, PumpEffect]] = Table(
         (_OFF, RecordsWaiting): Row((_OFF,), _stay),
         (_ON, BatchReady): Row((_ON,), _ready),
         (_ON, NothingWaiting): Row((_ON,), _nothing),
-        # Answers to questions asked before the link was lost.
+        (_ON, StorageRefused): Row((_ON,), _storage_refused),
+        # Answers to questions asked before the link was lost; the next connection asks anew.
         (_OFF, BatchReady): Row((_OFF,), _stay),
         (_OFF, NothingWaiting): Row((_OFF,), _stay),
+        (_OFF, StorageRefused): Row((_OFF,), _stay),
+        (_ON, NotTaken): Row((_ON,), _not_taken),
+        (_ON, PublishRefused): Row((_ON,), _publish_refused),
+        (_OFF, NotTaken): Row((_OFF,), _stay),
+        (_OFF, PublishRefused): Row((_OFF,), _stay),
         (_ON, AckArrived): Row((_ON,), _acked),
-        (_OFF, AckArrived): Row((_OFF,), _acked_late),
+        (_OFF, AckArrived): Row((_OFF,), _acked),
         (_ON, AckTimedOut): Row((_ON,), _timed_out),
+        (_ON, RestOver): Row((_ON,), _rested),
+        (_ON, Hurried): Row((_ON,), _hurried),
+        # Offline nothing is on its way and nothing rests.
         (_OFF, AckTimedOut): Row((_OFF,), _stay),
+        (_OFF, RestOver): Row((_OFF,), _stay),
+        (_OFF, Hurried): Row((_OFF,), _stay),
     },
 )
