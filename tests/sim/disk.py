@@ -243,9 +243,9 @@ class SimDisk:
         """The files whose names are on the disk; their `synced` is what a power cut at this moment surely leaves."""
         return sorted(self._named.items())
 
-    def holds(self, text: bytes) -> bool:
-        """Whether these bytes are in a file whose name and content are both on the disk."""
-        return any(text in file.synced for file in self._named.values())
+    def holds(self, text: bytes, *, prefix: str = "") -> bool:
+        """Whether these bytes are in a file whose name, which begins like that, and content are both on the disk."""
+        return any(text in file.synced for name, file in self._named.items() if name.startswith(prefix))
 
     # Inside
 

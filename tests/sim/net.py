@@ -59,16 +59,16 @@ class Sender(Protocol):
 
     name: str
 
-    def on_ack(self, line: Line, ack: Ack) -> None:
+    def acked(self, line: Line, ack: Ack) -> None:
         """The hub's answer came."""
 
-    def on_puback(self, line: Line, ref: BatchId) -> None:
+    def puback(self, line: Line, ref: BatchId) -> None:
         """The broker has the message."""
 
-    def on_refused(self, line: Line, ref: BatchId, code: int) -> None:
+    def refused(self, line: Line, ref: BatchId, code: int) -> None:
         """The broker does not take the message."""
 
-    def on_lost(self, line: Line) -> None:
+    def lost(self, line: Line) -> None:
         """The line is gone."""
 
 
@@ -151,7 +151,7 @@ class Broker:
         """The line breaks now; its device hears of it later."""
         if not line.cut:
             line.cut = True
-            self.world.after(self.world.span(self.weather.notice_ms), line.sender.on_lost, line)
+            self.world.after(self.world.span(self.weather.notice_ms), line.sender.lost, line)
 
     def hang_up(self, line: Line) -> None:
         """The device is gone; nobody is told."""
@@ -181,9 +181,9 @@ class Broker:
         ref = batch.batch
         if world.chance(self.weather.refuse):
             self.disorder(line.sender.name)
-            self._down(line, line.sender.on_refused, ref, QUOTA_EXCEEDED)
+            self._down(line, line.sender.refused, ref, QUOTA_EXCEEDED)
             return
-        self._down(line, line.sender.on_puback, ref)
+        self._down(line, line.sender.puback, ref)
         self._forward(Carried(line.sender.name, batch))
 
     def _down(self, line: Line, action: Callable[..., None], *args: object) -> None:
@@ -232,7 +232,7 @@ class Broker:
     def _answer(self, device: str, ack: Ack, life: int) -> None:
         line = self.lines.get(device)
         if life == self._life and line is not None and not line.cut:
-            self._down(line, line.sender.on_ack, ack)
+            self._down(line, line.sender.acked, ack)
 
     def _forward(self, message: Carried) -> None:
         world = self.world

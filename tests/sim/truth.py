@@ -12,6 +12,7 @@ The properties, each with the name under which a failing seed reports it:
 - `undurable`: nothing is sent that a power cut at that moment could take back.
 - `boundaries`: a batch that is sent again has the same numbers and digest; batches that were sent do not overlap.
 - `settled`: nothing is let go before the hub has committed it, or refused it.
+- `refused`: the hub refuses nothing, unless a disk has rotted.
 - `order`: first effects of an epoch and class come in ascending order. This is promised as long as no message of the
   device vanished or was overtaken between its line and the hub's commit: a line that is cut loses only what comes last,
   and the device goes back to the oldest. With two hubs, a hub that dies with messages in its hands, or a publish that
@@ -30,7 +31,7 @@ Nothing here is known to the system, and nothing here decides what it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.telemetry import BatchId, RecordClass
@@ -66,7 +67,7 @@ class StreamTruth:
         batches: the batches that were sent, by first number.
         committed: numbers that the hub has, as effects or in gaps.
         refused: numbers that the hub or the broker will never take, and that were buried.
-        highest: the highest number that had its effect.
+        effects: numbers that had their effect; `highest` is the highest.
         is_gone: the disk was taken away, with whatever was on it.
     """
 
@@ -75,6 +76,7 @@ class StreamTruth:
     batches: dict[int, BatchId] = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
+    effects: set[int] = field(default_factory=set)
     highest: int = 0
     is_gone: bool = False
 
@@ -85,8 +87,8 @@ class Truth:
     Attributes:
         ttl_ms: by class.
         ttl_slack_ms: how much later than its time a record may still be loaded.
-        ordered: devices of which no message vanished or was overtaken.
-        torn: devices whose disk was taken away or has rotted: there a number may be told as damaged.
+        unordered: devices of which a message vanished or was overtaken.
+        rotten: devices whose disk has rotted.
         doubtful: tokens that were put and whose append did not return, or failed.
     """
 
@@ -188,15 +190,25 @@ class Truth:
 
     # The hub says
 
-    def committed(self, device: str, claim: BatchId, *, fresh: Iterable[int]) -> None:
-        """The hub has committed this batch, and these numbers of it are new."""
+    def committed(self, device: str, claim: BatchId, *, fresh: bool) -> None:
+        """The hub has committed this batch; it had effects if it was `fresh`."""
         stream = (device, claim.epoch, claim.klass)
         truth = self.of(stream)
-        truth.committed.update(range(claim.first, claim.last + 1))
-        for number in fresh:
-            if device not in self.unordered and number <= truth.highest:
-                raise Violation("order", f"{stream} {number} comes after {truth.highest}")
-            truth.highest = max(truth.highest, number)
+        numbers = range(claim.first, claim.last + 1)
+        truth.committed.update(numbers)
+        if not fresh:
+            return
+        new = [number for number in numbers if number not in truth.effects]
+        if new and device not in self.unordered and new[0] <= truth.highest:
+            raise Violation("order", f"{stream} {new[0]} comes after {truth.highest}")
+        truth.effects.update(new)
+        truth.highest = max(truth.highest, claim.last)
+
+    def refused_by_hub(self, device: str, claim: BatchId, code: str) -> None:
+        """The hub will never take this batch."""
+        if device not in self.rotten:
+            raise Violation("refused", f"the hub refuses {_text(device, claim)}: {code}")
+        self.buried(device, claim)
 
     def buried(self, device: str, claim: BatchId) -> None:
         """The hub or the broker has refused this batch for good."""
