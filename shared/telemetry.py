@@ -126,6 +126,9 @@ class Grade(Enum):
     MEMORY = "memory"
 
 
+GapReason = Literal["evicted", "expired", "dropped", "damaged"]
+
+
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
     """Records that will not come; travels as a `Batch` without columns, and is settled like one.
 
@@ -134,5 +137,5 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
         records: how many of the numbers first to last were waiting; the others had been settled before.
     """
 
-    reason: Literal["evicted", "expired", "dropped", "damaged"]
+    reason: GapReason
     records: int

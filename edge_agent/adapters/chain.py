@@ -34,7 +34,7 @@ from edge_agent.core.journal import JournalBounds, Portion, with_gaps, without_g
 from edge_agent.ports import Disk
 from shared import ranges
 from shared.ranges import Ranges
-from shared.telemetry import RecordClass
+from shared.telemetry import GapReason, RecordClass
 
 WINDOW_BYTES: Final = 256 * 1024
 
@@ -65,7 +65,7 @@ class _Found:
     first: int
     last: int
     entries: list[Entry]
-    reason: str
+    reason: GapReason | None
     newest_ms: int
     next_at: tuple[SegmentName, int]
 
@@ -203,7 +203,7 @@ class Chain:
         self.early = early
         return True
 
-    def lose(self, first: int, last: int, reason: str) -> int:
+    def lose(self, first: int, last: int, reason: GapReason) -> int:
         """Declare what waits of these numbers a gap; returns how many those were."""
         known = ranges.union(self.early, [(gap.first, gap.last) for gap in self.gaps])
         lost = ranges.missing(known, max(first, self.settled + 1), last)
@@ -320,18 +320,19 @@ class Chain:
             last = self.base() - 1
             return _Found(first, last, [], "damaged", 0, (self.segments[0], 0) if self.segments else _NOWHERE)
         index, offset = place
-        segment, stop = self.segments[index], self.stop(index)
+        segment, stop = self.segments[index], min(self.stop(index), self._known_above(first))
         entries: list[Entry] = []
         expected, size, newest_ms = first, 0, 0
         while expected < stop:
             frame = self._frame_at(index, offset)
-            if frame is None or not frame.first <= expected <= frame.last < stop:
+            if frame is None or not frame.first <= expected <= frame.last < self.stop(index):
                 if entries:
                     break
-                behind = self._frame_behind(index, offset, above=expected + 1, below=stop)
-                last = behind.first - 1 if behind is not None else stop - 1
+                behind = self._frame_behind(index, offset, above=expected + 1, below=self.stop(index))
+                last = min(stop, behind.first if behind is not None else stop) - 1
                 return _Found(first, last, [], "damaged", 0, (segment, behind.offset if behind else self.end))
-            more = frame_entries(self._window.data, frame, start=self._window.start)[expected - frame.first :]
+            more = frame_entries(self._window.data, frame, start=self._window.start)
+            more = more[expected - frame.first : stop - frame.first]
             length = sum(len(data) for _, data in more)
             if entries and (
                 frame.flags & BEGINS
@@ -340,8 +341,16 @@ class Chain:
             ):
                 break
             entries += more
-            expected, offset, size, newest_ms = frame.last + 1, frame.end, size + length, frame.store_ms
-        return _Found(first, expected - 1, entries, "", newest_ms, (segment, offset))
+            expected, size, newest_ms = expected + len(more), size + length, frame.store_ms
+            if expected > frame.last:
+                offset = frame.end
+        return _Found(first, expected - 1, entries, None, newest_ms, (segment, offset))
+
+    def _known_above(self, number: int) -> int:
+        """The next number above this one that is settled or lost already; a batch ends before it."""
+        known = [gap.first for gap in self.gaps if gap.first > number]
+        known += [low for low, _ in self.early if low > number]
+        return min(known, default=self.next)
 
 
 _NOWHERE: Final = (SegmentName(0, 0, 0), 0)

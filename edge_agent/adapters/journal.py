@@ -29,7 +29,7 @@ from edge_agent.core.frames import ClassCursor, Cursor, Entry, SegmentName
 from edge_agent.core.journal import JournalBounds, Moment, Portion, cut, kept_gaps, victim
 from edge_agent.ports import Depth, Disk, Wear
 from shared.errors import InvalidValue, StorageError, StorageFull
-from shared.telemetry import RecordClass
+from shared.telemetry import GapReason, RecordClass
 
 CURSOR_EVERY_MS: Final = 1_000
 CURSOR_EVERY_RECORDS: Final = 1_000
@@ -60,7 +60,7 @@ class Journal:
         self._opened_store_ms = state.store_ms
         self._saved_ms = state.opened.uptime_ms
         self._unsaved = 0
-        self._is_dirty = False
+        self.is_dirty = False
         self._commit_bytes = 0.0
         self._other_bytes = 0
         self._syncs = 0
@@ -128,16 +128,21 @@ class Journal:
         before = len(chain.gaps)
         with _translated():
             portion = chain.load(after=after, expired_ms=expired_ms)
-        self._is_dirty |= len(chain.gaps) != before
+        self.is_dirty |= len(chain.gaps) != before
         return portion
 
     def settle(self, klass: RecordClass, first: int, last: int) -> bool:
         """Let go of a portion that was handed out; False for any other, or when all of it was settled."""
         if not self._chains[klass].settle(first, last):
             return False
-        self._is_dirty = True
+        self.is_dirty = True
         self._unsaved += last - first + 1
         return True
+
+    def give_up(self, klass: RecordClass, number: int) -> None:
+        """Declare one record damaged that is whole on the disk and means nothing to whoever reads it."""
+        self._chains[klass].lose(number, number, "damaged")
+        self.is_dirty = True
 
     def drop(self, klass: RecordClass, *, moment: Moment) -> int:
         """Drop everything that waits of this class, leaving a gap; returns how many records. Not class 0."""
@@ -159,7 +164,7 @@ class Journal:
                         break
                     self._give_back(self._lose_oldest(chain, "expired", moment))
             due = moment.uptime_ms - self._saved_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
-            if self._is_dirty and due:
+            if self.is_dirty and due:
                 self._checkpoint(moment)
                 self._restock()
 
@@ -167,7 +172,7 @@ class Journal:
         """Write the cursor if it changed, and let go of the files. Safe to call twice."""
         try:
             with _translated():
-                if self._is_dirty:
+                if self.is_dirty:
                     self._checkpoint(moment)
         finally:
             self._disk.close()
@@ -259,12 +264,12 @@ class Journal:
         self._disk.create(spare, self._bounds.segment_bytes, zeroed=self._commit_bytes < SMALL_COMMIT_BYTES)
         return spare
 
-    def _lose_oldest(self, chain: Chain, reason: str, moment: Moment) -> SegmentName:
+    def _lose_oldest(self, chain: Chain, reason: GapReason, moment: Moment) -> SegmentName:
         """Declare what waits in the oldest segment lost, durably, and take it out of the chain."""
         self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, reason, moment)
         return chain.take_oldest()
 
-    def _lose(self, chain: Chain, first: int, last: int, reason: str, moment: Moment) -> int:
+    def _lose(self, chain: Chain, first: int, last: int, reason: GapReason, moment: Moment) -> int:
         gaps, lost = chain.gaps, dict(chain.lost)
         records = chain.lose(first, last, reason)
         try:
@@ -348,7 +353,7 @@ class Journal:
         self._disk.sync(frames.CURSOR_NAME)
         # Only now: after a failure the other slot is still the good one, and this one is written again.
         self._place, self._generation = place, cursor.generation
-        self._is_dirty, self._unsaved, self._saved_ms = False, 0, moment.uptime_ms
+        self.is_dirty, self._unsaved, self._saved_ms = False, 0, moment.uptime_ms
         self._other_bytes += len(data)
         self._syncs += 1
 

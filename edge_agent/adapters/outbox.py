@@ -1,294 +1,330 @@
-"""Records that wait for the hub, as `edge_agent.ports.Outbox`, in the agent's SQLite file.
+"""Records that wait for the hub, as `edge_agent.ports.Outbox`: a thread around the record store.
 
 Rules of this file:
-1. A number is given out once: `heads.next_seq` is raised in the transaction that stores the record and survives
-   everything being acknowledged. A number therefore never repeats within an epoch, and none is skipped.
-2. Sealing moves the oldest records of a class into one batch and stores its columns as they will be sent. What is
-   sent again, after any crash or update of the agent, is the same bytes with the same digest.
-3. Room is made before it is needed, by dropping the oldest unsealed records of the least precious class that is
-   not more precious than the newcomer. A sealed batch may be at the hub already and is never dropped; class 0 is
-   never dropped. What was dropped is told in a class 0 event `queue.evicted` {class, first, last, records}, which
-   grows in place while it is unsealed, so that a month offline does not fill the queue with such notes.
+1. One thread owns the store; what is put is collected and committed together, one write and one sync for all that wait
+   of a class. A ticket is kept after that sync.
+2. What is put is held in memory within a bound, and refused beyond it: a disk that is too slow is the caller's matter.
+3. Whatever goes wrong in the thread is told to whoever waits for it.
 
-Not here: when to send, and what an acknowledgement means (the driver and `edge_agent/core/outbox.py`).
+Not here: batches (`records.py`), files and their order (`journal.py`), when to send (`edge_agent/core/pump.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import contextlib
+import logging
 import secrets
-from collections.abc import Mapping
-from typing import Final
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
-import msgspec
-
-from edge_agent.adapters.database import Connection, Database
-from edge_agent.ports import Depth
+from edge_agent.adapters.buried import Buried
+from edge_agent.adapters.disk import PosixDisk
+from edge_agent.adapters.journal import Journal
+from edge_agent.adapters.records import RecordStore, encode_record
+from edge_agent.core.frames import Entry
+from edge_agent.core.journal import JournalBounds, Moment
+from edge_agent.ports import Depth, Disk
 from shared import limits
-from shared.errors import InvalidValue, StorageError, StorageFull
-from shared.telemetry import CLASS_OF, BatchId, Body, DeviceEvent, Record, RecordClass
-from shared.wire.columns import encode_columns
+from shared.clock import Clock
+from shared.errors import OutriderError, StorageError, StorageFull
+from shared.telemetry import CLASS_OF, BatchId, Body, Grade, RecordClass
 from shared.wire.messages import Batch
 
-RECORD_OVERHEAD_BYTES: Final = 32
-"""What a row costs beside its body: keys, lengths and its share of half-filled pages, rounded up."""
+logger = logging.getLogger(__name__)
 
-NOTE_BYTES: Final = 192
-"""Freed beyond what is needed, for the note that tells of the gap."""
+T = TypeVar("T")
 
-CLASS_SHARES: Final[Mapping[RecordClass, float]] = {
-    RecordClass.EVENT: 1.0,
-    RecordClass.OUTCOME: 0.9,
-    RecordClass.TELEMETRY: 0.8,
-}
-"""The share of the whole budget that one class may fill, so that the precious ones always find room."""
-
-_Heads = Mapping[RecordClass, tuple[int, int]]
-_body_decoder: Final[msgspec.msgpack.Decoder[Body]] = msgspec.msgpack.Decoder(Body)
+MEMORY_MS: Final = 30_000
+GROUP_BYTES: Final = 64 * limits.KIB
+"""So much of one class is committed without waiting for more."""
+MAX_PENDING_BYTES: Final = 2 * limits.MIB
+TICK_MS: Final = 1_000
+IDLE_MS: Final = 60_000
+CLOSE_WITHIN_S: Final = 10.0
 
 
-class SqliteOutbox:
-    """`Outbox` on a `Database`; made by `open`."""
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Records of a class that will be committed together, and the number of the first of them once they are."""
 
-    def __init__(self, database: Database, *, epoch: str, heads: _Heads, limit_bytes: int) -> None:
-        self._database = database
-        self._epoch = epoch
-        self._limit_bytes = limit_bytes
-        self._heads = heads
+    klass: RecordClass
+    due_ms: int
+    done: asyncio.Future[int]
+    entries: list[Entry] = field(default_factory=list)
+    size: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """Something for the thread to do between commits."""
+
+    work: Callable[[], Any]
+    done: asyncio.Future[Any]
+    flushes: bool = False
+
+
+_Outcome = tuple[asyncio.Future[Any] | None, Any, OutriderError | None]
+
+
+class JournalTicket:
+    """`edge_agent.ports.Ticket`: a place in a group."""
+
+    __slots__ = ("_group", "_index")
+
+    def __init__(self, group: _Group, index: int) -> None:
+        self._group = group
+        self._index = index
+
+    async def durable(self) -> int:
+        """Wait until the record is on the disk and return its number; raises StorageFull or StorageError."""
+        return await asyncio.shield(self._group.done) + self._index
+
+
+class JournalOutbox:
+    """`Outbox` on a directory. Made by `open`; `close` commits what waits and ends the thread."""
+
+    def __init__(self, store: RecordStore, *, clock: Clock, moments: Callable[[], Moment], flush_ms: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._moments = moments
+        self._flush_ms = flush_ms
+        self._loop = asyncio.get_running_loop()
+        self._ready = threading.Condition()
+        self._groups: deque[_Group] = deque()
+        self._open: dict[RecordClass, _Group] = {}
+        self._calls: deque[_Call] = deque()
+        self._pending_bytes = 0
+        self._closing = False
+        self._failing = False
+        self._depth = store.depth(moments())
+        # A daemon thread: an interpreter that ends without `close` (a crash elsewhere) must not hang on it.
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
 
     @classmethod
-    async def open(cls, database: Database, *, limit_bytes: int) -> SqliteOutbox:
-        """Read the epoch (drawn on the first start) and the counters; `limit_bytes` bounds all classes together."""
+    async def open(
+        cls,
+        directory: Path,
+        *,
+        bounds: JournalBounds,
+        clock: Clock,
+        moments: Callable[[], Moment],
+        flush_ms: int = 200,
+        draw: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> JournalOutbox:
+        """Open or make the store in this directory.
 
-        def work(connection: Connection) -> tuple[str, _Heads]:
-            row = connection.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
-            if row is not None:
-                return str(row[0]), _read_heads(connection)
-            epoch = secrets.token_hex(8)
-            connection.execute("INSERT INTO meta (key, value) VALUES ('epoch', ?)", (epoch,))
-            return epoch, _read_heads(connection)
+        Args:
+            directory: made if it is missing; for this outbox alone.
+            bounds: how large it may become.
+            clock: for the time until a commit.
+            moments: all of the machine's clocks, for the time to live.
+            flush_ms: how long a BUFFERED record may wait for its commit.
+            draw: random bytes.
 
-        epoch, heads = await database.write(work)
-        return cls(database, epoch=epoch, heads=heads, limit_bytes=limit_bytes)
+        Raises:
+            StorageError: the directory cannot be used; StorageFull when there is no room for a new store.
+        """
+
+        def work() -> RecordStore:
+            try:
+                disk: Disk = PosixDisk(directory)
+                aside = Buried(PosixDisk(directory / "buried"), most_bytes=min(4 * limits.MIB, bounds.total_bytes // 8))
+            except OSError as error:
+                raise StorageError(f"{directory} cannot be used: {error.strerror}") from error
+            return RecordStore(Journal.open(disk, bounds, moment=moments(), draw=draw), buried=aside)
+
+        store = await asyncio.to_thread(work)
+        return cls(store, clock=clock, moments=moments, flush_ms=flush_ms)
 
     @property
     def epoch(self) -> str:
-        """16 hex digits, drawn when this outbox was created."""
-        return self._epoch
+        """16 hex digits, drawn when this store was created."""
+        return self._store.epoch
 
-    async def put(self, *, at_ms: int, body: Body) -> int:
-        """Append a record to its class and return its number once it is durable.
+    # Putting
 
-        Raises:
-            InvalidValue: the record exceeds MAX_RECORD_BYTES.
-            StorageFull: the disk is full, or the budget is, with nothing in it that may be dropped for this class.
-        """
-        data = msgspec.msgpack.encode(body)
-        if len(data) > limits.MAX_RECORD_BYTES:
-            raise InvalidValue(
-                f"record of {len(data)} bytes exceeds {limits.MAX_RECORD_BYTES}",
-                code="invalid.record",
-                hint="send large data as a file, not as a record",
-            )
+    def put(self, body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> JournalTicket:
+        """Append a record to its class; returns at once. Raises InvalidValue, StorageFull, StorageError when closed."""
+        data = encode_record(body)
         klass = CLASS_OF[type(body)]
+        due_ms = 0 if grade is Grade.DURABLE else self._clock.mono_ms() + self._wait_ms(grade)
+        with self._ready:
+            if self._closing:
+                raise StorageError("the outbox is closed", code="storage.closed")
+            if self._pending_bytes + len(data) > MAX_PENDING_BYTES:
+                raise StorageFull(
+                    "the disk is slower than what is to be kept", code="storage.behind", hint="put fewer records"
+                )
+            group = self._open.get(klass)
+            if group is None or group.size + len(data) > GROUP_BYTES:
+                group = self._begin(klass, due_ms)
+            elif due_ms < group.due_ms:
+                group.due_ms = due_ms
+                self._ready.notify()
+            group.entries.append((at_ms, data))
+            group.size += len(data)
+            self._pending_bytes += len(data)
+            return JournalTicket(group, len(group.entries) - 1)
 
-        def work(connection: Connection) -> tuple[int, _Heads]:
-            self._make_room(connection, klass, cost=_cost(len(data)), at_ms=at_ms)
-            seq = _append(connection, klass, at_ms=at_ms, data=data)
-            return seq, _read_heads(connection)
+    def _wait_ms(self, grade: Grade) -> int:
+        return self._flush_ms if grade is Grade.BUFFERED else MEMORY_MS
 
-        seq, _ = await self._database.write(work, after=lambda result: self._keep_heads(result[1]))
-        return seq
+    def _begin(self, klass: RecordClass, due_ms: int) -> _Group:
+        full = self._open.get(klass)
+        if full is not None:
+            full.due_ms = 0
+        group = _Group(klass=klass, due_ms=due_ms, done=self._loop.create_future())
+        # Nobody may wait for a buffered record: what became of it is told in the depth.
+        group.done.add_done_callback(_look_at)
+        self._groups.append(group)
+        self._open[klass] = group
+        self._ready.notify()
+        return group
 
-    async def next_batch(self, klass: RecordClass) -> Batch | None:
-        """The oldest batch of the class that is not acknowledged; its boundaries are durable before this returns."""
-        if self._heads[klass][0] == 0:
-            return None
+    # Sending
 
-        def work(connection: Connection) -> tuple[Batch | None, _Heads]:
-            batch = _sealed(connection, klass, self._epoch) or self._seal(connection, klass)
-            return batch, _read_heads(connection)
-
-        batch, _ = await self._database.write(work, after=lambda result: self._keep_heads(result[1]))
-        return batch
+    async def load(self, klass: RecordClass, *, after: int = 0) -> Batch | None:
+        """The oldest batch or gap of the class that is not settled and begins above `after`; raises StorageError."""
+        return await self._call(lambda: self._store.load(klass, after=after, moment=self._moments()))
 
     async def settle(self, batch: BatchId) -> bool:
-        """Delete what the hub acknowledged; False when no such batch is open (a late or repeated answer)."""
-        if batch.epoch != self._epoch or batch.klass not in set(RecordClass):
-            return False
-        klass = RecordClass(batch.klass)
+        """Let go of what the hub acknowledged; False for what is not open. Raises StorageError."""
+        return await self._call(lambda: self._store.settle(batch))
 
-        def work(connection: Connection) -> tuple[bool, _Heads]:
-            row = connection.execute(
-                "DELETE FROM batches WHERE klass = ? AND first = ? AND last = ? AND digest = ?"
-                " RETURNING LENGTH(columns)",
-                (klass, batch.first, batch.last, batch.digest),
-            ).fetchone()
-            if row is None:
-                return False, _read_heads(connection)
-            _count(connection, klass, records=-(batch.last - batch.first + 1), size=-_cost(row[0]))
-            heads = _read_heads(connection)
-            if not any(records for records, _ in heads.values()):
-                connection.execute("PRAGMA incremental_vacuum(2048)").fetchall()
-            return True, heads
+    async def bury(self, batch: BatchId, *, reason: str) -> bool:
+        """Put aside a batch that will never be taken, with the reason, and settle it; raises StorageError."""
+        return await self._call(lambda: self._store.bury(batch, reason=reason, moment=self._moments()))
 
-        settled, _ = await self._database.write(work, after=lambda result: self._keep_heads(result[1]))
-        return settled
+    async def drop(self, klass: RecordClass) -> int:
+        """Drop the class's waiting records, leaving a gap; returns how many.
+
+        Raises:
+            InvalidValue: class 0, which is never dropped.
+            StorageError: the disk refused.
+        """
+        return await self._call(lambda: self._store.drop(klass, moment=self._moments()), flushes=True)
+
+    async def flush(self) -> None:
+        """Return once everything that was put before is on the disk; raises StorageError for what could not be."""
+        with self._ready:
+            waiting = list(self._groups)
+        await self._call(_nothing, flushes=True)
+        for group in waiting:
+            await group.done
 
     def depth(self) -> Depth:
-        """How much waits; kept in memory, exact."""
-        heads = self._heads
-        return Depth(
-            records={klass: records for klass, (records, _) in heads.items()},
-            bytes=sum(size for _, size in heads.values()),
-        )
+        """How much waits; exact as of the last commit."""
+        return self._depth
 
-    async def drop(self, klass: RecordClass, *, at_ms: int) -> int:
-        """Drop the class's unsealed records at a person's word, leaving the note; returns how many. Not class 0."""
-        if klass is RecordClass.EVENT:
-            raise InvalidValue("events are never dropped", code="invalid.class")
+    async def close(self) -> None:
+        """Commit what waits, end the thread, close the files. Safe to call twice.
 
-        def work(connection: Connection) -> tuple[int, _Heads]:
-            before = _read_heads(connection)[klass][0]
-            _evict(connection, klass, need=2**62, at_ms=at_ms)
-            heads = _read_heads(connection)
-            return before - heads[klass][0], heads
+        Raises:
+            StorageError: the disk did not answer in time; the thread is left to it.
+        """
+        with self._ready:
+            self._closing = True
+            self._ready.notify()
+        await asyncio.to_thread(self._thread.join, CLOSE_WITHIN_S)
+        if self._thread.is_alive():
+            raise StorageError("the disk does not answer", code="storage.stalled", hint="look at the system's log")
 
-        dropped, _ = await self._database.write(work, after=lambda result: self._keep_heads(result[1]))
-        return dropped
+    async def _call(self, work: Callable[[], T], *, flushes: bool = False) -> T:
+        done: asyncio.Future[T] = self._loop.create_future()
+        with self._ready:
+            if self._closing:
+                raise StorageError("the outbox is closed", code="storage.closed")
+            self._calls.append(_Call(work=work, done=done, flushes=flushes))
+            self._ready.notify()
+        return await done
 
-    def _keep_heads(self, heads: _Heads) -> None:
-        # Called in the writer thread after each commit; one reference is replaced, so readers see old or new.
-        self._heads = heads
+    # The thread
 
-    def _make_room(self, connection: Connection, klass: RecordClass, *, cost: int, at_ms: int) -> None:
-        heads = _read_heads(connection)
-        step = max(cost + NOTE_BYTES, self._limit_bytes // 64)
-        over_class = heads[klass][1] + cost - int(self._limit_bytes * CLASS_SHARES[klass])
-        if over_class > 0 and klass is not RecordClass.EVENT:
-            _evict(connection, klass, need=max(over_class + NOTE_BYTES, step), at_ms=at_ms)
-            heads = _read_heads(connection)
-        for victim in sorted(heads, reverse=True):
-            total = sum(size for _, size in heads.values())
-            if total + cost <= self._limit_bytes or victim < klass or victim is RecordClass.EVENT:
-                break
-            _evict(connection, victim, need=max(total + cost - self._limit_bytes + NOTE_BYTES, step), at_ms=at_ms)
-            heads = _read_heads(connection)
-        if sum(size for _, size in heads.values()) + cost > self._limit_bytes:
-            raise StorageFull(
-                f"the queue holds {self._limit_bytes} bytes that may not be dropped for a new {klass.name.lower()}",
-                hint="bring the device online so that the hub takes the queue, or raise disk.queue_bytes",
-            )
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            groups, calls, is_last = self._next()
+            results = [self._attempt(group.done, partial(self._commit, group)) for group in groups]
+            results += [self._attempt(call.done, call.work) for call in calls]
+            # What is due and failed is tried again in a second; nothing is lost by a cursor that was not written.
+            _, _, error = self._attempt(None, partial(self._store.tick, self._moments()))
+            self._note(error)
+            self._depth = self._store.depth(self._moments())
+            self._tell(results)
+        self._attempt(None, partial(self._store.close, self._moments()))
 
-    def _seal(self, connection: Connection, klass: RecordClass) -> Batch | None:
-        rows = _oldest(connection, klass)
-        if not rows:
-            return None
+    def _next(self) -> tuple[list[_Group], list[_Call], bool]:
+        """Wait until something is due, and take it."""
+        with self._ready:
+            while True:
+                now_ms = self._clock.mono_ms()
+                everything = self._closing or any(call.flushes for call in self._calls)
+                groups = [group for group in self._groups if everything or group.due_ms <= now_ms]
+                if groups or self._calls or self._closing:
+                    break
+                due_ms = min((group.due_ms for group in self._groups), default=now_ms + IDLE_MS)
+                wait_ms = min(due_ms - now_ms, TICK_MS if self._store.is_dirty else IDLE_MS)
+                if not self._ready.wait(wait_ms / 1000) and self._store.is_dirty:
+                    break
+            for group in groups:
+                self._groups.remove(group)
+                self._pending_bytes -= group.size
+                if self._open.get(group.klass) is group:
+                    del self._open[group.klass]
+            calls = list(self._calls)
+            self._calls.clear()
+            return groups, calls, self._closing
+
+    def _attempt(self, done: asyncio.Future[Any] | None, work: Callable[[], Any]) -> _Outcome:
         try:
-            records = [Record(seq=seq, at_ms=at_ms, body=_body_decoder.decode(body)) for seq, at_ms, body in rows]
-        except (msgspec.MsgspecError, RecursionError) as error:
-            raise StorageError(f"a stored record cannot be read: {error}", code="storage.unreadable") from error
-        columns = encode_columns(records)
-        while len(columns) > limits.MAX_BATCH_BYTES:
-            records = records[: len(records) // 2]
-            columns = encode_columns(records)
-        first, last = records[0].seq, records[-1].seq
-        digest = hashlib.sha256(columns).hexdigest()
-        connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", (klass, first, last, digest, columns))
-        connection.execute("DELETE FROM records WHERE klass = ? AND seq <= ?", (klass, last))
-        freed = sum(_cost(len(body)) for _, _, body in rows[: len(records)])
-        _count(connection, klass, records=0, size=_cost(len(columns)) - freed)
-        batch = BatchId(epoch=self._epoch, klass=int(klass), first=first, last=last, digest=digest)
-        return Batch(batch=batch, columns=columns)
+            return done, work(), None
+        except OutriderError as error:
+            return done, None, error
+        except Exception as error:
+            # A defect here must reach those who wait: a thread that ends would leave them waiting for ever.
+            logger.exception("the outbox has a defect")
+            return done, None, StorageError(f"the outbox failed: {error!r}", code="storage.defect")
+
+    def _note(self, error: OutriderError | None) -> None:
+        """Log that the store's own writing fails, and that it works again, once each."""
+        if (error is not None) is not self._failing:
+            self._failing = error is not None
+            if error is not None:
+                logger.error("the outbox cannot be written", extra={"code": error.code, "why": error.message})
+            else:
+                logger.info("the outbox is written again")
+
+    def _tell(self, results: list[_Outcome]) -> None:
+        # The loop may have been closed while its last work was under way; nobody is left to be told then.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_resolve, results)
+
+    def _commit(self, group: _Group) -> int:
+        return self._store.append(group.klass, group.entries, moment=self._moments())
 
 
-def _cost(payload_bytes: int) -> int:
-    return payload_bytes + RECORD_OVERHEAD_BYTES
+def _resolve(results: list[_Outcome]) -> None:
+    for done, value, error in results:
+        if done is None or done.cancelled():
+            continue
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(value)
 
 
-def _read_heads(connection: Connection) -> _Heads:
-    rows = connection.execute("SELECT klass, records, bytes FROM heads")
-    return {RecordClass(klass): (records, size) for klass, records, size in rows}
+def _look_at(done: asyncio.Future[int]) -> None:
+    """Take note of a failure that nobody waits for, so that asyncio need not report it."""
+    if not done.cancelled():
+        done.exception()
 
 
-def _count(connection: Connection, klass: RecordClass, *, records: int, size: int) -> None:
-    connection.execute(
-        "UPDATE heads SET records = records + ?, bytes = bytes + ? WHERE klass = ?", (records, size, klass)
-    )
-
-
-def _append(connection: Connection, klass: RecordClass, *, at_ms: int, data: bytes) -> int:
-    (seq,) = connection.execute(
-        "UPDATE heads SET next_seq = next_seq + 1, records = records + 1, bytes = bytes + ? WHERE klass = ?"
-        " RETURNING next_seq - 1",
-        (_cost(len(data)), klass),
-    ).fetchone()
-    connection.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (klass, seq, at_ms, data))
-    return int(seq)
-
-
-def _oldest(connection: Connection, klass: RecordClass) -> list[tuple[int, int, bytes]]:
-    """The oldest unsealed records, about a batch full: counted here so that large bodies do not fill the memory."""
-    rows: list[tuple[int, int, bytes]] = []
-    size = 0
-    for seq, at_ms, body in connection.execute(
-        "SELECT seq, at_ms, body FROM records WHERE klass = ? ORDER BY seq LIMIT ?", (klass, limits.MAX_BATCH_RECORDS)
-    ):
-        size += len(body)
-        if rows and size > limits.MAX_BATCH_BYTES:
-            break
-        rows.append((seq, at_ms, body))
-    return rows
-
-
-def _sealed(connection: Connection, klass: RecordClass, epoch: str) -> Batch | None:
-    row = connection.execute("SELECT first, last, digest, columns FROM batches WHERE klass = ?", (klass,)).fetchone()
-    if row is None:
-        return None
-    first, last, digest, columns = row
-    batch = BatchId(epoch=epoch, klass=int(klass), first=first, last=last, digest=digest)
-    return Batch(batch=batch, columns=bytes(columns))
-
-
-def _evict(connection: Connection, klass: RecordClass, *, need: int, at_ms: int) -> None:
-    freed, count, first, last = 0, 0, 0, 0
-    for seq, size in connection.execute("SELECT seq, LENGTH(body) FROM records WHERE klass = ? ORDER BY seq", (klass,)):
-        first = first or seq
-        last = seq
-        freed += _cost(size)
-        count += 1
-        if freed >= need:
-            break
-    if count == 0:
-        return
-    connection.execute("DELETE FROM records WHERE klass = ? AND seq <= ?", (klass, last))
-    _count(connection, klass, records=-count, size=-freed)
-    _note_gap(connection, klass, first=first, last=last, at_ms=at_ms)
-
-
-def _note_gap(connection: Connection, klass: RecordClass, *, first: int, last: int, at_ms: int) -> None:
-    """Tell of what was dropped; the note before is extended where it is unsealed and ends where this begins."""
-    key = f"gap.{klass.name.lower()}"
-    events = int(RecordClass.EVENT)
-    note = connection.execute(
-        "SELECT seq, body FROM records WHERE klass = ? AND seq = (SELECT value FROM meta WHERE key = ?)", (events, key)
-    ).fetchone()
-    if note is not None:
-        before = _body_decoder.decode(note[1])
-        if isinstance(before, DeviceEvent) and int(before.detail["last"]) + 1 == first:
-            data = _gap(klass, first=int(before.detail["first"]), last=last)
-            connection.execute("UPDATE records SET body = ? WHERE klass = ? AND seq = ?", (data, events, note[0]))
-            _count(connection, RecordClass.EVENT, records=0, size=len(data) - len(note[1]))
-            return
-    seq = _append(connection, RecordClass.EVENT, at_ms=at_ms, data=_gap(klass, first=first, last=last))
-    connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, seq))
-
-
-def _gap(klass: RecordClass, *, first: int, last: int) -> bytes:
-    detail = {
-        "class": klass.name.lower(),
-        "first": str(first),
-        "last": str(last),
-        "records": str(last - first + 1),
-    }
-    return msgspec.msgpack.encode(DeviceEvent(name="queue.evicted", detail=detail))
+def _nothing() -> None:
+    return None

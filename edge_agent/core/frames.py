@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 from shared.ranges import Ranges
-from shared.telemetry import RecordClass
+from shared.telemetry import GapReason, RecordClass
 
 Entry = tuple[int, bytes]
 """When a record happened, by the device's wall clock in milliseconds, and its bytes."""
@@ -205,7 +205,7 @@ class GapSpan(msgspec.Struct, frozen=True, array_like=True):
 
     first: int
     last: int
-    reason: str
+    reason: GapReason
 
 
 class ClassCursor(msgspec.Struct, frozen=True, array_like=True):

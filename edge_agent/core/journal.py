@@ -15,7 +15,7 @@ from edge_agent.core.frames import Cursor, Entry, GapSpan, fits_frame
 from shared import limits
 from shared.limits import KIB, MIB
 from shared.ranges import Ranges
-from shared.telemetry import RecordClass
+from shared.telemetry import GapReason, RecordClass
 
 LARGEST_SEGMENT_BYTES: Final = 512 * KIB
 SMALLEST_SEGMENT_BYTES: Final = 64 * KIB
@@ -100,14 +100,14 @@ class Portion(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         entries: the records first to last; empty for a gap.
-        reason: why they will not come; empty where they do.
+        reason: why they will not come; None where they do.
     """
 
     klass: RecordClass
     first: int
     last: int
     entries: Sequence[Entry] = ()
-    reason: str = ""
+    reason: GapReason | None = None
 
 
 def store_time(cursor: Cursor | None, *, newest_ms: int, now: Moment) -> int:
@@ -160,7 +160,7 @@ def cut(entries: Sequence[Entry], *, bounds: JournalBounds) -> list[Sequence[Ent
     return parts
 
 
-def with_gaps(gaps: Sequence[GapSpan], found: Ranges, reason: str) -> tuple[GapSpan, ...]:
+def with_gaps(gaps: Sequence[GapSpan], found: Ranges, reason: GapReason) -> tuple[GapSpan, ...]:
     """The gaps and these numbers, which are in none of them; neighbours with one reason become one."""
     joined: list[GapSpan] = []
     for gap in sorted((*gaps, *(GapSpan(first, last, reason) for first, last in found)), key=lambda gap: gap.first):

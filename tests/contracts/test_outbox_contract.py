@@ -1,52 +1,59 @@
-"""What every outbox does, on the fake and on SQLite."""
+"""What every outbox does, on the fake and on a directory with its thread."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from edge_agent.adapters.database import Database
-from edge_agent.adapters.outbox import SqliteOutbox
+from edge_agent.adapters.outbox import JournalOutbox
+from edge_agent.core.journal import Moment, bounds_for
 from edge_agent.ports import Outbox
 from shared import limits
 from shared.errors import InvalidValue, StorageFull
-from shared.telemetry import Body, DeviceEvent, Outcome, Reading, Record, RecordClass, Result
+from shared.limits import KIB, MIB
+from shared.telemetry import Body, DeviceEvent, Grade, Outcome, Reading, Record, RecordClass, Result
 from shared.wire.columns import decode_columns
-from shared.wire.messages import Batch
+from shared.wire.messages import Batch, digest_of
 from tests.fakes.clock import FakeClock
 from tests.fakes.outbox import FakeOutbox
 
 Story = Callable[[Outbox], Awaitable[None]]
 Play = Callable[..., None]
-EVENT, OUTCOME, TELEMETRY = RecordClass.EVENT, RecordClass.OUTCOME, RecordClass.TELEMETRY
+EVENT, OUTCOME, RESULT, READING = RecordClass
 
 
-@pytest.fixture(params=["fake", "sqlite"])
+@pytest.fixture(params=["fake", "journal"])
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
     """Runs acts one after the other, each after a restart of the agent."""
 
-    def run(*acts: Story, limit_bytes: int = 10_000_000) -> None:
-        fake = FakeOutbox(limit_bytes=limit_bytes)
+    def run(*acts: Story, total_bytes: int = 16 * MIB) -> None:
+        fake = FakeOutbox(total_bytes=total_bytes) if request.param == "fake" else None
 
         async def one(act: Story) -> None:
-            if request.param == "fake":
+            if fake is not None:
                 await act(fake)
+                fake.restart()
                 return
-            database = await Database.open(tmp_path / "agent.db", clock=FakeClock())
+            outbox = await JournalOutbox.open(
+                tmp_path / "outbox", bounds=bounds_for(total_bytes), clock=FakeClock(), moments=moment, flush_ms=0
+            )
             try:
-                await act(await SqliteOutbox.open(database, limit_bytes=limit_bytes))
+                await act(outbox)
             finally:
-                await database.close()
+                await outbox.close()
 
         for act in acts:
             asyncio.run(one(act))
 
     return run
+
+
+def moment() -> Moment:
+    return Moment(boot="b", uptime_ms=5, wall_ms=0, synchronised=False)
 
 
 def reading(value: float) -> Reading:
@@ -57,12 +64,28 @@ def event(name: str = "host.lost", **detail: str) -> DeviceEvent:
     return DeviceEvent(name=name, detail=detail)
 
 
+async def put(outbox: Outbox, body: Body, *, at_ms: int = 1) -> int:
+    return await outbox.put(body, at_ms=at_ms).durable()
+
+
 async def drained(outbox: Outbox, klass: RecordClass) -> list[Record]:
+    """Every record of the class, settled batch by batch; gaps are settled and left out."""
     records: list[Record] = []
-    while (batch := await outbox.next_batch(klass)) is not None:
-        records.extend(decode_columns(batch.columns))
+    while (batch := await outbox.load(klass)) is not None:
+        if batch.gap is None:
+            records.extend(decode_columns(batch.columns))
         assert await outbox.settle(batch.batch)
     return records
+
+
+async def first_batch(outbox: Outbox, klass: RecordClass, *, after: int = 0) -> Batch:
+    batch = await outbox.load(klass, after=after)
+    assert batch is not None
+    return batch
+
+
+def span(batch: Batch) -> tuple[int, int]:
+    return batch.batch.first, batch.batch.last
 
 
 def test_numbers_are_dense_by_class_and_bodies_come_back(play: Play) -> None:
@@ -75,9 +98,13 @@ def test_numbers_are_dense_by_class_and_bodies_come_back(play: Play) -> None:
     )
 
     async def story(outbox: Outbox) -> None:
-        numbers = [await outbox.put(at_ms=1000 + i, body=body) for i, body in enumerate(bodies)]
-        assert numbers == [1, 2, 1, 1, 3]
-        assert [record.body for record in await drained(outbox, TELEMETRY)] == [bodies[0], bodies[1], bodies[4]]
+        numbers = [await put(outbox, body, at_ms=1000 + i) for i, body in enumerate(bodies)]
+        assert numbers == [1, 1, 1, 1, 2]
+        assert await drained(outbox, READING) == [
+            Record(seq=1, at_ms=1000, body=bodies[0]),
+            Record(seq=2, at_ms=1004, body=bodies[4]),
+        ]
+        assert await drained(outbox, RESULT) == [Record(seq=1, at_ms=1001, body=bodies[1])]
         assert await drained(outbox, OUTCOME) == [Record(seq=1, at_ms=1002, body=bodies[2])]
         assert await drained(outbox, EVENT) == [Record(seq=1, at_ms=1003, body=bodies[3])]
 
@@ -96,37 +123,77 @@ def test_the_epoch_is_sixteen_hex_digits_and_stays(play: Play) -> None:
     assert int(seen[0], 16) >= 0
 
 
+@pytest.mark.parametrize("grade", list(Grade))
+def test_what_is_put_in_any_grade_is_there_after_a_clean_stop(play: Play, grade: Grade) -> None:
+    async def leave(outbox: Outbox) -> None:
+        for value in range(3):
+            outbox.put(reading(value), at_ms=1, grade=grade)
+
+    async def look(outbox: Outbox) -> None:
+        assert [record.body for record in await drained(outbox, READING)] == [reading(0), reading(1), reading(2)]
+
+    play(leave, look)
+
+
+def test_flush_returns_when_all_that_was_put_is_durable(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        outbox.put(reading(1), at_ms=1, grade=Grade.MEMORY)
+        outbox.put(event(), at_ms=1, grade=Grade.MEMORY)
+        await outbox.flush()
+        assert outbox.depth().records[READING] == 1
+        assert outbox.depth().records[EVENT] == 1
+
+    play(story)
+
+
 def test_the_same_batch_comes_back_byte_for_byte_until_it_is_settled(play: Play) -> None:
     seen: list[Batch] = []
 
     async def seal(outbox: Outbox) -> None:
         for value in range(3):
-            await outbox.put(at_ms=value, body=reading(value))
-        batch = await outbox.next_batch(TELEMETRY)
-        assert batch is not None
-        seen.append(batch)
-        await outbox.put(at_ms=9, body=reading(9))
-        assert await outbox.next_batch(TELEMETRY) == batch
+            await put(outbox, reading(value), at_ms=value)
+        seen.append(await first_batch(outbox, READING))
+        await put(outbox, reading(9), at_ms=9)
+        assert await first_batch(outbox, READING) == seen[0]
 
     async def again(outbox: Outbox) -> None:
-        batch = await outbox.next_batch(TELEMETRY)
+        batch = await first_batch(outbox, READING)
         assert batch == seen[0]
-        assert batch.batch.digest == hashlib.sha256(batch.columns).hexdigest()
-        assert (batch.batch.klass, batch.batch.first, batch.batch.last) == (2, 1, 3)
+        assert batch.batch.digest == digest_of(columns=batch.columns, gap=None)
+        assert (batch.batch.klass, *span(batch)) == (3, 1, 3)
         assert batch.batch.epoch == outbox.epoch
         assert await outbox.settle(batch.batch)
-        following = await outbox.next_batch(TELEMETRY)
-        assert following is not None
-        assert (following.batch.first, following.batch.last) == (4, 4)
+        assert span(await first_batch(outbox, READING)) == (4, 4)
 
     play(seal, again)
 
 
+def test_several_batches_may_be_on_their_way_and_are_settled_in_any_order(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        batches: list[Batch] = []
+        for value in range(4):
+            await put(outbox, reading(value))
+            batches.append(await first_batch(outbox, READING, after=value))
+        assert [span(batch) for batch in batches] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+        assert await outbox.load(READING, after=4) is None
+        for index in (2, 0):
+            assert await outbox.settle(batches[index].batch)
+        assert outbox.depth().records[READING] == 2
+        assert span(await first_batch(outbox, READING)) == (2, 2)
+        assert span(await first_batch(outbox, READING, after=2)) == (4, 4)
+
+    async def after_a_restart(outbox: Outbox) -> None:
+        left = [record.seq for record in await drained(outbox, READING)]
+        assert {2, 4} <= set(left)
+        assert await put(outbox, reading(5)) == 5
+
+    play(story, after_a_restart)
+
+
 def test_an_answer_that_fits_no_open_batch_settles_nothing(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
-        await outbox.put(at_ms=1, body=reading(1))
-        batch = await outbox.next_batch(TELEMETRY)
-        assert batch is not None
+        await put(outbox, reading(1))
+        batch = await first_batch(outbox, READING)
         replace = msgspec.structs.replace
         for wrong in (
             replace(batch.batch, epoch="f" * 16),
@@ -137,67 +204,82 @@ def test_an_answer_that_fits_no_open_batch_settles_nothing(play: Play) -> None:
             replace(batch.batch, digest="0" * 64),
         ):
             assert not await outbox.settle(wrong)
-        assert outbox.depth().records[TELEMETRY] == 1
+            assert not await outbox.bury(wrong, reason="telemetry.numbers")
+        assert outbox.depth().records[READING] == 1
         assert await outbox.settle(batch.batch)
         assert not await outbox.settle(batch.batch)
 
     play(story)
 
 
+def test_a_batch_that_nobody_takes_is_put_aside_and_blocks_nothing(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        await put(outbox, reading(1))
+        refused = await first_batch(outbox, READING)
+        await put(outbox, reading(2))
+        assert await outbox.bury(refused.batch, reason="telemetry.columns")
+        assert outbox.depth().buried == 1
+        assert span(await first_batch(outbox, READING)) == (2, 2)
+
+    async def later(outbox: Outbox) -> None:
+        assert outbox.depth().buried == 1
+
+    play(story, later)
+
+
 def test_numbers_go_on_after_everything_was_settled_and_after_a_restart(play: Play) -> None:
     async def empty(outbox: Outbox) -> None:
         for value in range(4):
-            await outbox.put(at_ms=1, body=reading(value))
-        assert len(await drained(outbox, TELEMETRY)) == 4
-        assert outbox.depth().bytes == 0
+            await put(outbox, reading(value))
+        assert len(await drained(outbox, READING)) == 4
+        assert outbox.depth().records[READING] == 0
 
     async def on(outbox: Outbox) -> None:
-        assert await outbox.next_batch(TELEMETRY) is None
-        assert await outbox.put(at_ms=1, body=reading(5)) == 5
+        assert await outbox.load(READING) is None
+        assert await put(outbox, reading(5)) == 5
 
     play(empty, on)
 
 
-def test_depth_is_exact_through_everything(play: Play) -> None:
-    depths: list[int] = []
-
+def test_depth_counts_records_through_everything(play: Play) -> None:
     async def fill(outbox: Outbox) -> None:
-        assert outbox.depth().bytes == 0
         for value in range(5):
-            await outbox.put(at_ms=1, body=reading(value))
-        await outbox.put(at_ms=1, body=event())
-        await outbox.next_batch(TELEMETRY)
-        await outbox.put(at_ms=1, body=reading(6))
-        assert dict(outbox.depth().records) == {EVENT: 1, OUTCOME: 0, TELEMETRY: 6}
-        depths.append(outbox.depth().bytes)
+            await put(outbox, reading(value))
+        await put(outbox, event())
+        await outbox.load(READING)
+        await put(outbox, reading(6))
+        assert dict(outbox.depth().records) == {EVENT: 1, OUTCOME: 0, RESULT: 0, READING: 6}
+        assert set(outbox.depth().oldest_ms) == {EVENT, READING}
+        assert outbox.depth().bytes > 0
 
     async def empty(outbox: Outbox) -> None:
-        assert dict(outbox.depth().records) == {EVENT: 1, OUTCOME: 0, TELEMETRY: 6}
-        assert outbox.depth().bytes == depths[0] > 0
-        await drained(outbox, TELEMETRY)
+        assert dict(outbox.depth().records) == {EVENT: 1, OUTCOME: 0, RESULT: 0, READING: 6}
+        await drained(outbox, READING)
         await drained(outbox, EVENT)
-        assert dict(outbox.depth().records) == {EVENT: 0, OUTCOME: 0, TELEMETRY: 0}
-        assert outbox.depth().bytes == 0
+        assert dict(outbox.depth().records) == dict.fromkeys(RecordClass, 0)
+        assert not outbox.depth().oldest_ms
 
     play(fill, empty)
 
 
 def test_batches_keep_to_the_bounds_of_the_wire(play: Play) -> None:
     async def many(outbox: Outbox) -> None:
-        puts = [outbox.put(at_ms=i, body=reading(i)) for i in range(limits.MAX_BATCH_RECORDS + 7)]
-        assert sorted(await asyncio.gather(*puts)) == list(range(1, limits.MAX_BATCH_RECORDS + 8))
-        first = await outbox.next_batch(TELEMETRY)
-        assert first is not None
-        assert first.batch.last == limits.MAX_BATCH_RECORDS
-        assert len(await drained(outbox, TELEMETRY)) == limits.MAX_BATCH_RECORDS + 7
+        count = limits.MAX_BATCH_RECORDS + 7
+        tickets = [outbox.put(reading(i), at_ms=i) for i in range(count)]
+        assert [await ticket.durable() for ticket in tickets] == list(range(1, count + 1))
+        found = []
+        while (batch := await outbox.load(READING)) is not None:
+            assert batch.batch.last - batch.batch.first < limits.MAX_BATCH_RECORDS
+            found += decode_columns(batch.columns)
+            await outbox.settle(batch.batch)
+        assert [record.seq for record in found] == list(range(1, count + 1))
 
     async def large(outbox: Outbox) -> None:
         bodies = [event(str(i), text=chr(97 + i) * 30_000) for i in range(15)]
         for body in bodies:
-            await outbox.put(at_ms=1, body=body)
-        first = await outbox.next_batch(EVENT)
-        assert first is not None
-        assert len(first.columns) <= limits.MAX_BATCH_BYTES
+            await put(outbox, body)
+        batch = await first_batch(outbox, EVENT)
+        assert len(batch.columns) <= limits.MAX_BATCH_BYTES
         assert [record.body for record in await drained(outbox, EVENT)] == bodies
 
     play(many, large)
@@ -206,102 +288,100 @@ def test_batches_keep_to_the_bounds_of_the_wire(play: Play) -> None:
 def test_a_record_that_is_too_large_is_refused_and_takes_no_number(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
         with pytest.raises(InvalidValue):
-            await outbox.put(at_ms=1, body=event(text="x" * limits.MAX_RECORD_BYTES))
-        assert await outbox.put(at_ms=1, body=event()) == 1
+            outbox.put(event(text="x" * limits.MAX_RECORD_BYTES), at_ms=1)
+        assert await put(outbox, event()) == 1
 
     play(story)
 
 
-def test_the_oldest_telemetry_makes_room_and_the_gap_is_told(play: Play) -> None:
-    async def story(outbox: Outbox) -> None:
-        for value in range(400):
-            await outbox.put(at_ms=1, body=reading(value))
-            assert outbox.depth().bytes <= 10_000
-        kept = [record.seq for record in await drained(outbox, TELEMETRY)]
-        notes = [record.body for record in await drained(outbox, EVENT)]
-        assert kept == list(range(kept[0], 401))
-        assert len(kept) > 50
-        assert notes == [
-            event("queue.evicted", **{"class": "telemetry", "first": "1", "last": str(kept[0] - 1)},
-                  records=str(kept[0] - 1))
-        ]  # fmt: skip
-
-    play(story, limit_bytes=10_000)
-
-
-def test_a_gap_that_follows_a_sent_note_gets_a_note_of_its_own(play: Play) -> None:
+def test_the_oldest_readings_make_room_and_the_gap_comes_first(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
         for value in range(200):
-            await outbox.put(at_ms=1, body=reading(value))
-        (first,) = await drained(outbox, EVENT)
+            await put(outbox, Reading(name="n" * 20_000, value=value))
+            assert outbox.depth().bytes <= MIB
+        gap = await first_batch(outbox, READING)
+        assert gap.gap is not None
+        assert (gap.gap.reason, gap.batch.first, gap.gap.records) == ("evicted", 1, gap.batch.last)
+        assert gap.batch.digest == digest_of(columns=b"", gap=gap.gap)
+        assert outbox.depth().lost == {"evicted": gap.gap.records}
+
+    async def later(outbox: Outbox) -> None:
+        gap = await first_batch(outbox, READING)
+        assert gap.gap is not None
+        kept = [record.seq for record in await drained(outbox, READING)]
+        assert kept == list(range(gap.batch.last + 1, 201))
+        assert len(kept) > 20
+
+    play(story, later, total_bytes=MIB)
+
+
+def test_what_was_on_its_way_when_it_was_evicted_still_counts_as_settled(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        await put(outbox, reading(1))
+        await put(outbox, reading(2))
+        sent = await first_batch(outbox, READING)
         for value in range(200):
-            await outbox.put(at_ms=1, body=reading(value))
-        (second,) = await drained(outbox, EVENT)
-        assert isinstance(first.body, DeviceEvent)
-        assert isinstance(second.body, DeviceEvent)
-        assert int(second.body.detail["first"]) == int(first.body.detail["last"]) + 1
-        assert second.seq == first.seq + 1
+            await put(outbox, Reading(name="n" * 20_000, value=value))
+        assert await outbox.settle(sent.batch)
+        assert (await first_batch(outbox, READING)).batch.first == sent.batch.last + 1
 
-    play(story, limit_bytes=10_000)
+    play(story, total_bytes=MIB)
 
 
-def test_a_sealed_batch_is_not_dropped_for_room(play: Play) -> None:
-    async def story(outbox: Outbox) -> None:
-        await outbox.put(at_ms=1, body=reading(1))
-        sealed = await outbox.next_batch(TELEMETRY)
-        for value in range(400):
-            await outbox.put(at_ms=1, body=reading(value))
-        assert await outbox.next_batch(TELEMETRY) == sealed
-
-    play(story, limit_bytes=10_000)
-
-
-def test_telemetry_never_displaces_outcomes_and_events_displace_both(play: Play) -> None:
-    async def story(outbox: Outbox) -> None:
-        for number in range(100):
-            await outbox.put(at_ms=1, body=Outcome(request=f"r{number}", correct=True))
-        for value in range(300):
-            await outbox.put(at_ms=1, body=reading(value))
-        assert outbox.depth().records[OUTCOME] == 100
-        for number in range(400):
-            try:
-                await outbox.put(at_ms=1, body=event(str(number)))
-            except StorageFull:
-                break
-        else:
-            raise AssertionError("400 events of 50 bytes fitted into 10 kB")
-        assert outbox.depth().records[OUTCOME] == 0
-        assert outbox.depth().records[TELEMETRY] == 0
-
-    play(story, limit_bytes=10_000)
-
-
-def test_telemetry_is_refused_where_only_outcomes_could_make_room(play: Play) -> None:
-    async def story(outbox: Outbox) -> None:
-        for number in range(100):
-            await outbox.put(at_ms=1, body=event(str(number)))
-        while outbox.depth().bytes + 100 < 10_000:
-            await outbox.put(at_ms=1, body=Outcome(request="r", correct=True))
-        before = outbox.depth()
-        with pytest.raises(StorageFull):
-            await outbox.put(at_ms=1, body=Reading(name="n" * 150, value=1))
-        assert outbox.depth() == before
-
-    play(story, limit_bytes=10_000)
-
-
-def test_events_are_kept_to_the_last_and_then_refused(play: Play) -> None:
+def test_readings_never_displace_events_and_events_displace_readings(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
         stored = 0
-        while outbox.depth().bytes + 100 < 10_000:
-            await outbox.put(at_ms=1, body=event(str(stored)))
+        for value in range(100):
+            await put(outbox, Reading(name="n" * 20_000, value=value))
+        before = outbox.depth().records[READING]
+        for _ in range(100):
+            try:
+                await put(outbox, event(text="x" * 20_000))
+            except StorageFull:
+                break
             stored += 1
-        with pytest.raises(StorageFull):
-            await outbox.put(at_ms=1, body=event(text="x" * 100))
-        with pytest.raises(StorageFull):
-            await outbox.put(at_ms=1, body=event("again", text="x" * 100))
-        records = await drained(outbox, EVENT)
-        assert [record.seq for record in records] == list(range(1, stored + 1))
-        assert await outbox.put(at_ms=1, body=event("after")) == stored + 1
+        assert 10 < stored < 100
+        assert outbox.depth().records[READING] < before
+        for value in range(100):
+            await put(outbox, Reading(name="n" * 20_000, value=value))
+        assert [record.seq for record in await drained(outbox, EVENT)] == list(range(1, stored + 1))
+        assert await put(outbox, event("after")) == stored + 1
 
-    play(story, limit_bytes=10_000)
+    play(story, total_bytes=MIB)
+
+
+def test_dropping_leaves_a_gap_and_events_cannot_be_dropped(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        for value in range(5):
+            await put(outbox, reading(value))
+        assert await outbox.drop(READING) == 5
+        await put(outbox, reading(6))
+        with pytest.raises(InvalidValue):
+            await outbox.drop(EVENT)
+
+    async def later(outbox: Outbox) -> None:
+        gap = await first_batch(outbox, READING)
+        assert gap.gap is not None
+        assert (gap.gap.reason, *span(gap)) == ("dropped", 1, 5)
+        assert [record.seq for record in await drained(outbox, READING)] == [6]
+
+    play(story, later)
+
+
+def test_more_than_the_memory_may_hold_is_refused_not_kept(tmp_path: Path) -> None:
+    async def story() -> None:
+        outbox = await JournalOutbox.open(
+            tmp_path / "outbox", bounds=bounds_for(16 * MIB), clock=FakeClock(), moments=moment
+        )
+        kept = 0
+        try:
+            for _ in range(10_000):
+                outbox.put(Reading(name="n" * 20 * KIB, value=1), at_ms=1, grade=Grade.MEMORY)
+                kept += 1
+        except StorageFull as refused:
+            assert refused.code == "storage.behind"
+        await outbox.flush()
+        assert outbox.depth().records[READING] == kept < 10_000
+        await outbox.close()
+
+    asyncio.run(story())

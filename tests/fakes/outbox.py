@@ -1,138 +1,102 @@
-"""The outbox in memory: the same numbers, batches, bounds and gap notes as the real one, without a disk."""
+"""The outbox without a thread and without files: the real record store on a disk in memory."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+import itertools
 
-import msgspec
-
-from edge_agent.adapters.outbox import CLASS_SHARES, NOTE_BYTES, RECORD_OVERHEAD_BYTES
+from edge_agent.adapters.buried import Buried
+from edge_agent.adapters.journal import Journal
+from edge_agent.adapters.records import RecordStore, encode_record
+from edge_agent.core.journal import Moment, bounds_for
 from edge_agent.ports import Depth
-from shared import limits
-from shared.errors import InvalidValue, StorageFull
-from shared.telemetry import CLASS_OF, BatchId, Body, DeviceEvent, Record, RecordClass
-from shared.wire.columns import encode_columns
+from shared.errors import OutriderError
+from shared.limits import MIB
+from shared.telemetry import CLASS_OF, BatchId, Body, Grade, RecordClass
 from shared.wire.messages import Batch
+from tests.fakes.memory_disk import MemoryDisk
 
 
-def _cost(body: Body) -> int:
-    return len(msgspec.msgpack.encode(body)) + RECORD_OVERHEAD_BYTES
+class KeptTicket:
+    """A ticket for what was stored, or refused, when it was put."""
 
+    def __init__(self, *, number: int = 0, error: OutriderError | None = None) -> None:
+        self._number = number
+        self._error = error
 
-@dataclass
-class _Lane:
-    next_seq: int = 1
-    waiting: list[Record] = field(default_factory=list)
-    sealed: Batch | None = None
-
-    def records(self) -> int:
-        sealed = self.sealed.batch.last - self.sealed.batch.first + 1 if self.sealed else 0
-        return len(self.waiting) + sealed
-
-    def bytes(self) -> int:
-        sealed = len(self.sealed.columns) + RECORD_OVERHEAD_BYTES if self.sealed else 0
-        return sum(_cost(record.body) for record in self.waiting) + sealed
+    async def durable(self) -> int:
+        """The number, or the error, at once."""
+        if self._error is not None:
+            raise self._error
+        return self._number
 
 
 class FakeOutbox:
-    """`edge_agent.ports.Outbox` without a disk; passing it to a new owner is a restart."""
+    """`edge_agent.ports.Outbox`; whatever its grade, a record is stored when it is put. `restart` opens it anew."""
 
-    def __init__(self, *, limit_bytes: int, epoch: str = "00000000000000aa") -> None:
-        self._limit_bytes = limit_bytes
-        self._epoch = epoch
-        self._lanes = {klass: _Lane() for klass in RecordClass}
+    def __init__(self, *, total_bytes: int = MIB, disk: MemoryDisk | None = None) -> None:
+        self.disk = disk or MemoryDisk()
+        self.aside = MemoryDisk()
+        self.grades: list[Grade] = []
+        self._bounds = bounds_for(total_bytes)
+        self._seeds = itertools.count(1)
+        self._uptime_ms = 0
+        self._store = self._open()
+
+    def restart(self) -> None:
+        """As a new process finds it."""
+        self._store.close(self._moment())
+        self._store = self._open()
 
     @property
     def epoch(self) -> str:
-        """As given."""
-        return self._epoch
+        """The store's."""
+        return self._store.epoch
 
-    async def put(self, *, at_ms: int, body: Body) -> int:
-        """Append a record, dropping older and less precious ones where there is no room."""
-        if len(msgspec.msgpack.encode(body)) > limits.MAX_RECORD_BYTES:
-            raise InvalidValue("record too large", code="invalid.record")
-        klass = CLASS_OF[type(body)]
-        lane = self._lanes[klass]
-        over_class = lane.bytes() + _cost(body) - int(self._limit_bytes * CLASS_SHARES[klass])
-        if over_class > 0 and klass is not RecordClass.EVENT:
-            self._evict(klass, need=over_class + NOTE_BYTES, at_ms=at_ms)
-        for victim in (RecordClass.TELEMETRY, RecordClass.OUTCOME):
-            over = self.depth().bytes + _cost(body) - self._limit_bytes
-            if over > 0 and victim >= klass:
-                self._evict(victim, need=over + NOTE_BYTES, at_ms=at_ms)
-        if self.depth().bytes + _cost(body) > self._limit_bytes:
-            raise StorageFull("the queue is full")
-        return self._append(klass, at_ms=at_ms, body=body)
+    def put(self, body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> KeptTicket:
+        """Store it now."""
+        self.grades.append(grade)
+        entry = (at_ms, encode_record(body))
+        try:
+            return KeptTicket(number=self._store.append(CLASS_OF[type(body)], [entry], moment=self._moment()))
+        except OutriderError as error:
+            return KeptTicket(error=error)
 
-    async def next_batch(self, klass: RecordClass) -> Batch | None:
-        """The sealed batch, or the oldest records sealed now."""
-        lane = self._lanes[klass]
-        if lane.sealed is None and lane.waiting:
-            records = lane.waiting[: limits.MAX_BATCH_RECORDS]
-            while len(columns := encode_columns(records)) > limits.MAX_BATCH_BYTES:
-                records = records[: len(records) // 2]
-            identity = BatchId(
-                epoch=self._epoch,
-                klass=int(klass),
-                first=records[0].seq,
-                last=records[-1].seq,
-                digest=hashlib.sha256(columns).hexdigest(),
-            )
-            lane.sealed = Batch(batch=identity, columns=columns)
-            lane.waiting = lane.waiting[len(records) :]
-        return lane.sealed
+    async def load(self, klass: RecordClass, *, after: int = 0) -> Batch | None:
+        """The store's."""
+        return self._store.load(klass, after=after, moment=self._moment())
 
     async def settle(self, batch: BatchId) -> bool:
-        """Forget the batch."""
-        for lane in self._lanes.values():
-            if lane.sealed is not None and lane.sealed.batch == batch:
-                lane.sealed = None
-                return True
-        return False
+        """The store's."""
+        settled = self._store.settle(batch)
+        self._store.tick(self._moment())
+        return settled
+
+    async def bury(self, batch: BatchId, *, reason: str) -> bool:
+        """The store's."""
+        return self._store.bury(batch, reason=reason, moment=self._moment())
+
+    async def flush(self) -> None:
+        """Nothing waits."""
+
+    async def drop(self, klass: RecordClass) -> int:
+        """The store's."""
+        return self._store.drop(klass, moment=self._moment())
 
     def depth(self) -> Depth:
-        """How much waits."""
-        return Depth(
-            records={klass: lane.records() for klass, lane in self._lanes.items()},
-            bytes=sum(lane.bytes() for lane in self._lanes.values()),
-        )
+        """The store's."""
+        return self._store.depth(self._moment())
 
-    async def drop(self, klass: RecordClass, *, at_ms: int) -> int:
-        """Drop the class's unsealed records."""
-        if klass is RecordClass.EVENT:
-            raise InvalidValue("events are never dropped", code="invalid.class")
-        count = len(self._lanes[klass].waiting)
-        self._evict(klass, need=2**62, at_ms=at_ms)
-        return count
+    async def close(self) -> None:
+        """The disk stays."""
+        self._store.close(self._moment())
 
-    def _append(self, klass: RecordClass, *, at_ms: int, body: Body) -> int:
-        lane = self._lanes[klass]
-        lane.waiting.append(Record(seq=lane.next_seq, at_ms=at_ms, body=body))
-        lane.next_seq += 1
-        return lane.next_seq - 1
+    def _open(self) -> RecordStore:
+        journal = Journal.open(self.disk, self._bounds, moment=self._moment(), draw=self._draw)
+        return RecordStore(journal, buried=Buried(self.aside, most_bytes=MIB))
 
-    def _evict(self, klass: RecordClass, *, need: int, at_ms: int) -> None:
-        lane, gone = self._lanes[klass], []
-        while lane.waiting and need > 0:
-            gone.append(lane.waiting.pop(0))
-            need -= _cost(gone[-1].body)
-        if gone:
-            self._note(klass, first=gone[0].seq, last=gone[-1].seq, at_ms=at_ms)
+    def _draw(self, size: int) -> bytes:
+        return next(self._seeds).to_bytes(size, "big")
 
-    def _note(self, klass: RecordClass, *, first: int, last: int, at_ms: int) -> None:
-        name = klass.name.lower()
-        events = self._lanes[RecordClass.EVENT].waiting
-        for index, record in enumerate(events):
-            match record.body:
-                case DeviceEvent(name="queue.evicted", detail=detail) if (
-                    detail["class"] == name and int(detail["last"]) + 1 == first
-                ):
-                    events[index] = msgspec.structs.replace(record, body=_gap(name, int(detail["first"]), last))
-                    return
-        self._append(RecordClass.EVENT, at_ms=at_ms, body=_gap(name, first, last))
-
-
-def _gap(name: str, first: int, last: int) -> DeviceEvent:
-    detail = {"class": name, "first": str(first), "last": str(last), "records": str(last - first + 1)}
-    return DeviceEvent(name="queue.evicted", detail=detail)
+    def _moment(self) -> Moment:
+        self._uptime_ms += 1
+        return Moment(boot="fake", uptime_ms=self._uptime_ms, wall_ms=0, synchronised=False)
