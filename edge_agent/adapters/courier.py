@@ -32,6 +32,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from shared.errors import TransferError, TransferRefused, Unreachable
 from shared.ids import DeviceId
 from shared.limits import MAX_MQTT_PACKET_BYTES
+from shared.telemetry import BatchId
 
 CONNECT_MS: Final = 10_000
 DISCONNECT_MS: Final = 2_000
@@ -39,6 +40,7 @@ KEEPALIVE_S: Final = 20
 VERDICT_MS: Final = 500
 MAX_INFLIGHT: Final = 20
 MAX_WAITING: Final = 64
+PACKET_TOO_LARGE: Final = 0x95
 
 _TRY_LATER: Final = frozenset({0x83, 0x88, 0x89, 0x8B, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that pass by themselves (MQTT 5.0, section 3.2.2.2): busy, unavailable, quota, moved, rate."""
@@ -100,15 +102,24 @@ class _Link:
     ready: asyncio.Future[None]
     online: bool = False
     leaving: bool = False
-    sent: dict[int, str] = field(default_factory=dict)
+    window: int = MAX_WAITING
+    packet_bytes: int = MAX_MQTT_PACKET_BYTES
+    sent: dict[int, tuple[str, BatchId | None]] = field(default_factory=dict)
+
+    def heed(self, properties: Properties | None) -> None:
+        """Keep to what the broker said of itself in its CONNACK (MQTT 5.0, sections 3.2.2.3.3 and 3.2.2.3.6)."""
+        self.packet_bytes = min(MAX_MQTT_PACKET_BYTES, getattr(properties, "MaximumPacketSize", MAX_MQTT_PACKET_BYTES))
+        at_once = getattr(properties, "ReceiveMaximum", MAX_INFLIGHT)
+        # paho would send MAX_INFLIGHT at once whatever the broker says; where that is too much, nothing waits in it.
+        self.window = MAX_WAITING if at_once >= MAX_INFLIGHT else at_once
 
 
 class MqttCourier:
     """`Courier` on paho-mqtt, MQTT 5, mutual TLS.
 
     `on_message(topic, payload)` and `on_lost(reason)` run on the event loop; `on_lost` once per lost connection and
-    never after `disconnect`. `on_refused(topic, reason)` tells of a message that the broker acknowledged with a
-    failure (not allowed, quota): it will not arrive.
+    never after `disconnect`. `on_refused(topic, ref, code, reason)` tells of a message that the broker acknowledged
+    with a failure (not allowed, quota), or that is larger than it takes, which it is never shown: it will not arrive.
     """
 
     def __init__(
@@ -120,7 +131,7 @@ class MqttCourier:
         context: ssl.SSLContext,
         on_message: Callable[[str, bytes], None],
         on_lost: Callable[[str], None],
-        on_refused: Callable[[str, str], None] | None = None,
+        on_refused: Callable[[str, BatchId | None, int, str], None] | None = None,
         connect_ms: int = CONNECT_MS,
         keepalive_s: int = KEEPALIVE_S,
     ) -> None:
@@ -178,16 +189,23 @@ class MqttCourier:
             raise Unreachable(f"an earlier attempt to reach the broker at {self._host}:{self._port} has not ended")
         self._starting = None
 
-    def publish(self, topic: str, payload: bytes) -> bool:
-        """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later."""
+    def publish(self, topic: str, payload: bytes, *, ref: BatchId | None = None) -> bool:
+        """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later.
+
+        What is larger than the broker takes is not sent: `on_refused` is told soon after this returned.
+        """
         link = self._link
-        if link is None or not link.online or len(link.sent) >= MAX_WAITING:
+        if link is None or not link.online or len(link.sent) >= link.window:
             return False
+        if _packet_bytes(topic, payload) > link.packet_bytes:
+            reason = f"Packet too large: the broker takes {link.packet_bytes} bytes"
+            asyncio.get_running_loop().call_soon(self._tell_refused, link, topic, ref, PACKET_TOO_LARGE, reason)
+            return True
         info = link.client.publish(topic, payload, qos=1)
         # Anything but success is not promised: a client that lost its link is never used again, queue and all.
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             return False
-        link.sent[info.mid] = topic
+        link.sent[info.mid] = (topic, ref)
         return True
 
     async def disconnect(self) -> None:
@@ -233,10 +251,11 @@ class MqttCourier:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(step, link, *arguments)
 
-        def on_connect(client: Client, _: Any, __: ConnectFlags, reason: ReasonCode, ___: Properties | None) -> None:
+        def on_connect(client: Client, _: Any, __: ConnectFlags, reason: ReasonCode, said: Properties | None) -> None:
             if reason.is_failure:
                 enqueue(self._refused, reason.value, f"the broker refuses this device: {reason}")
             else:
+                enqueue(_Link.heed, said)
                 client.subscribe(subscribe, options=SubscribeOptions(qos=1))
 
         def on_subscribe(_: Client, __: Any, ___: int, reasons: list[ReasonCode], ____: Properties | None) -> None:
@@ -251,7 +270,7 @@ class MqttCourier:
             enqueue(self._lost, str(reason))
 
         def on_publish(_: Client, __: Any, mid: int, reason: ReasonCode, ___: Properties | None) -> None:
-            enqueue(self._acknowledged, mid, str(reason) if reason.is_failure else "")
+            enqueue(self._acknowledged, mid, reason.value if reason.is_failure else 0, str(reason))
 
         def on_message(_: Client, __: Any, message: MQTTMessage) -> None:
             enqueue(self._arrived, message.topic, bytes(message.payload))
@@ -286,10 +305,14 @@ class MqttCourier:
             _silence(link.client)
             self._on_lost(reason)
 
-    def _acknowledged(self, link: _Link, mid: int, failure: str) -> None:
-        topic = link.sent.pop(mid, None)
-        if failure and topic is not None and link is self._link and self._on_refused is not None:
-            self._on_refused(topic, failure)
+    def _acknowledged(self, link: _Link, mid: int, failure: int, reason: str) -> None:
+        message = link.sent.pop(mid, None)
+        if failure and message is not None:
+            self._tell_refused(link, *message, failure, reason)
+
+    def _tell_refused(self, link: _Link, topic: str, ref: BatchId | None, code: int, reason: str) -> None:
+        if link is self._link and self._on_refused is not None:
+            self._on_refused(topic, ref, code, reason)
 
     def _arrived(self, link: _Link, topic: str, payload: bytes) -> None:
         if link is self._link:
@@ -310,6 +333,15 @@ class MqttCourier:
                 hint="run `outrider-agent doctor`; the certificate may have expired or been revoked",
             )
         return Unreachable(f"the broker at {where} cannot be reached: {error.reason or error}")
+
+
+def _packet_bytes(topic: str, payload: bytes) -> int:
+    """What a PUBLISH of QoS 1 without properties takes on the wire (MQTT 5.0, section 3.3)."""
+    remaining = 2 + len(topic.encode()) + 2 + 1 + len(payload)
+    length_bytes = 1
+    while remaining >> (7 * length_bytes):
+        length_bytes += 1
+    return 1 + length_bytes + remaining
 
 
 def _look_at(starting: asyncio.Future[None]) -> None:

@@ -345,15 +345,22 @@ def _answered(lane: Lane, verdict: Verdict) -> tuple[Lane, tuple[PumpEffect, ...
     if verdict.batch not in lane.sent:
         # An answer from before a reconnect, or the second one: settling it saves a resend, and twice is harmless.
         return lane, (settle,)
-    sent = tuple(batch for batch in lane.sent if batch != verdict.batch)
-    return replace(lane, sent=sent, resends=0, rests=0, noted=False), (settle,)
+    return replace(_without(lane, verdict.batch), resends=0, rests=0, noted=False), (settle,)
 
 
 def _buried(lane: Lane, batch: BatchId, code: str) -> tuple[Lane, tuple[PumpEffect, ...]]:
-    sent = tuple(other for other in lane.sent if other != batch)
     bury = Bury(batch, code[:MAX_REASON_CHARS])
     effects = (bury,) if lane.noted else (bury, _note(batch, code))
-    return replace(lane, sent=sent, noted=True), effects
+    return replace(_without(lane, batch), noted=True), effects
+
+
+def _without(lane: Lane, batch: BatchId) -> Lane:
+    """The lane once this batch was answered; with the last one it looks again, since a gap may have come meanwhile."""
+    if batch not in lane.sent:
+        return lane
+    sent = tuple(other for other in lane.sent if other != batch)
+    is_drained = not sent and lane.phase is LanePhase.QUIET
+    return replace(lane, sent=sent, phase=LanePhase.WAITING if is_drained else lane.phase)
 
 
 def _timed_out(pump: Pump, event: AckTimedOut) -> _Step:

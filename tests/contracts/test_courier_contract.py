@@ -13,12 +13,16 @@ from edge_agent.adapters.courier import MqttCourier, broker_context
 from edge_agent.ports import Courier
 from shared.errors import TransferError, Unreachable
 from shared.ids import DeviceId
+from shared.telemetry import BatchId
 from shared.wire import topics
 from tests.fakes.broker import Mosquitto
 from tests.fakes.courier import FakeBroker, FakeCourier
 from tests.fakes.pki import TestCa
 
 A, B = DeviceId("dev-a"), DeviceId("dev-b")
+BATCH = BatchId(epoch="0123456789abcdef", klass=3, first=1, last=500, digest="00" * 32)
+PACKET_BYTES = 262_144
+"""What both brokers are told to take."""
 
 
 class Ear:
@@ -27,7 +31,7 @@ class Ear:
     def __init__(self) -> None:
         self.messages: list[tuple[str, bytes]] = []
         self.lost: list[str] = []
-        self.refused: list[tuple[str, str]] = []
+        self.refused: list[tuple[str, BatchId | None, int]] = []
 
     async def until(self, done: Callable[[Ear], bool]) -> None:
         async with asyncio.timeout(15):
@@ -61,7 +65,7 @@ class Kit:
                 device=device,
                 on_message=lambda topic, payload: ear.messages.append((topic, payload)),
                 on_lost=ear.lost.append,
-                on_refused=lambda topic, reason: ear.refused.append((topic, reason)),
+                on_refused=lambda topic, ref, code, _: ear.refused.append((topic, ref, code)),
             )
         self.couriers.append(made)
         return made
@@ -75,7 +79,7 @@ class Kit:
             context=broker_context(ca_path=self._ca.path, certificate_path=pair.certificate, key_path=pair.key),
             on_message=lambda topic, payload: ear.messages.append((topic, payload)),
             on_lost=ear.lost.append,
-            on_refused=lambda topic, reason: ear.refused.append((topic, reason)),
+            on_refused=lambda topic, ref, code, _: ear.refused.append((topic, ref, code)),
         )
 
     @asynccontextmanager
@@ -172,7 +176,7 @@ def test_a_device_hears_only_what_is_for_it_and_cannot_speak_as_another(kit: Kit
             await online(b, B)
             kit.send(topics.down(B, "ack"), b"for b")
             kit.send(topics.down(A, "ack"), b"for a")
-            assert a.publish(topics.up(B, "birth"), b"forged")
+            assert a.publish(topics.up(B, "birth"), b"forged", ref=BATCH)
             assert a.publish(topics.up(A, "birth"), b"honest")
             await ear_a.until(lambda ear: bool(ear.messages) and bool(ear.refused))
             await ear_b.until(lambda ear: bool(ear.messages))
@@ -180,9 +184,31 @@ def test_a_device_hears_only_what_is_for_it_and_cannot_speak_as_another(kit: Kit
             assert (topics.up(B, "birth"), b"forged") not in hub.messages
             assert ear_a.messages == [(topics.down(A, "ack"), b"for a")]
             assert ear_b.messages == [(topics.down(B, "ack"), b"for b")]
-            assert ear_a.refused == [(topics.up(B, "birth"), "Not authorized")]
+            assert ear_a.refused == [(topics.up(B, "birth"), BATCH, 0x87)]
             await a.disconnect()
             await b.disconnect()
+
+    asyncio.run(story())
+
+
+def test_what_is_larger_than_the_broker_takes_is_told_and_breaks_nothing(kit: Kit) -> None:
+    topic = topics.up(A, "telemetry")
+    room = PACKET_BYTES - len(topic) - 9  # header 1, length 3, topic length 2, packet id 2, property length 1
+
+    async def story() -> None:
+        ear = Ear()
+        courier = kit.courier(A, ear)
+        async with kit.hub() as hub:
+            await online(courier, A)
+            assert courier.publish(topic, b"x" * (room + 1), ref=BATCH)
+            assert ear.refused == [], "told after the publish returned"
+            await ear.until(lambda ear: bool(ear.refused))
+            assert ear.refused == [(topic, BATCH, 0x95)]
+            assert courier.publish(topic, b"y" * room, ref=BATCH)
+            await hub.until(lambda ear: bool(ear.messages))
+            assert hub.messages == [(topic, b"y" * room)]
+            assert (len(ear.refused), ear.lost) == (1, [])
+            await courier.disconnect()
 
     asyncio.run(story())
 

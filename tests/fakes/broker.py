@@ -17,7 +17,8 @@ from tests.fakes.pki import Pair, TestCa
 class Mosquitto:
     """The broker as a child process; a context manager that leaves nothing running."""
 
-    def __init__(self, folder: Path, *, binary: str, port: int, ca: TestCa) -> None:
+    def __init__(self, folder: Path, *, binary: str, port: int, ca: TestCa, options: str = "") -> None:
+        """`options` are further lines of its configuration."""
         self.port = port
         self.ca = ca
         self._binary = binary
@@ -34,7 +35,7 @@ class Mosquitto:
             "tls_version tlsv1.3\nrequire_certificate true\nuse_identity_as_username true\n"
             "use_username_as_clientid true\nallow_anonymous false\n"
             f"acl_file {folder / 'acl'}\nuser {getpass.getuser()}\nset_tcp_nodelay true\n"
-            "max_packet_size 262144\npersistence false\nlog_dest stdout\n"
+            f"max_packet_size 262144\npersistence false\nlog_dest stdout\n{options}"
         )
 
     def __enter__(self) -> Mosquitto:

@@ -7,14 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.errors import TransferRefused, Unreachable
+from shared.telemetry import BatchId
 
 
 @dataclass
 class FakeBroker:
-    """Carries messages between couriers on one event loop, confines topics, and can be away or not acknowledge."""
+    """Carries messages between couriers on one event loop, confines topics, and can be away, silent, or refuse.
+
+    `bounces` is the reason code that everything but presence and state is acknowledged with.
+    """
 
     up: bool = True
     acknowledges: bool = True
+    packet_bytes: int = 262_144
+    bounces: int | None = None
     clients: dict[str, FakeCourier] = field(default_factory=dict)
     published: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -23,6 +29,16 @@ class FakeBroker:
         self.published.append((topic, payload))
         for client in list(self.clients.values()):
             client.deliver(topic, payload)
+
+    def failure(self, device: str, topic: str, payload: bytes) -> tuple[int, str] | None:
+        """Why the broker does not take this message, None when it does."""
+        if self.bounces is not None and not topic.endswith(("/birth", "/reported")):
+            return self.bounces, "as the test wants it"
+        if len(topic) + len(payload) + 9 > self.packet_bytes:  # as many bytes of header as one so large has
+            return 0x95, "Packet too large"
+        if not topic.startswith(f"outrider/1/{device}/up/"):
+            return 0x87, "Not authorized"
+        return None
 
     def go_down(self) -> None:
         """Every link breaks and nobody can connect."""
@@ -49,7 +65,7 @@ class FakeCourier:
         device: str,
         on_message: Callable[[str, bytes], None],
         on_lost: Callable[[str], None],
-        on_refused: Callable[[str, str], None] | None = None,
+        on_refused: Callable[[str, BatchId | None, int, str], None] | None = None,
         refused: bool = False,
     ) -> None:
         self._broker = broker
@@ -75,14 +91,15 @@ class FakeCourier:
         self._will, self._subscribed, self.window = (will_topic, will_payload), subscribe, 0
         self._broker.clients[self._device] = self
 
-    def publish(self, topic: str, payload: bytes) -> bool:
+    def publish(self, topic: str, payload: bytes, *, ref: BatchId | None = None) -> bool:
         """Hand over, or refuse without a link or room."""
         if self._broker.clients.get(self._device) is not self or self.window >= self.WINDOW:
             return False
         loop = asyncio.get_running_loop()
-        if not topic.startswith(f"outrider/1/{self._device}/up/"):
+        failure = self._broker.failure(self._device, topic, payload)
+        if failure is not None:
             if self._on_refused is not None:
-                loop.call_soon(self._on_refused, topic, "Not authorized")
+                loop.call_soon(self._on_refused, topic, ref, *failure)
             return True
         self.window += 0 if self._broker.acknowledges else 1
         loop.call_soon(self._broker.route, topic, payload)

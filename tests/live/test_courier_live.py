@@ -14,12 +14,14 @@ import pytest
 from edge_agent.adapters.courier import MAX_WAITING, MqttCourier, broker_context
 from shared.errors import OutriderError, TransferRefused, Unreachable
 from shared.ids import DeviceId
+from shared.telemetry import BatchId
 from shared.wire import topics
 from tests.fakes.broker import Mosquitto
 from tests.fakes.pki import TestCa
 
 pytestmark = pytest.mark.live
 A = DeviceId("dev-a")
+BATCH = BatchId(epoch="0123456789abcdef", klass=3, first=1, last=500, digest="00" * 32)
 
 DEVICE = """
 import asyncio, sys
@@ -69,6 +71,7 @@ class Line:
         pair = ca.client(device, days=days)
         self.messages: list[tuple[str, bytes]] = []
         self.lost: list[str] = []
+        self.refused: list[tuple[str, BatchId | None, int]] = []
         self.courier = MqttCourier(
             host="localhost",
             port=port,
@@ -76,6 +79,7 @@ class Line:
             context=broker_context(ca_path=(trusts or ca).path, certificate_path=pair.certificate, key_path=pair.key),
             on_message=lambda topic, payload: self.messages.append((topic, payload)),
             on_lost=self.lost.append,
+            on_refused=lambda topic, ref, code, _: self.refused.append((topic, ref, code)),
             connect_ms=within_ms,
         )
 
@@ -129,6 +133,47 @@ def test_a_frozen_broker_fills_the_window_and_goodbye_still_ends(broker: Mosquit
             await line.courier.disconnect()
         broker.thaw()
         await hub.courier.disconnect()
+        assert line.lost == []
+
+    asyncio.run(story())
+
+
+def test_a_broker_that_takes_little_at_a_time_is_heeded(
+    tmp_path: Path, mosquitto_path: str, free_port: int, ca: TestCa
+) -> None:
+    topic = topics.up(A, "telemetry")
+    options = "max_packet_size 4000\nmax_inflight_messages 5\n"
+
+    async def story(broker: Mosquitto) -> None:
+        hub, line = Line(ca, free_port, device="hub"), Line(ca, free_port)
+        await hub.online(topics.up_filter())
+        await line.online()
+        assert line.courier.publish(topic, bytes(4000), ref=BATCH)
+        await until(lambda: bool(line.refused))
+        assert line.refused == [(topic, BATCH, 0x95)]
+        broker.freeze()
+        assert [line.courier.publish(topic, bytes([n])) for n in range(8)] == [True] * 5 + [False] * 3
+        broker.thaw()
+        await until(lambda: len(hub.messages) == 5)
+        await until(lambda: line.courier.publish(topic, bytes(3000)))
+        await until(lambda: len(hub.messages) == 6)
+        assert (line.lost, len(line.refused)) == ([], 1)
+        await line.courier.disconnect()
+        await hub.courier.disconnect()
+
+    with Mosquitto(tmp_path, binary=mosquitto_path, port=free_port, ca=ca, options=options) as broker:
+        asyncio.run(story(broker))
+
+
+def test_a_topic_that_is_not_the_devices_comes_back_with_its_reason(broker: Mosquitto, ca: TestCa) -> None:
+    async def story() -> None:
+        line = Line(ca, broker.port)
+        await line.online()
+        assert line.courier.publish(topics.up(DeviceId("dev-b"), "telemetry"), b"x", ref=BATCH)
+        await until(lambda: bool(line.refused))
+        assert line.refused == [(topics.up(DeviceId("dev-b"), "telemetry"), BATCH, 0x87)]
+        assert line.courier.publish(topics.up(A, "telemetry"), b"x")
+        await line.courier.disconnect()
         assert line.lost == []
 
     asyncio.run(story())

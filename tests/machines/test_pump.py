@@ -260,6 +260,16 @@ def test_an_answer_for_something_unknown_settles_what_the_outbox_may_know() -> N
     assert script.say(AckArrived(Ack(verdicts=()))) == []
 
 
+def test_a_class_that_is_drained_looks_once_more_for_what_was_left_or_lost_meanwhile() -> None:
+    script = Script()
+    one, two = batch(READING, 1), batch(READING, 2)
+    script.until(READING, one, two)
+    script.say(nothing(READING))
+    assert loads(script.say(ack(two))) == []
+    assert loads(script.say(refused(one))) == [(READING, 0)]
+    assert loads(script.say(nothing(READING))) == []
+
+
 def test_progress_makes_patience_short_again() -> None:
     script = Script()
     one, two = batch(EVENT, 1), batch(EVENT, 2)
