@@ -2,7 +2,7 @@
 
 Figures are kept per device, family, version and minute of arrival, so that a question about any span and any set of
 devices is a sum. They are written in the transaction that stores the records, from records that were not here before:
-each record counts once, as it is stored once.
+each record counts once, as it is stored once. They are read off a batch's columns, without a value for each record.
 
 Rules of this file:
 1. An answer that came from elsewhere (cache, hub) or was refused says nothing about how fast the model is: only
@@ -15,16 +15,14 @@ Not here: tables, time, what a gate makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
-import msgspec
-
-from cloud_hub.telemetry.rules import StoredRecord
 from shared.errors import InvalidValue
 from shared.ids import DeviceId, parse_family, parse_version
-from shared.sketch import Sketch, sketch_of
+from shared.sketch import Sketch, merge_all, sketch_of
+from shared.wire.columns import Columns
 
 MAX_GROUPS: Final = 32
 """Pairs of family and version counted of one batch; a device runs a handful."""
@@ -32,6 +30,8 @@ MINUTE_MS: Final = 60_000
 HUB: Final = "hub"
 """The source of an outcome that the hub's larger model gave."""
 
+_DEFAULTS: Final[Mapping[str, Any]] = {"model": "", "version": "", "took_us": 0, "correct": None, "source": ""}
+"""Of fields that no record of a batch has."""
 _OWN_RUNGS: Final = frozenset({"full", "smaller"})
 
 
@@ -63,18 +63,8 @@ class Tally:
     latency: Sketch
 
 
-class _Result(msgspec.Struct, frozen=True):
-    model: str
-    version: str
-    rung: str
-    took_us: int = 0
-
-
-class _Outcome(msgspec.Struct, frozen=True):
-    model: str = ""
-    version: str = ""
-    correct: bool | None = None
-    source: str = ""
+Tallies = Mapping[tuple[str, str], Tally]
+"""By (family, version)."""
 
 
 @dataclass(slots=True)
@@ -85,50 +75,76 @@ class _Sum:
     times_us: list[int] = field(default_factory=list)
 
 
-_result_decoder = msgspec.msgpack.Decoder(_Result)
-_outcome_decoder = msgspec.msgpack.Decoder(_Outcome)
-
-
 def minute_of(at_ms: int) -> int:
     """The minute, counted from 1970, in which this time lies."""
     return at_ms // MINUTE_MS
 
 
-def tally(records: Iterable[StoredRecord]) -> dict[tuple[str, str], Tally]:
-    """What these records add, by (family, version)."""
+def tally(content: Columns) -> Tallies:
+    """What these records add."""
     sums: dict[tuple[str, str], _Sum] = {}
-    for record in records:
-        if record.kind == "result":
-            _count_result(sums, _result_decoder.decode(record.body))
-        elif record.kind == "outcome":
-            _count_outcome(sums, _outcome_decoder.decode(record.body))
+    if "result" in content.kinds:
+        _count_results(sums, content)
+    if "outcome" in content.kinds:
+        _count_outcomes(sums, content)
     return {
         key: Tally(answered=one.answered, right=one.right, wrong=one.wrong, latency=sketch_of(one.times_us))
         for key, one in sums.items()
     }
 
 
-def _count_result(sums: dict[tuple[str, str], _Sum], result: _Result) -> None:
-    if result.rung == "refused":
-        return
-    found = _sum_of(sums, result.model, result.version)
-    if found is None:
-        return
-    found.answered += 1
-    if result.rung in _OWN_RUNGS and result.took_us > 0:
-        found.times_us.append(result.took_us)
+def add_all(many: Sequence[Tallies]) -> Tallies:
+    """What all of them add together."""
+    if len(many) == 1:
+        return many[0]
+    found: dict[tuple[str, str], list[Tally]] = {}
+    for tallies in many:
+        for key, one in tallies.items():
+            found.setdefault(key, []).append(one)
+    return {
+        key: Tally(
+            answered=sum(one.answered for one in same),
+            right=sum(one.right for one in same),
+            wrong=sum(one.wrong for one in same),
+            latency=merge_all(one.latency for one in same),
+        )
+        for key, same in found.items()
+    }
 
 
-def _count_outcome(sums: dict[tuple[str, str], _Sum], outcome: _Outcome) -> None:
-    if outcome.correct is None or outcome.source == HUB:
-        return
-    found = _sum_of(sums, outcome.model, outcome.version)
-    if found is None:
-        return
-    if outcome.correct:
-        found.right += 1
-    else:
-        found.wrong += 1
+def _count_results(sums: dict[tuple[str, str], _Sum], content: Columns) -> None:
+    model, version, rung, took_us = _fields(content, "result", "model", "version", "rung", "took_us")
+    for family, release, step, took in zip(model, version, rung, took_us, strict=True):
+        if step == "refused":
+            continue
+        found = _sum_of(sums, family, release)
+        if found is None:
+            continue
+        found.answered += 1
+        if step in _OWN_RUNGS and took > 0:
+            found.times_us.append(took)
+
+
+def _count_outcomes(sums: dict[tuple[str, str], _Sum], content: Columns) -> None:
+    model, version, correct, source = _fields(content, "outcome", "model", "version", "correct", "source")
+    for family, release, verdict, who in zip(model, version, correct, source, strict=True):
+        if verdict is None or who == HUB:
+            continue
+        found = _sum_of(sums, family, release)
+        if found is None:
+            continue
+        if verdict:
+            found.right += 1
+        else:
+            found.wrong += 1
+
+
+def _fields(content: Columns, kind: str, *names: str) -> list[Sequence[Any]]:
+    found = []
+    for name in names:
+        values = content.values(kind, name)
+        found.append([_DEFAULTS[name]] * content.count if values is None else values)
+    return found
 
 
 def _sum_of(sums: dict[tuple[str, str], _Sum], family: str, version: str) -> _Sum | None:

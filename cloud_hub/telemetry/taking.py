@@ -1,0 +1,355 @@
+"""Takes batches: decides what each adds to what is here, over a store that someone else opens and commits.
+
+    with a transaction of the store:
+        taken = take_all(store, opened, at_ms=…)
+    the transaction is committed: now, and not before, the verdicts may go out
+
+Rules of this file:
+1. A record has at most one effect, ever. What is here is kept as ranges of numbers per stream and written in the
+   transaction of the rows; a number is here, or declared lost with its reason, or missing.
+2. The same claim again (first, last, digest) is a duplicate. Other boundaries or another digest over numbers that are
+   here, as an agent of another version may send, are compared record by record: equal ones are duplicates, and only
+   new ones are stored.
+3. A number that is here with other content is a conflict, and the batch is refused: two devices carry the same disk
+   (a cloned card), or a device was set back to an older one. Neither may overwrite what is here.
+4. A gap declares lost what is not here. A record that comes all the same, later, is stored and no longer lost.
+5. An epoch that a device never had before, while another one is known, means that its store was lost or replaced.
+   That is taken, and told.
+
+Not here: SQL, commits, acknowledgements, the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from cloud_hub.telemetry.figures import Tallies, add_all, minute_of, tally
+from cloud_hub.telemetry.ranges import Ranges, count, meets, union, without
+from cloud_hub.telemetry.rules import Opened, Stream, TelemetryRefused, explode, open_batch
+from shared.errors import ProtocolViolation
+from shared.ids import DeviceId
+from shared.telemetry import Record, RecordClass
+from shared.wire.columns import Columns, encode_columns, open_columns
+from shared.wire.messages import Batch, Verdict
+
+MAX_RANGES: Final = 20_000
+"""Ranges that a stream may fall into; each group rewrites the list, so it must not grow without bound."""
+MAX_EPOCHS: Final = 1000
+"""Of one device. Each is an audit event, so a device must not make them without end."""
+CONFLICT: Final = "telemetry.conflict"
+NEW_EPOCH: Final = "telemetry.new_epoch"
+
+_COUNTED: Final = frozenset({RecordClass.OUTCOME, RecordClass.RESULT})
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+class Lost(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers, both inclusive, that the device said will not come."""
+
+    first: int
+    last: int
+    reason: str
+
+
+class Received(msgspec.Struct, frozen=True):
+    """What is known of a stream.
+
+    Attributes:
+        here: the numbers that are stored.
+        lost: the numbers that are declared lost; ascending, apart from `here` and from each other.
+        records: how many are stored, each counted once.
+        duplicates: records that came again and were dropped.
+        conflicts: batches refused because their numbers are here with other content.
+        first_received_ms, last_received_ms: when the first and the last batch came, by the hub's clock.
+    """
+
+    here: Ranges = ()
+    lost: tuple[Lost, ...] = ()
+    records: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    first_received_ms: int = 0
+    last_received_ms: int = 0
+
+    @property
+    def settled(self) -> Ranges:
+        """The numbers that are not waited for: here, or lost."""
+        return union(self.here, tuple((lost.first, lost.last) for lost in self.lost))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A batch as it is stored: its claim, and the records of it that were new (all of them, except after an overlap).
+
+    Attributes:
+        records: how many it added; of a gap how many numbers it declared lost.
+        columns: empty for a gap.
+        gap: the reason of a gap; None for records.
+    """
+
+    stream: Stream
+    first: int
+    last: int
+    digest: str
+    records: int
+    columns: bytes
+    gap: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something about a device that a person should see: an audit event."""
+
+    device: DeviceId
+    action: str
+    detail: Mapping[str, str | int]
+
+
+class Store(Protocol):
+    """What is stored, inside one transaction: all that is written becomes visible at its commit, or nothing does.
+
+    `tests/contracts/test_telemetry_store_contract.py` is what each store must hold.
+    """
+
+    def read(self, streams: Collection[Stream]) -> dict[Stream, Received]:
+        """What is known of these; unknown ones are left out. Until the commit nobody else reads their devices so."""
+        ...
+
+    def epochs(self, device: DeviceId) -> frozenset[str]:
+        """All epochs of the device of which a stream is written."""
+        ...
+
+    def overlapping(self, stream: Stream, first: int, last: int) -> Sequence[BatchRow]:
+        """The stream's batches with records, not the gaps, whose claim holds a number from first to last."""
+        ...
+
+    def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
+        """Add batches, in this order."""
+        ...
+
+    def write(self, streams: Mapping[Stream, Received]) -> None:
+        """Replace what is known of these."""
+        ...
+
+    def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
+        """Add to the minute's figures of the device."""
+        ...
+
+    def note(self, note: Note, *, at_ms: int) -> None:
+        """Write an audit event."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a batch.
+
+    Attributes:
+        fresh: records that it added.
+        duplicates: records of it that were here.
+        lost: numbers that it declared lost.
+    """
+
+    status: Literal["stored", "duplicate", "refused"]
+    code: str = ""
+    fresh: int = 0
+    duplicates: int = 0
+    lost: int = 0
+
+
+def take(store: Store, device: DeviceId, batch: Batch, *, at_ms: int) -> Verdict:
+    """Open and take one batch; the verdict may go out once the store's transaction is committed."""
+    try:
+        opened = open_batch(device, batch)
+    except TelemetryRefused as refused:
+        return Verdict(batch=batch.batch, status="refused", code=refused.code)
+    (taken,) = take_all(store, [opened], at_ms=at_ms)
+    return Verdict(batch=batch.batch, status=taken.status, code=taken.code)
+
+
+def take_all(store: Store, batches: Sequence[Opened], *, at_ms: int) -> list[Taken]:
+    """Take batches in this order, in the caller's transaction; what a stream is known to hold is written once."""
+    group = _Group(store, batches, at_ms=at_ms)
+    taken = [group.take(batch) for batch in batches]
+    group.finish()
+    return taken
+
+
+class _Group:
+    """The batches of one transaction, and what is known of their streams meanwhile."""
+
+    def __init__(self, store: Store, batches: Iterable[Opened], *, at_ms: int) -> None:
+        self._store = store
+        self._at_ms = at_ms
+        self._streams = store.read({batch.stream for batch in batches})
+        self._changed: set[Stream] = set()
+        self._rows: list[BatchRow] = []
+        self._tallies: dict[DeviceId, list[Tallies]] = {}
+        self._epochs: dict[DeviceId, frozenset[str]] = {}
+
+    def take(self, batch: Opened) -> Taken:
+        try:
+            known = self._known(batch.stream)
+            if batch.content is None:
+                return self._declare_lost(batch, known)
+            if any(meets(known.here, first, last) for first, last in batch.runs):
+                return self._take_overlap(batch, batch.content, known)
+            return self._add(batch, batch.content, known)
+        except TelemetryRefused as refused:
+            return Taken("refused", code=refused.code)
+
+    def finish(self) -> None:
+        self._flush()
+        self._store.write({stream: self._streams[stream] for stream in self._changed})
+        minute = minute_of(self._at_ms)
+        for device, tallies in self._tallies.items():
+            self._store.count(device, add_all(tallies), minute=minute)
+
+    def _known(self, stream: Stream) -> Received:
+        known = self._streams.get(stream)
+        if known is None:
+            self._meet(stream)
+            known = Received(first_received_ms=self._at_ms)
+        return known
+
+    def _meet(self, stream: Stream) -> None:
+        """A stream that was never written."""
+        epochs = self._epochs.get(stream.device)
+        if epochs is None:
+            epochs = self._store.epochs(stream.device)
+        if stream.epoch not in epochs:
+            if len(epochs) >= MAX_EPOCHS:
+                raise TelemetryRefused(f"{stream.device} has too many epochs", code="telemetry.epochs")
+            if epochs:
+                detail: dict[str, str | int] = {"epoch": stream.epoch, "epochs_before": len(epochs)}
+                self._store.note(Note(stream.device, NEW_EPOCH, detail), at_ms=self._at_ms)
+        self._epochs[stream.device] = epochs | {stream.epoch}
+
+    def _add(
+        self, batch: Opened, content: Columns, known: Received, *, columns: bytes = b"", duplicates: int = 0
+    ) -> Taken:
+        """Store records of which none is here."""
+        here, lost = union(known.here, content.runs), known.lost
+        for first, last in content.runs if lost else ():
+            lost = _trimmed(lost, first, last)
+        fresh = content.count
+        after = replace(
+            known,
+            here=here,
+            lost=lost,
+            records=known.records + fresh,
+            duplicates=known.duplicates + duplicates,
+            last_received_ms=self._at_ms,
+        )
+        self._keep(batch, after, BatchRow(
+            batch.stream, batch.id.first, batch.id.last, batch.id.digest, fresh, columns or batch.columns, None
+        ))  # fmt: skip
+        if batch.stream.klass in _COUNTED:
+            self._tallies.setdefault(batch.stream.device, []).append(tally(content))
+        return Taken("stored", fresh=fresh, duplicates=duplicates)
+
+    def _take_overlap(self, batch: Opened, content: Columns, known: Received) -> Taken:
+        self._flush()
+        claim = batch.id
+        rows = self._store.overlapping(batch.stream, claim.first, claim.last)
+        # By its digest first: nothing has to be unpacked, and a hub of another version may have stored fewer fields.
+        if any((row.first, row.last, row.digest) == (claim.first, claim.last, claim.digest) for row in rows):
+            return self._repeat(batch, known, content.count)
+        stored = _records_of(rows)
+        fresh: list[Record] = []
+        for record in content.records():
+            if record.seq in stored:
+                if stored[record.seq] != _encoder.encode(record):
+                    return self._refuse_conflict(batch, known)
+            elif not meets(known.here, record.seq, record.seq):
+                fresh.append(record)
+        duplicates = content.count - len(fresh)
+        if not fresh:
+            return self._repeat(batch, known, duplicates)
+        columns = encode_columns(fresh)
+        return self._add(batch, open_columns(columns), known, columns=columns, duplicates=duplicates)
+
+    def _repeat(self, batch: Opened, known: Received, duplicates: int) -> Taken:
+        after = replace(known, duplicates=known.duplicates + duplicates, last_received_ms=self._at_ms)
+        self._keep(batch, after, None)
+        return Taken("duplicate", duplicates=duplicates)
+
+    def _refuse_conflict(self, batch: Opened, known: Received) -> Taken:
+        """Count it; the first of a stream is an audit event, the rest would only fill the log."""
+        stream, claim = batch.stream, batch.id
+        if known.conflicts == 0:
+            detail: dict[str, str | int] = {
+                "epoch": stream.epoch,
+                "class": stream.klass.name.lower(),
+                "first": claim.first,
+                "last": claim.last,
+                "digest": claim.digest,
+            }
+            self._store.note(Note(stream.device, CONFLICT, detail), at_ms=self._at_ms)
+        self._keep(batch, replace(known, conflicts=known.conflicts + 1, last_received_ms=self._at_ms), None)
+        return Taken("refused", code=CONFLICT)
+
+    def _declare_lost(self, batch: Opened, known: Received) -> Taken:
+        assert batch.gap is not None
+        claim, reason = batch.id, batch.gap.reason
+        new = without(known.settled, claim.first, claim.last)
+        if not new:
+            return self._repeat(batch, known, 0)
+        after = replace(known, lost=_declared(known.lost, new, reason), last_received_ms=self._at_ms)
+        lost = count(new)
+        row = BatchRow(batch.stream, claim.first, claim.last, claim.digest, lost, b"", reason)
+        self._keep(batch, after, row)
+        return Taken("stored", lost=lost)
+
+    def _keep(self, batch: Opened, after: Received, row: BatchRow | None) -> None:
+        if len(after.here) + len(after.lost) > MAX_RANGES:
+            raise TelemetryRefused("the stream has too many holes", code="telemetry.scattered")
+        if row is not None:
+            self._rows.append(row)
+        self._streams[batch.stream] = after
+        self._changed.add(batch.stream)
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._store.insert(self._rows, at_ms=self._at_ms)
+            self._rows = []
+
+
+def _records_of(rows: Sequence[BatchRow]) -> dict[int, bytes]:
+    """The stored records by number, as bytes: a reading may be no number, which is not equal to itself."""
+    found: dict[int, bytes] = {}
+    for row in rows:
+        try:
+            found.update((record.seq, _encoder.encode(record)) for record in explode(row.columns))
+        except ProtocolViolation:
+            # Damaged on our disk. Its numbers are here, so what comes again under them is a duplicate.
+            continue
+    return found
+
+
+def _declared(lost: tuple[Lost, ...], new: Ranges, reason: str) -> tuple[Lost, ...]:
+    """With these numbers, of which none was lost before; neighbours with the same reason become one."""
+    found: list[Lost] = []
+    for one in sorted((*lost, *(Lost(first, last, reason) for first, last in new)), key=_first):
+        if found and found[-1].last + 1 == one.first and found[-1].reason == one.reason:
+            found[-1] = Lost(found[-1].first, one.last, one.reason)
+        else:
+            found.append(one)
+    return tuple(found)
+
+
+def _trimmed(lost: tuple[Lost, ...], first: int, last: int) -> tuple[Lost, ...]:
+    """Without these numbers, which have come after all."""
+    if not any(one.first <= last and first <= one.last for one in lost):
+        return lost
+    taken: Ranges = ((first, last),)
+    return tuple(Lost(low, high, one.reason) for one in lost for low, high in without(taken, one.first, one.last))
+
+
+def _first(lost: Lost) -> int:
+    return lost.first
