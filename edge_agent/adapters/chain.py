@@ -25,12 +25,11 @@ from edge_agent.core.frames import (
     SegmentName,
     encode_frame,
     find_frame,
-    frame_bytes,
     frame_entries,
     frame_size,
     read_frame,
 )
-from edge_agent.core.journal import JournalBounds, Portion, with_gaps, without_gaps
+from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Part, Portion, with_gaps, without_gaps
 from edge_agent.ports import Disk
 from shared import ranges
 from shared.ranges import Ranges
@@ -45,16 +44,18 @@ class Window:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._name = ""
+        self._is_whole = False
         self.start = 0
         self.data = b""
 
     def show(self, name: str, offset: int, size: int, *, end: int) -> None:
         """See to it that `data`, from `start` on, holds so many bytes from there, as far as they lie below `end`."""
         wanted = min(offset + size, end)
-        if name == self._name and self.start <= offset and wanted <= self.start + len(self.data):
+        if name == self._name and self.start <= offset and (wanted <= self.start + len(self.data) or self._is_whole):
             return
         length = max(0, min(max(size, WINDOW_BYTES), end - offset))
         self.data = self._disk.read(name, offset, length)
+        self._is_whole = len(self.data) < length
         self._name, self.start = name, offset
 
 
@@ -103,9 +104,8 @@ class Chain:
 
     # Appending
 
-    def room_for(self, parts: Sequence[Sequence[Entry]]) -> bool:
-        """Whether the last segment takes these frames."""
-        need = sum(frame_bytes(part) for part in parts)
+    def room_for(self, need: int) -> bool:
+        """Whether the last segment takes so many bytes more."""
         return bool(self.segments) and self.end + need <= self._bounds.segment_bytes
 
     def add(self, name: SegmentName) -> None:
@@ -118,29 +118,29 @@ class Chain:
         """Let the next frame begin a batch: what is before it may have been sent."""
         self._begins = True
 
-    def append(self, parts: Sequence[Sequence[Entry]], *, store_ms: int) -> int:
+    def append(self, parts: Sequence[Part], *, store_ms: int) -> int:
         """Write these frames, sync them, and return the first record's number; raises OSError with nothing changed."""
         segment = self.segments[-1]
         number, begins = self.next, self._begins
         open_records, open_bytes = self._open_records, self._open_bytes
         frames: list[bytes] = []
         for part in parts:
-            size = sum(len(data) for _, data in part)
-            full = open_records + len(part) > self._bounds.batch_records or open_bytes + size > self._bounds.batch_bytes
+            count, size = len(part.entries), part.size
+            full = open_records + count > self._bounds.batch_records or open_bytes + size > self._bounds.batch_bytes
             if begins or full:
                 open_records = open_bytes = 0
             flags = (BEGINS if begins or full else 0) | (CONTINUES if frames else 0)
             frames.append(
                 encode_frame(
-                    part,
+                    part.entries,
                     generation=segment.generation,
                     number=number - segment.base,
                     flags=flags,
                     store_ms=store_ms,
                 )
             )
-            number += len(part)
-            open_records += len(part)
+            number += count
+            open_records += count
             open_bytes += size
             begins = False
         data = frames[0] if len(frames) == 1 else b"".join(frames)
@@ -269,7 +269,7 @@ class Chain:
 
     def _frame_at(self, index: int, offset: int) -> Frame | None:
         segment, window = self.segments[index], self._window
-        end = self.end if index + 1 == len(self.segments) else self._bounds.segment_bytes
+        end = self._end_of(index)
         if offset + HEAD_BYTES > end:
             return None
         name = str(segment)
@@ -280,10 +280,14 @@ class Chain:
         window.show(name, offset, size, end=end)
         return read_frame(window.data, offset, start=window.start, segment=segment)
 
+    def _end_of(self, index: int) -> int:
+        """Where to stop reading; a segment that is not written to any more may be from a time of other sizes."""
+        return self.end if index + 1 == len(self.segments) else LARGEST_SEGMENT_BYTES
+
     def _frame_behind(self, index: int, offset: int, *, above: int, below: int) -> Frame | None:
         """The next frame behind damage whose numbers lie between; reads the rest of the segment."""
         segment = self.segments[index]
-        end = self.end if index + 1 == len(self.segments) else self._bounds.segment_bytes
+        end = self._end_of(index)
         data = self._disk.read(str(segment), offset, max(0, end - offset))
         at = offset
         while (frame := find_frame(data, at, start=offset, segment=segment)) is not None:
@@ -331,17 +335,16 @@ class Chain:
                 behind = self._frame_behind(index, offset, above=expected + 1, below=self.stop(index))
                 last = min(stop, behind.first if behind is not None else stop) - 1
                 return _Found(first, last, [], "damaged", 0, (segment, behind.offset if behind else self.end))
-            more = frame_entries(self._window.data, frame, start=self._window.start)
-            more = more[expected - frame.first : stop - frame.first]
-            length = sum(len(data) for _, data in more)
             if entries and (
                 frame.flags & BEGINS
-                or len(entries) + len(more) > self._bounds.batch_records
-                or size + length > self._bounds.batch_bytes
+                or len(entries) + frame.count > self._bounds.batch_records
+                or size + frame.bytes > self._bounds.batch_bytes
             ):
                 break
+            more = frame_entries(self._window.data, frame, start=self._window.start)
+            more = more[expected - frame.first : stop - frame.first]
             entries += more
-            expected, size, newest_ms = expected + len(more), size + length, frame.store_ms
+            expected, size, newest_ms = expected + len(more), size + frame.bytes, frame.store_ms
             if expected > frame.last:
                 offset = frame.end
         return _Found(first, expected - 1, entries, None, newest_ms, (segment, offset))

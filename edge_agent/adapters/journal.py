@@ -19,7 +19,8 @@ Not here: what a record is, when to commit, tickets (`outbox.py`).
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from edge_agent.adapters import recovery
@@ -100,11 +101,12 @@ class Journal:
         """
         chain = self._chains[klass]
         parts = cut(entries, bounds=self._bounds)
-        if sum(frames.frame_bytes(part) for part in parts) > self._bounds.segment_bytes:
+        need = sum([frames.frame_bytes(len(part.entries), part.size) for part in parts])
+        if need > self._bounds.segment_bytes:
             raise InvalidValue(f"{len(entries)} records exceed a segment", code="invalid.record")
         store_ms = self._store_ms(moment)
         with _translated():
-            if not chain.room_for(parts):
+            if not chain.room_for(need):
                 self._add_segment(chain, moment)
             try:
                 first = chain.append(parts, store_ms=store_ms)
@@ -112,8 +114,7 @@ class Journal:
                 self._leave_segment(chain, moment)
                 first = chain.append(parts, store_ms=store_ms)
         self._syncs += 1
-        size = sum(len(data) for _, data in entries)
-        self._commit_bytes += (size - self._commit_bytes) / _MEMORY
+        self._commit_bytes += (need - self._commit_bytes) / _MEMORY
         return first
 
     def load(self, klass: RecordClass, *, after: int, moment: Moment) -> Portion | None:
@@ -368,16 +369,13 @@ def _full(klass: RecordClass) -> StorageFull:
     )
 
 
-class _translated:
-    """Turns the system's errors into the tree's."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull("no room left for records", hint="free disk space; what waited is kept") from error
-            raise StorageError(
-                f"the disk refused: {error.strerror}", hint="check the disk and the rights of the state directory"
-            ) from error
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("no room left for records", hint="free disk space; what waited is kept") from error
+        raise StorageError(
+            f"the disk refused: {error.strerror}", hint="check the disk and the rights of the state directory"
+        ) from error

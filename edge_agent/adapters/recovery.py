@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from edge_agent.adapters.chain import Chain, Window
 from edge_agent.core import frames
 from edge_agent.core.frames import CONTINUES, Cursor, Frame, SegmentName
-from edge_agent.core.journal import JournalBounds, Moment, store_time
+from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Moment, store_time
 from edge_agent.ports import Disk
 from shared.telemetry import RecordClass
 
@@ -58,7 +58,7 @@ def recover(disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Callable
         chain = Chain(klass, disk=disk, window=window, bounds=bounds)
         chains[klass] = chain
         own = [name for name in segments if name.klass == klass]
-        newest_ms = max(newest_ms, _fill(chain, own, cursor, disk=disk, bounds=bounds))
+        newest_ms = max(newest_ms, _fill(chain, own, cursor, disk=disk))
         missing = chain.lose(chain.settled + 1, chain.base() - 1, "damaged")
         if missing:
             lost["damaged"] = lost.get("damaged", 0) + missing
@@ -101,7 +101,7 @@ def _cursor(disk: Disk, names: list[str]) -> tuple[int, Cursor] | None:
     return frames.newest_slot(disk.read(frames.CURSOR_NAME, 0, frames.SLOTS * frames.SLOT_BYTES))
 
 
-def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: Disk, bounds: JournalBounds) -> int:
+def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: Disk) -> int:
     """Give the chain its segments and numbers; returns the store's time of the newest frame that was read."""
     if cursor is not None:
         known = cursor.classes[int(chain.klass)]
@@ -110,10 +110,10 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
     elif own:
         chain.settled = own[0].base - 1
     chain.next = max(chain.next, chain.settled + 1, *(gap.last + 1 for gap in chain.gaps), 1)
-    own = _without_empty_twins(own, disk, bounds)
+    own = _without_empty_twins(own, disk)
     newest_ms = 0
     if own:
-        data = disk.read(str(own[-1]), 0, bounds.segment_bytes)
+        data = disk.read(str(own[-1]), 0, LARGEST_SEGMENT_BYTES)
         last, newest_ms = _last_frame(data, own[-1])
         chain.segments = own
         chain.end = last.end if last is not None else 0
@@ -125,12 +125,12 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
     return newest_ms
 
 
-def _without_empty_twins(own: list[SegmentName], disk: Disk, bounds: JournalBounds) -> list[SegmentName]:
+def _without_empty_twins(own: list[SegmentName], disk: Disk) -> list[SegmentName]:
     """Of files that begin with one number, the one that holds frames: the other was never written to, or failed."""
     kept: list[SegmentName] = []
     for name in own:
         if kept and kept[-1].base == name.base:
-            data = disk.read(str(name), 0, bounds.segment_bytes)
+            data = disk.read(str(name), 0, LARGEST_SEGMENT_BYTES)
             loser = name if _last_frame(data, name)[0] is None else kept[-1]
             if loser is kept[-1]:
                 kept[-1] = name
