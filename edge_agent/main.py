@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -25,19 +26,22 @@ from edge_agent.adapters.fetcher import HubFetcher, hub_context
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
 from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
-from edge_agent.adapters.outbox import SqliteOutbox
+from edge_agent.adapters.old_records import SqliteOldRecords
+from edge_agent.adapters.outbox import JournalOutbox
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
-from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.system import SystemClock, SystemMoments
 from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
 from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
+from edge_agent.core.journal import bounds_for
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -48,6 +52,8 @@ from shared.profile import DeviceProfile
 logger = logging.getLogger(__name__)
 
 STOP_WITHIN_S: Final = 10.0
+MIN_FREE_SHARE: Final = 20
+"""The outbox leaves at most this part of its file system free: a twentieth."""
 
 
 async def run(launch: Launch) -> int:
@@ -65,12 +71,16 @@ async def run(launch: Launch) -> int:
         clock = SystemClock()
         database = await Database.open(config.database_path, clock=clock)
         try:
-            async with asyncio.TaskGroup() as group:
-                agent, door, loop = await _compose(config, identity, profile, clock, database, group)
-                try:
-                    reason = await _live(agent, door, loop.inbox, identity, profile)
-                finally:
-                    loop.end()
+            outbox = await _outbox(config, profile, clock)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    agent, door, loop = await _compose(config, identity, profile, clock, database, outbox, group)
+                    try:
+                        reason = await _live(agent, door, loop.inbox, identity, profile)
+                    finally:
+                        loop.end()
+            finally:
+                await outbox.close()
         finally:
             await database.close()
     return 130 if reason == "SIGINT" else 0
@@ -82,17 +92,16 @@ async def _compose(
     profile: DeviceProfile,
     clock: SystemClock,
     database: Database,
+    outbox: JournalOutbox,
     group: asyncio.TaskGroup,
 ) -> tuple[Agent, Door, Loop]:
     def report() -> None:
         uplink.report_soon()
 
-    def lost(reason: str) -> None:
-        uplink.lost(reason)
-
     loop = Loop(group)
     ledger = SqliteLedger(database)
-    outbox = await SqliteOutbox.open(database, limit_bytes=profile.disk.queue_bytes)
+    records = Records(clock=clock, loop=loop, outbox=outbox)
+    loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
     fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
@@ -101,11 +110,13 @@ async def _compose(
         running=running,
         clock=clock,
         loop=loop,
-        courier=_courier(config, identity, loop.inbox, lost),
+        courier=_courier(config, identity, loop.inbox, lambda: uplink),
         outbox=outbox,
         models=models.running,
     )
-    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
+    answering = _answering(
+        config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
+    )
     room = _training_room(config, profile, database, fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
@@ -115,7 +126,7 @@ async def _compose(
         loop=loop,
         models=models,
         uplink=uplink,
-        outbox=outbox,
+        records=records,
         answering=answering,
         rounds=rounds,
     )
@@ -126,6 +137,7 @@ async def _compose(
         verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
         models=models,
         uplink=uplink,
+        records=records,
         answering=answering,
         rounds=rounds,
         vitals=Vitals(state_dir=config.state_dir),
@@ -169,13 +181,14 @@ def _answering(
     loop: Loop,
     models: Models,
     uplink: Uplink,
+    records: Records,
 ) -> Answering:
     cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink)
+    escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink, records=records)
     return Answering(
         clock=clock,
         models=models,
-        uplink=uplink,
+        records=records,
         escalation=escalation,
         cache_entries=config.cache.entries,
         cache_bytes=config.cache.bytes,
@@ -198,11 +211,7 @@ def _training_room(
     )
 
 
-def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Callable[[str], None]) -> MqttCourier:
-    def refused(topic: str, reason: str) -> None:
-        # The batch stays in the outbox and is sent again; here only so that someone can see why.
-        logger.warning("the broker refused a message", extra={"topic": topic, "reason": reason})
-
+def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Callable[[], Uplink]) -> MqttCourier:
     return MqttCourier(
         host=config.broker.host or identity.broker_host,
         port=config.broker.port or identity.broker_port,
@@ -211,8 +220,19 @@ def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, on_lost: Cal
             ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
         ),
         on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
-        on_lost=on_lost,
-        on_refused=refused,
+        on_lost=lambda reason: uplink().lost(reason),
+        on_refused=lambda topic, ref, code, reason: uplink().refused(topic, ref, code, reason),
+    )
+
+
+async def _outbox(config: AgentConfig, profile: DeviceProfile, clock: SystemClock) -> JournalOutbox:
+    queue = config.queue
+    system = os.statvfs(config.state_dir)
+    # On a small file system the same reserve would leave nothing to the queue.
+    min_free_bytes = min(queue.min_free_bytes, system.f_blocks * system.f_frsize // MIN_FREE_SHARE)
+    bounds = bounds_for(profile.disk.queue_bytes, min_free_bytes=min_free_bytes, ttl_ms=queue.ttl_ms)
+    return await JournalOutbox.open(
+        config.outbox_dir, bounds=bounds, clock=clock, moments=SystemMoments(), flush_ms=queue.flush_ms
     )
 
 

@@ -12,9 +12,12 @@ import msgspec
 
 from edge_agent.core.cascade import Policy
 from shared.errors import ConfigError
+from shared.limits import MIB
 from shared.profile import DeviceProfile
+from shared.telemetry import RecordClass
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+_Hours = Annotated[int, msgspec.Meta(ge=0, le=87_600)]
 _Millis = Annotated[int, msgspec.Meta(ge=100, le=86_400_000)]
 
 
@@ -90,6 +93,34 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Annotated[int, msgspec.Meta(ge=0, le=2**32)] = 8_388_608
 
 
+class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How records wait for the hub; how many bytes they may take is the profile's `disk.queue_bytes`.
+
+    Attributes:
+        flush_ms: how long a result may wait in memory for its commit; a power cut takes what waits there.
+        min_free_bytes: what the outbox leaves free on its file system, at most a twentieth of that; other programs
+            live there too.
+        outcome_ttl_h, result_ttl_h, reading_ttl_h: hours after which a record that could not be sent is given up; 0
+            for never. Events never are. The default is a day more than the thirty that a device may be away.
+    """
+
+    flush_ms: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 200
+    min_free_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**40)] = 64 * MIB
+    outcome_ttl_h: _Hours = 744
+    result_ttl_h: _Hours = 744
+    reading_ttl_h: _Hours = 744
+
+    @property
+    def ttl_ms(self) -> dict[RecordClass, int]:
+        """Milliseconds by class, without those that never expire."""
+        hours = {
+            RecordClass.OUTCOME: self.outcome_ttl_h,
+            RecordClass.RESULT: self.result_ttl_h,
+            RecordClass.READING: self.reading_ttl_h,
+        }
+        return {klass: 3_600_000 * count for klass, count in hours.items() if count}
+
+
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`enabled`: whether this device keeps labelled samples and takes part in federated runs."""
 
@@ -115,11 +146,17 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     cascade: Policy = Policy()
     cache: CacheConfig = CacheConfig()
     training: TrainingConfig = TrainingConfig()
+    queue: QueueConfig = QueueConfig()
 
     @property
     def door_path(self) -> Path:
         """The Unix socket for applications."""
         return Path(self.door.path) if self.door.path else self.state_dir / "door.sock"
+
+    @property
+    def outbox_dir(self) -> Path:
+        """Where the records that wait for the hub are."""
+        return self.state_dir / "outbox"
 
     @property
     def database_path(self) -> Path:

@@ -192,6 +192,11 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         link: `online`, `connecting`, `offline`.
         link_detail: why the link is not online.
         queue: waiting records by class name.
+        queue_bytes: what the outbox takes on the disk.
+        queue_oldest_ms: how long the oldest has waited, by class name; absent where none waits.
+        queue_lost: records that will not reach the hub, by reason, since the store was made.
+        queue_buried: batches that were put aside because nobody takes them.
+        queue_written_bytes, queue_syncs: what the outbox has cost the disk since the start.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
     """
@@ -213,6 +218,11 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     refused: int = 0
     hosts: dict[str, int] = {}
     escalations: dict[str, int] = {}
+    queue_oldest_ms: dict[str, int] = {}
+    queue_lost: dict[str, int] = {}
+    queue_buried: int = 0
+    queue_written_bytes: int = 0
+    queue_syncs: int = 0
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

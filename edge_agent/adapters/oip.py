@@ -7,6 +7,7 @@ Rules:
 - Ready means that every model of this device serves; a device without models is ready. "Not ready" is status 400, as
   the specification wants it.
 - A compressed body is unpacked only as far as a body may be long, and one at a time.
+- Beside it, `/metrics` tells Prometheus how the agent is.
 
 Not here: bytes on the stream (http_door.py), bodies of the protocol (shared/wire/oip.py).
 """
@@ -23,11 +24,23 @@ from typing import Final, TypeAlias
 import msgspec
 
 from edge_agent import __version__
+from edge_agent.adapters import metrics
 from edge_agent.adapters.waiting import Place, refusal
 from edge_agent.framing import Buffer
 from shared import limits
 from shared.errors import InputRefused, ModelError, OutriderError
-from shared.inference import Answer, Describe, Description, Infer, ModelState, Refusal, Reply, Request
+from shared.inference import (
+    AgentState,
+    Answer,
+    Describe,
+    Description,
+    Infer,
+    ModelState,
+    Refusal,
+    Reply,
+    Request,
+    Status,
+)
 from shared.wire import oip, oip_terms
 
 logger = logging.getLogger(__name__)
@@ -35,6 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = limits.MAX_FRAME_PAYLOAD_BYTES + limits.MAX_JSON_BODY_BYTES
 """What a frame may carry, and the JSON before it."""
 DEFAULT_DEADLINE_MS: Final = 1000
+METRICS_PATH: Final = "/metrics"
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 _LENGTH: Final = oip.JSON_LENGTH_HEADER.lower().encode("ascii")
@@ -81,19 +95,18 @@ class Conversation:
             return error_response(Refusal(id="", code="internal", message="the agent failed; its log says why"))
 
     async def _respond(self, request: HttpRequest, place: Place) -> HttpResponse:
-        target = oip_terms.parse_path(request.target.partition("?")[0])
+        path = request.target.partition("?")[0]
+        if path == METRICS_PATH:
+            return await self._metrics(request)
+        target = oip_terms.parse_path(path)
         if target is None:
             raise InputRefused(
                 f"there is nothing at {request.target[:120]!r}",
                 code="http.not_found",
                 hint="the models are at /v2/models",
             )
-        if request.method != target.method and not (request.method == "HEAD" and target.method == "GET"):
-            refused = error_response(
-                Refusal(id="", code="http.method", message=f"this path takes {target.method}", hint="use that method")
-            )
-            allow = (b"allow", target.method.encode("ascii"))
-            return msgspec.structs.replace(refused, headers=(*refused.headers, allow))
+        if not _fits(request.method, target.method):
+            return _wrong_method(target.method)
         match target.ask:
             case "server":
                 return HttpResponse(
@@ -109,6 +122,17 @@ class Conversation:
                 return _readiness((await self._model(target),))
             case "infer":
                 return await self._infer(request, target, place)
+
+    async def _metrics(self, request: HttpRequest) -> HttpResponse:
+        if not _fits(request.method, "GET"):
+            return _wrong_method("GET")
+        state, _ = await self._reply_to(Status(), bytearray())
+        if isinstance(state, Refusal):
+            raise _Refused(state)
+        assert isinstance(state, AgentState)
+        return HttpResponse(
+            status=200, headers=((b"content-type", metrics.CONTENT_TYPE),), parts=[metrics.render(state)]
+        )
 
     async def _describe(self, model: str) -> tuple[ModelState, ...]:
         reply, _ = await self._reply_to(Describe(model=model), bytearray())
@@ -181,6 +205,16 @@ def error_response(said: Refusal) -> HttpResponse:
     headers = (_JSON, (b"retry-after", b"%d" % oip_terms.RETRY_AFTER_S)) if said.retry else (_JSON,)
     status = oip_terms.status_of(said.code, retry=said.retry)
     return HttpResponse(status=status, headers=headers, parts=[oip_terms.encode_error(error)])
+
+
+def _fits(method: str, wanted: str) -> bool:
+    return method == wanted or (method == "HEAD" and wanted == "GET")
+
+
+def _wrong_method(wanted: str) -> HttpResponse:
+    said = Refusal(id="", code="http.method", message=f"this path takes {wanted}", hint="use that method")
+    refused = error_response(said)
+    return msgspec.structs.replace(refused, headers=(*refused.headers, (b"allow", wanted.encode("ascii"))))
 
 
 def _response(answer: Answer, parts: Sequence[Buffer]) -> oip.OipResponse:

@@ -1,13 +1,22 @@
-"""The real clock, the only place in the agent that reads one.
+"""The real clocks, the only place in the agent that reads them.
 
 Not here: time that signed documents prove (floors, `shared/release.py`); this is what the machine believes.
 """
 
 from __future__ import annotations
 
+import struct
 import time
+from pathlib import Path
+from typing import Final
+
+from edge_agent.core.journal import Moment
 
 _NS_PER_MS = 1_000_000
+_STA_UNSYNC: Final = 0x40
+_TIME_ERROR: Final = 5
+_TIMEX_BYTES: Final = 512
+"""More than `struct timex` has anywhere."""
 
 
 class SystemClock:
@@ -20,3 +29,43 @@ class SystemClock:
     def mono_ms(self) -> int:
         """Milliseconds since an arbitrary moment of this boot, never backwards."""
         return time.monotonic_ns() // _NS_PER_MS
+
+
+class SystemMoments:
+    """All of the machine's clocks at once, for whoever must not trust one of them; may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._boot = boot_id()
+
+    def __call__(self) -> Moment:
+        """What they say now."""
+        wall_ms = time.time_ns() // _NS_PER_MS
+        return Moment(boot=self._boot, uptime_ms=uptime_ms(), wall_ms=wall_ms, synchronised=is_synchronised())
+
+
+def boot_id(proc: Path = Path("/proc")) -> str:
+    """What names this boot of the machine; empty where the kernel does not say."""
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def uptime_ms() -> int:
+    """Milliseconds since the boot, suspended time included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // _NS_PER_MS
+
+
+def is_synchronised() -> bool:
+    """Whether something (NTP, PTP, a GPS receiver) keeps the wall clock right: adjtimex(2) says so; False in doubt."""
+    # Imported here, because whoever only wants the time need not hold it in memory.
+    import ctypes
+
+    adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
+    if adjtimex is None:
+        return False
+    timex = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes 0: read, change nothing
+    state = adjtimex(timex)
+    # modes, offset, freq, maxerror and esterror stand before it, each as wide as a long.
+    (status,) = struct.unpack_from("i", timex.raw, 5 * ctypes.sizeof(ctypes.c_long))
+    return 0 <= state < _TIME_ERROR and not status & _STA_UNSYNC

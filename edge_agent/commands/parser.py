@@ -86,14 +86,16 @@ def _add_infer(infer: argparse.ArgumentParser) -> None:
 def _add_queue(queue: argparse.ArgumentParser, common: Parser) -> None:
     actions = queue.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, summary in (
-        ("ls", "how many records wait, by class"),
-        ("flush", "try at once to reach the hub and send"),
+        ("ls", "what waits by class and for how long, what was lost, what it has cost the disk"),
+        ("flush", "write what is held in memory, and try at once to reach the hub and send"),
         ("drop", "give up what waits of a class; the hub is told of the gap"),
     ):
         made = actions.add_parser(name, parents=[common], help=summary, description=summary)
         _json(made)
         if name == "drop":
-            made.add_argument("klass", metavar="CLASS", choices=["telemetry", "outcome"], help="telemetry or outcome")
+            made.add_argument(
+                "klass", metavar="CLASS", choices=["outcome", "result", "reading"], help="outcome, result or reading"
+            )
 
 
 def _add_model(model: argparse.ArgumentParser, common: Parser) -> None:

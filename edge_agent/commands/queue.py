@@ -7,7 +7,9 @@ import argparse
 from edge_agent.client import Client
 from edge_agent.commands import screen
 from edge_agent.commands.exits import Exit
+from edge_agent.commands.status import duration
 from edge_agent.config import LoadedConfig
+from shared.inference import AgentState
 
 
 def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
@@ -15,13 +17,10 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
     with Client(loaded.config.door_path) as agent:
         if args.action == "ls":
             state = agent.status()
-            document = {"records": state.queue, "bytes": state.queue_bytes, "link": state.link}
-            rows = [(klass, str(count)) for klass, count in state.queue.items()]
             if args.json:
-                screen.show_json(document)
+                screen.show_json(document_of(state))
             else:
-                screen.show(screen.table(("CLASS", "RECORDS"), rows))
-                screen.show(f"{state.queue_bytes} bytes in all; link {state.link}")
+                screen.show(listing_of(state))
             return Exit.DONE
         argument = args.klass if args.action == "drop" else ""
         detail = agent.control(f"queue.{args.action}", argument)
@@ -30,3 +29,34 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
     else:
         screen.show(detail or "done")
     return Exit.DONE
+
+
+def document_of(state: AgentState) -> dict[str, object]:
+    """Everything that is known of the queue, as one JSON document."""
+    return {
+        "records": state.queue,
+        "oldest_ms": state.queue_oldest_ms,
+        "bytes": state.queue_bytes,
+        "lost": state.queue_lost,
+        "buried": state.queue_buried,
+        "written_bytes": state.queue_written_bytes,
+        "syncs": state.queue_syncs,
+        "link": state.link,
+    }
+
+
+def listing_of(state: AgentState) -> str:
+    """The same for people."""
+    ages = state.queue_oldest_ms
+    rows = [
+        (klass, str(count), duration(ages[klass]) if klass in ages else "-") for klass, count in state.queue.items()
+    ]
+    lost = ", ".join(f"{count} {reason}" for reason, count in sorted(state.queue_lost.items()) if count)
+    facts = [
+        ("on disk", f"{state.queue_bytes} bytes"),
+        ("lost", lost or "nothing"),
+        ("put aside", f"{state.queue_buried} batches" if state.queue_buried else "nothing"),
+        ("since start", f"{state.queue_written_bytes} bytes written, {state.queue_syncs} syncs"),
+        ("link", state.link),
+    ]
+    return f"{screen.table(('CLASS', 'RECORDS', 'OLDEST'), rows)}\n\n{screen.fields(facts)}"

@@ -21,7 +21,9 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
         screen.show_json(document_of(state))
         return Exit.DONE
     link = f"{state.link} ({state.link_detail})" if state.link_detail else state.link
-    waiting = sum(state.queue.values())
+    waiting = f"{sum(state.queue.values())} records, {state.queue_bytes} bytes"
+    if state.queue_oldest_ms:
+        waiting += f", the oldest for {duration(max(state.queue_oldest_ms.values()))}"
     screen.show(
         screen.fields(
             [
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
                 ("agent", f"{state.agent_version}, process {state.pid}, boot {state.boot}"),
                 ("up for", duration(state.uptime_ms)),
                 ("link", link),
-                ("queue", f"{waiting} records, {state.queue_bytes} bytes"),
+                ("queue", waiting),
                 ("assignment", str(state.assignment_version) if state.assignment_version else "none yet"),
                 ("requests", f"{state.answered} answered, {state.refused} refused"),
             ]

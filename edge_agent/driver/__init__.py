@@ -4,7 +4,8 @@
     models.py    slots: saves their state, carries out their effects, and says which host answers
     files.py     the files of releases: fetched and hashed once more
     hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
-    uplink.py    the link, the outbox's pump, birth, reports and assignments
+    records.py   the near end of the outbox: what happened becomes records, each with its grade
+    uplink.py    the link, the outbox's far end (the pump), birth, reports and assignments
     answering.py inference requests: admitted, run, answered by their deadline, recorded
     escalation.py questions to the hub's larger model, and its late answers
     rounds.py    federated runs: tasks fetched and learned, answers kept and then sent; samples taken in

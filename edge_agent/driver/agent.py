@@ -7,7 +7,6 @@ gone serves before it has tried to connect. End: close the door, record what is 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Final, assert_never
 
@@ -32,18 +31,21 @@ from edge_agent.driver.events import (
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Verifier, Vitals
 from shared.clock import Clock
-from shared.errors import OutriderError, StorageError, StorageFull, TrustError
+from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
-from shared.telemetry import DeviceEvent
+from shared.telemetry import DeviceEvent, Grade, Reading
 
 logger = logging.getLogger(__name__)
 
 RETRY_MS: Final = 5_000
 MAX_DETAIL_CHARS: Final = 400
+MAX_HELD_EVENTS: Final = 256
+"""Events that the disk does not take and that are held in memory: a month of a full disk is not to fill that too."""
 RECONCILE_MS: Final = 900_000
 """How often the accepted assignment is offered again, for slots whose last attempt ended without a fault of its own."""
 
@@ -60,6 +62,7 @@ class Agent:
         verifier: Verifier,
         models: Models,
         uplink: Uplink,
+        records: Records,
         answering: Answering,
         rounds: Rounds,
         vitals: Vitals,
@@ -73,18 +76,19 @@ class Agent:
         self._verifier = verifier
         self._models = models
         self._uplink = uplink
+        self._records = records
         self._answering = answering
         self._rounds = rounds
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
         self._intake = Intake()
+        self._held: set[int] = set()
 
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         self._inbox.post(ReconcileDue())
-        self._works.start("record", self._answering.record())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -99,7 +103,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
-        await self._answering.record_rest()
+        self._answering.close()
+        await self._records.end()
         self._loop.end()
         await self._uplink.say_goodbye()
         await self._rounds.stop()
@@ -129,8 +134,8 @@ class Agent:
                 await self._rounds.on_task(task)
             case MessageArrived(topic, payload):
                 self._uplink.on_message(topic, payload)
-            case Noted(name, detail):
-                await self._note(name, detail)
+            case Noted():
+                await self._note(event)
             case ReconcileDue():
                 await self._reconcile()
             case ReportDue():
@@ -197,18 +202,36 @@ class Agent:
             await self._models.offer(verified)
         self._timers.start("reconcile", RECONCILE_MS, ReconcileDue())
 
-    async def _note(self, name: str, detail: dict[str, str]) -> None:
+    async def _note(self, event: Noted) -> None:
+        self._held.discard(id(event))
+        # Some of it was said by others: the hub, a model's own process.
+        clipped = {key: text[:MAX_DETAIL_CHARS] for key, text in event.detail.items()}
         try:
-            # Some of it was said by others: the hub, a model's own process.
-            clipped = {key: text[:MAX_DETAIL_CHARS] for key, text in detail.items()}
-            await self._uplink.keep(DeviceEvent(name=name, detail=clipped))
-        except StorageFull as error:
-            logger.error("event not recorded", extra={"event": name, "why": error.message})
+            await self._records.keep(DeviceEvent(name=event.name, detail=clipped))
+        except StorageError as error:
+            # Events are never evicted, so a full outbox pushes back: what happened is held here and said again.
+            if len(self._held) >= MAX_HELD_EVENTS:
+                logger.error("event not recorded", extra={"event": event.name, "why": error.message})
+                return
+            self._held.add(id(event))
+            self._timers.start(("held", id(event)), RETRY_MS, event)
 
     async def _watch_vitals(self) -> None:
         while True:
+            # Buffered: one write a minute is no wear, and the reading before a crash is the one that explains it.
             for reading in self._vitals.read():
-                # A disk that is full has said so elsewhere; a reading is not worth more words.
-                with contextlib.suppress(StorageError):
-                    await self._uplink.keep(reading)
+                await self._records.keep_soon(reading)
+            for reading in self._queue_readings():
+                # What the outbox says of itself shall cost no write of its own.
+                await self._records.keep_soon(reading, grade=Grade.MEMORY)
             await asyncio.sleep(self._vitals_ms / 1000)
+
+    def _queue_readings(self) -> tuple[Reading, ...]:
+        depth = self._records.depth()
+        return (
+            Reading(name="queue_oldest_s", value=max(depth.oldest_ms.values(), default=0) / 1000),
+            Reading(name="queue_lost_records", value=sum(depth.lost.values())),
+            Reading(name="queue_buried_batches", value=depth.buried),
+            Reading(name="queue_written_bytes", value=depth.wear.written_bytes),
+            Reading(name="queue_syncs", value=depth.wear.syncs),
+        )

@@ -3,8 +3,9 @@
 Rules of this file:
 1. A request is answered by its deadline or refused by it; a refusal says why and whether to try again. An answer of
    which the hub was to say something waits for it until a margin before the deadline, and then leaves as it is.
-2. An answer does not wait for the disk: its result is recorded right after. When results pile up faster than the disk
-   takes them, answers wait rather than results being lost.
+2. An answer does not wait for the disk: its result is buffered and on the disk within the flush interval; a power cut
+   takes the results of that interval with it. When results pile up faster than the disk takes them, answers wait
+   rather than results being lost.
 3. Identical requests that are in the air together are run once, where the cache is on.
 
 Which rung answers is decided in edge_agent/core/ladder.py, what is kept in cache.py; the hub's larger model is asked
@@ -27,7 +28,7 @@ from edge_agent.core.ladder import LADDER, Choice, Ladder
 from edge_agent.core.slot_values import Installed
 from edge_agent.driver.escalation import Doubt, Escalation
 from edge_agent.driver.models import Models
-from edge_agent.driver.uplink import Uplink
+from edge_agent.driver.records import Records
 from edge_agent.ports import CloudAnswer, HostAnswer, ModelHost
 from shared.clock import Clock
 from shared.errors import HostLost, InputRefused, ModelError, OutriderError
@@ -40,9 +41,6 @@ logger = logging.getLogger(__name__)
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Response: TypeAlias = tuple[Reply, list[Buffer]]
 
-MAX_UNRECORDED: Final = 2_000
-"""Results that may wait for the disk before answers wait too."""
-MAX_RECORDED_AT_ONCE: Final = 500
 _FINAL: Final = frozenset({"model.unknown", "deadline"})
 """Refusals that no lower rung can mend."""
 _ENTRY_OVERHEAD_BYTES: Final = 512
@@ -69,24 +67,21 @@ class Answering:
         *,
         clock: Clock,
         models: Models,
-        uplink: Uplink,
+        records: Records,
         escalation: Escalation,
         cache_entries: int = 0,
         cache_bytes: int = 0,
     ) -> None:
         self._clock = clock
         self._models = models
-        self._uplink = uplink
+        self._records = records
         self._escalation = escalation
         self._cache: Store[HostAnswer] = Store(entries=cache_entries, size_bytes=cache_bytes)
         self._flights: dict[str, asyncio.Future[HostAnswer]] = {}
         self._ladders: dict[str, Ladder] = {}
         self._paces: dict[str, Pace] = {}
         self._recent = serving.Recent()
-        self._unrecorded: asyncio.Queue[tuple[int, Result]] = asyncio.Queue(MAX_UNRECORDED)
-        self._recording = asyncio.Lock()
         self._waiting = 0
-        self._disk_refuses = False
         self.answered = 0
         self.refused = 0
 
@@ -195,7 +190,7 @@ class Answering:
     async def _finish(self, answer: Answer, parts: list[Buffer]) -> Response:
         self.answered += 1
         self._recent.remember(answer)
-        await self._unrecorded.put((self._clock.wall_ms(), _result(answer)))
+        await self._records.keep_soon(_result(answer))
         return answer, parts
 
     def _doubt(self, asked: _Asked, local: Answer | None) -> Doubt:
@@ -267,40 +262,9 @@ class Answering:
         self._models.answer_good(family, release.key)
         return told
 
-    # Records
-
-    async def record(self) -> None:
-        """Bring results into the outbox, many with one commit; runs until cancelled."""
-        while True:
-            batch = [await self._unrecorded.get()]
-            while len(batch) < MAX_RECORDED_AT_ONCE and not self._unrecorded.empty():
-                batch.append(self._unrecorded.get_nowait())
-            async with self._recording:
-                await self._record(batch)
-
-    async def record_rest(self) -> None:
-        """Bring what is left into the outbox, and wait for what `record` has in hand; before its end."""
+    def close(self) -> None:
+        """Give up what the hub's larger model was asked; before the end."""
         self._escalation.close()
-        rest = []
-        while not self._unrecorded.empty():
-            rest.append(self._unrecorded.get_nowait())
-        async with self._recording:
-            await self._record(rest)
-
-    async def _record(self, batch: list[tuple[int, Result]]) -> None:
-        puts = (self._uplink.keep(result, at_ms=at_ms) for at_ms, result in batch)
-        told = await asyncio.gather(*puts, return_exceptions=True)
-        # A result that no outbox takes (a label without end, from a model's own process) must not end the recording.
-        refusals = [error for error in told if isinstance(error, OutriderError)]
-        for error in told:
-            if isinstance(error, BaseException) and not isinstance(error, OutriderError):
-                raise error
-        if bool(refusals) != self._disk_refuses:
-            self._disk_refuses = bool(refusals)
-            if refusals:
-                logger.error("results are not recorded", extra={"why": refusals[0].message})
-            else:
-                logger.info("results are recorded again")
 
 
 _HOSTLESS: Final = Ladder(ladder.Step.CACHED)

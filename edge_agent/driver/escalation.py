@@ -23,6 +23,7 @@ from edge_agent.core import cascade
 from edge_agent.core.cache import Store
 from edge_agent.core.cascade import Cascade, Policy, Stay
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.records import Records
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.clock import Clock
@@ -70,12 +71,15 @@ class LateAnswer(msgspec.Struct, frozen=True):
 class Escalation:
     """The questions to the hub, and what is remembered of them."""
 
-    def __init__(self, *, cloud: Cloud, policy: Policy, clock: Clock, loop: Loop, uplink: Uplink) -> None:
+    def __init__(
+        self, *, cloud: Cloud, policy: Policy, clock: Clock, loop: Loop, uplink: Uplink, records: Records
+    ) -> None:
         self._cloud = cloud
         self.policy = policy
         self._clock = clock
         self._works = loop.works
         self._uplink = uplink
+        self._records = records
         self._state = Cascade()
         self._asked = 0
         self._pending: Counter[str] = Counter()
@@ -180,7 +184,7 @@ class Escalation:
             source="hub",
         )
         try:
-            await self._uplink.keep(outcome)
+            await self._records.keep(outcome)
         except StorageError as error:
             logger.error("a late answer is not recorded", extra={"why": error.message})
 

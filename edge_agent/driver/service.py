@@ -21,9 +21,9 @@ from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.ports import Outbox
 from shared.clock import Clock
 from shared.errors import InvalidValue
 from shared.inference import (
@@ -58,7 +58,7 @@ class Service:
         loop: Loop,
         models: Models,
         uplink: Uplink,
-        outbox: Outbox,
+        records: Records,
         answering: Answering,
         rounds: Rounds,
     ) -> None:
@@ -67,7 +67,7 @@ class Service:
         self._inbox = loop.inbox
         self._models = models
         self._uplink = uplink
-        self._outbox = outbox
+        self._records = records
         self._answering = answering
         self._rounds = rounds
         self._started_ms = clock.mono_ms()
@@ -100,13 +100,13 @@ class Service:
         outcome = self._answering.outcome(request)
         if isinstance(outcome, Refusal):
             return outcome
-        number = await self._uplink.keep(outcome)
+        number = await self._records.keep(outcome)
         return Done(id=request.id, detail=f"outcome {number}")
 
     async def _measure(self, request: Measure) -> Reply:
         if not 0 < len(request.name) <= 128:
             raise InvalidValue("a reading's name has 1 to 128 characters", code="invalid.reading")
-        number = await self._uplink.keep(Reading(name=request.name, value=request.value))
+        number = await self._records.keep(Reading(name=request.name, value=request.value))
         return Done(id=request.id, detail=f"reading {number}")
 
     # State and commands
@@ -120,7 +120,7 @@ class Service:
         return Description(id=request.id, models=states)
 
     def _status(self, request: Status) -> Reply:
-        depth = self._outbox.depth()
+        depth = self._records.depth()
         return AgentState(
             id=request.id,
             device=self._running.device,
@@ -134,6 +134,11 @@ class Service:
             models=self._models.states(),
             queue={klass.name.lower(): depth.records.get(klass, 0) for klass in RecordClass},
             queue_bytes=depth.bytes,
+            queue_oldest_ms={klass.name.lower(): age for klass, age in depth.oldest_ms.items()},
+            queue_lost=dict(depth.lost),
+            queue_buried=depth.buried,
+            queue_written_bytes=depth.wear.written_bytes,
+            queue_syncs=depth.wear.syncs,
             assignment_version=self._uplink.assignment_version,
             answered=self._answering.answered,
             refused=self._answering.refused,
@@ -144,10 +149,12 @@ class Service:
     async def _control(self, request: Control) -> Reply:
         match request.command:
             case "queue.flush":
+                await self._records.flush()
+                self._records.hurry()
                 self._inbox.post(ForLink(link.StartLink()))
                 return Done(id=request.id, detail=f"link {self._uplink.state}")
             case "queue.drop":
-                dropped = await self._outbox.drop(_klass(request.argument), at_ms=self._clock.wall_ms())
+                dropped = await self._records.drop(_klass(request.argument))
                 return Done(id=request.id, detail=f"{dropped} records dropped")
             case "samples.drop":
                 dropped = await self._rounds.forget(request.argument)

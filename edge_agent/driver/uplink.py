@@ -9,12 +9,11 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -28,7 +27,7 @@ from edge_agent.ports import Courier, Outbox
 from shared.clock import Clock
 from shared.errors import ProtocolViolation, StorageError, TransferError
 from shared.ids import DeviceId
-from shared.telemetry import CLASS_OF, BatchId, Body, RecordClass
+from shared.telemetry import BatchId, RecordClass
 from shared.wire import topics
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import (
@@ -49,15 +48,14 @@ from shared.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-STORAGE_REST_S: Final = 10.0
-"""How long a class rests after the disk refused, so that a full disk does not become a busy loop."""
 REPORT_DELAY_MS: Final = 200
 """Reports asked for within this time become one."""
 
 _LEAF: Final[dict[RecordClass, topics.UpLeaf]] = {
     RecordClass.EVENT: "event",
     RecordClass.OUTCOME: "outcome",
-    RecordClass.TELEMETRY: "telemetry",
+    RecordClass.RESULT: "telemetry",
+    RecordClass.READING: "telemetry",
 }
 
 
@@ -93,7 +91,7 @@ class Uplink:
         self._session = 0
         self._revision = 0
         self._unknown: set[str] = set()
-        self._resting: set[RecordClass] = set()
+        self._bounced: set[tuple[str, int]] = set()
         self._told_why = ""
         self.assignment_version = 0
 
@@ -136,6 +134,7 @@ class Uplink:
             return
         if self.online:
             self._told_why = ""
+            self._bounced.clear()
             logger.info("hub link up", extra={"boot": self._running.boot, "session": self._session})
         elif before is link.LinkPhase.ONLINE:
             logger.warning("hub link lost", extra={"why": self._link.detail})
@@ -147,6 +146,14 @@ class Uplink:
     def lost(self, reason: str) -> None:
         """The courier says that the link is gone."""
         self._inbox.post(ForLink(link.Lost(reason=reason, jitter=random.random())))
+
+    def refused(self, topic: str, ref: BatchId | None, code: int, reason: str) -> None:
+        """The broker does not take a message; a batch stays in the outbox until the pump has decided."""
+        if (topic, code) not in self._bounced:
+            self._bounced.add((topic, code))
+            logger.warning("the broker refuses messages", extra={"topic": topic, "reason": reason})
+        if ref is not None:
+            self._inbox.post(ForPump(pump.PublishRefused(batch=ref, code=code, jitter=random.random())))
 
     async def _connect(self) -> None:
         self._session += 1
@@ -205,13 +212,7 @@ class Uplink:
         if not self.send("reported", reported):
             self.report_soon()
 
-    # Outbox
-
-    async def keep(self, body: Body, *, at_ms: int | None = None) -> int:
-        """Put a record into the outbox and wake the pump; returns its number once it is durable."""
-        number = await self._outbox.put(at_ms=self._clock.wall_ms() if at_ms is None else at_ms, body=body)
-        self._inbox.post(ForPump(pump.RecordsWaiting(CLASS_OF[type(body)])))
-        return number
+    # Batches
 
     async def on_pump(self, event: pump.PumpEvent) -> None:
         """Let the pump decide and carry out what it says, each effect before the next."""
@@ -219,43 +220,45 @@ class Uplink:
         self._pump = decision.state
         for effect in decision.effects:
             match effect:
-                case pump.LoadBatch(klass):
-                    await self._load(klass)
+                case pump.LoadBatch(klass, after, ask):
+                    await self._load(klass, after=after, ask=ask)
                 case pump.SendBatch(batch):
-                    self.send(_LEAF[RecordClass(batch.batch.klass)], batch)
+                    if not self.send(_LEAF[RecordClass(batch.batch.klass)], batch, ref=batch.batch):
+                        self._inbox.post(ForPump(pump.NotTaken(batch.batch)))
                 case pump.Settle(batch_id):
-                    await self._settle(batch_id)
+                    await self._let_go(batch_id, self._outbox.settle(batch_id))
+                case pump.Bury(batch_id, reason):
+                    await self._let_go(batch_id, self._outbox.bury(batch_id, reason=reason))
                 case pump.StartAckTimer(klass, digest, delay_ms):
                     self._timers.start(("ack", klass), delay_ms, ForPump(pump.AckTimedOut(klass, digest)))
                 case pump.StopAckTimer(klass):
                     self._timers.stop(("ack", klass))
+                case pump.StartRestTimer(klass, delay_ms):
+                    self._timers.start(("rest", klass), delay_ms, ForPump(pump.RestOver(klass)))
+                case pump.StopRestTimer(klass):
+                    self._timers.stop(("rest", klass))
                 case Note(name, detail):
                     self._inbox.post(Noted(name, detail))
+                case _:
+                    assert_never(effect)
 
-    async def _settle(self, batch: BatchId) -> None:
+    async def _let_go(self, batch: BatchId, work: Coroutine[Any, Any, bool]) -> None:
         try:
-            await self._outbox.settle(batch)
+            await work
         except StorageError as error:
             # It will be sent once more, and the hub will say that it has it.
-            logger.error("acknowledged records cannot be deleted", extra={"why": error.message})
-            self._resting.add(RecordClass(batch.klass))
+            logger.error("answered records cannot be deleted", extra={"why": error.message})
+            self._inbox.post(ForPump(pump.StorageRefused(RecordClass(batch.klass))))
 
-    async def _load(self, klass: RecordClass) -> None:
-        if klass in self._resting:
-            self._resting.discard(klass)
-            self._works.start(("load", klass), self._load_later(klass))
-            return
+    async def _load(self, klass: RecordClass, *, after: int, ask: int) -> None:
         try:
-            batch = await self._outbox.next_batch(klass)
+            batch = await self._outbox.load(klass, after=after)
         except StorageError as error:
             logger.error("records cannot be read", extra={"why": error.message})
-            self._works.start(("load", klass), self._load_later(klass))
+            self._inbox.post(ForPump(pump.StorageRefused(klass)))
             return
-        self._inbox.post(ForPump(pump.NothingWaiting(klass) if batch is None else pump.BatchReady(batch)))
-
-    async def _load_later(self, klass: RecordClass) -> None:
-        await asyncio.sleep(STORAGE_REST_S)
-        await self._load(klass)
+        answer = pump.NothingWaiting(klass, ask) if batch is None else pump.BatchReady(batch, ask)
+        self._inbox.post(ForPump(answer))
 
     # Messages
 
@@ -285,9 +288,9 @@ class Uplink:
             raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
         return decode_body(envelope)
 
-    def send(self, leaf: topics.UpLeaf, message: Message) -> bool:
+    def send(self, leaf: topics.UpLeaf, message: Message, *, ref: BatchId | None = None) -> bool:
         """Publish a message now; False when the link does not take it: whoever needs it sends it again."""
-        return self._courier.publish(topics.up(self._running.device, leaf), self._pack(message))
+        return self._courier.publish(topics.up(self._running.device, leaf), self._pack(message), ref=ref)
 
     def _pack(self, message: Message) -> bytes:
         return encode_envelope(

@@ -18,6 +18,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -28,11 +29,11 @@ from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import DeviceProfile, DiskBudget, Inference, MemoryBudget, Probation
 from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
-from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
+from shared.telemetry import BatchId, DeviceEvent, Gap, Reading, Record, RecordClass
 from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
-from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, decode_body, encode_body
+from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, Verdict, decode_body, encode_body
 from tests.fakes.clock import FakeClock
 from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
@@ -121,6 +122,7 @@ class HubOnFakes:
         self._inner = broker.route
         broker.route = self.route  # type: ignore[method-assign]
         self.records: dict[tuple[int, int], Record] = {}
+        self.gaps: list[tuple[BatchId, Gap]] = []
         self.duplicates = 0
         self.reports: list[Reported] = []
         self.births = 0
@@ -145,14 +147,16 @@ class HubOnFakes:
     def _store(self, message: Batch) -> None:
         if self.silent:
             return
+        if message.gap is not None:
+            self.gaps.append((message.batch, message.gap))
         status: Any = "stored"
-        for record in decode_columns(message.columns):
+        for record in decode_columns(message.columns) if message.gap is None else ():
             key = (message.batch.klass, record.seq)
             if key in self.records:
                 self.duplicates += 1
                 status = "duplicate"
             self.records[key] = record
-        self.send("ack", Ack(batch=message.batch, status=status))
+        self.send("ack", Ack(verdicts=(Verdict(batch=message.batch, status=status),)))
 
     def send(self, leaf: topics.DownLeaf, message: Message, *, kind: str = "ack") -> None:
         """Publish a message to the device."""
@@ -167,8 +171,14 @@ class HubOnFakes:
         return [record.body.name for record in records if isinstance(record.body, DeviceEvent)]
 
     def results(self) -> int:
-        """How many telemetry records arrived."""
-        return sum(1 for klass, _ in self.records if klass == RecordClass.TELEMETRY)
+        """How many results arrived."""
+        return sum(1 for klass, _ in self.records if klass == RecordClass.RESULT)
+
+    def readings(self) -> list[str]:
+        """Names of the readings that arrived, without those that the outbox gives of itself."""
+        records = [record for (klass, _), record in sorted(self.records.items()) if klass == RecordClass.READING]
+        names = [record.body.name for record in records if isinstance(record.body, Reading)]
+        return [name for name in names if not name.startswith("queue_")]
 
 
 def answer(manifest: Manifest, _: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
@@ -189,7 +199,7 @@ class AgentWorld:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.ledger = FakeLedger()
-        self.outbox = FakeOutbox(limit_bytes=2**20)
+        self.outbox = FakeOutbox()
         self.shelf = FakeShelf()
         self.broker = FakeBroker()
         self.hub = HubOnFakes(self.broker)
@@ -208,11 +218,16 @@ class AgentWorld:
         self.version = 0
         self.inbox = Inbox()
         self.models: Models
+        self.records: Records
         self.uplink: Uplink
         self.answering: Answering
         self.rounds: Rounds
         self.service: Service
         self.agent: Agent
+
+    def waiting(self) -> int:
+        """How many records the outbox holds."""
+        return sum(self.outbox.depth().records.values())
 
     def publish(self, *models: VerifiedModel, force: bool = False) -> bytes:
         """Prepare an assignment of these releases, with their files at the hub; returns its document."""
@@ -274,7 +289,9 @@ class AgentWorld:
             device=DEVICE,
             on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
             on_lost=lambda reason: self.uplink.lost(reason),
+            on_refused=lambda topic, ref, code, reason: self.uplink.refused(topic, ref, code, reason),
         )
+        self.records = Records(clock=self.clock, loop=loop, outbox=self.outbox)
         self.models = Models(
             profile=self.profile,
             runtimes=frozenset({"onnx"}),
@@ -297,9 +314,14 @@ class AgentWorld:
         self.answering = Answering(
             clock=self.clock,
             models=self.models,
-            uplink=self.uplink,
+            records=self.records,
             escalation=Escalation(
-                cloud=self.cloud, policy=self.policy, clock=self.clock, loop=loop, uplink=self.uplink
+                cloud=self.cloud,
+                policy=self.policy,
+                clock=self.clock,
+                loop=loop,
+                uplink=self.uplink,
+                records=self.records,
             ),
             cache_entries=self.cache_entries,
             cache_bytes=2**20,
@@ -326,7 +348,7 @@ class AgentWorld:
             loop=loop,
             models=self.models,
             uplink=self.uplink,
-            outbox=self.outbox,
+            records=self.records,
             answering=self.answering,
             rounds=self.rounds,
         )
@@ -337,6 +359,7 @@ class AgentWorld:
             verifier=self.verifier,
             models=self.models,
             uplink=self.uplink,
+            records=self.records,
             answering=self.answering,
             rounds=self.rounds,
             vitals=NoVitals(),

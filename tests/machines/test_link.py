@@ -62,17 +62,17 @@ def test_waiting_doubles_up_to_a_minute() -> None:
         delays += waits(effects)
         state, effects = said(TimerFired(), start=state)
         assert effects == [Connect()]
-    assert delays[:4] == [500, 1_000, 2_000, 4_000]
+    assert delays[:4] == [750, 1_500, 3_000, 6_000]
     assert delays[-1] == max(delays) == 60_000
 
 
-@pytest.mark.parametrize(("jitter", "delay_ms"), [(0.0, 50), (0.5, 250), (1.0, 500), (9.0, 500), (-1.0, 50)])
+@pytest.mark.parametrize(("jitter", "delay_ms"), [(0.0, 50), (0.5, 375), (1.0, 750), (9.0, 750), (-1.0, 50)])
 def test_jitter_is_full_and_bounded(jitter: float, delay_ms: int) -> None:
     _, effects = said(StartLink(), failed(jitter))
     assert waits(effects) == [delay_ms]
 
 
-@pytest.mark.parametrize(("asked_ms", "delay_ms"), [(5_000, 5_000), (10, 500), (10**9, 60_000)])
+@pytest.mark.parametrize(("asked_ms", "delay_ms"), [(5_000, 5_000), (10, 750), (10**9, 60_000)])
 def test_the_server_may_ask_for_more_time_within_bounds(asked_ms: int, delay_ms: int) -> None:
     _, effects = said(StartLink(), failed(retry_after_ms=asked_ms))
     assert waits(effects) == [delay_ms]
@@ -80,14 +80,18 @@ def test_the_server_may_ask_for_more_time_within_bounds(asked_ms: int, delay_ms:
 
 def test_a_link_that_is_lost_at_once_goes_on_waiting_longer() -> None:
     state, _ = said(StartLink(), failed(), TimerFired(), failed(), TimerFired(), Connected())
-    _, effects = said(Lost(reason="kicked", jitter=1.0), start=state)
-    assert waits(effects) == [2_000]
+    delays = []
+    for _ in range(3):
+        state, effects = said(Lost(reason="kicked", jitter=1.0), start=state)
+        delays += waits(effects)
+        state, _ = said(TimerFired(), Connected(), start=state)
+    assert delays == [6_000, 12_000, 24_000]
 
 
 def test_a_link_that_held_starts_over() -> None:
     state, _ = said(StartLink(), failed(), TimerFired(), failed(), TimerFired(), Connected(), TimerFired())
     state, effects = said(Lost(reason="gone", jitter=1.0), start=state)
-    assert waits(effects) == [500]
+    assert waits(effects) == [6_000]
     assert state.detail == "gone"
 
 

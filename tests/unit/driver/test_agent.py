@@ -137,13 +137,13 @@ def test_the_hub_gone_answers_go_on_and_every_record_arrives_once_afterwards() -
             assert isinstance(await world.infer(f"r{number}"), Answer)
         done = await world.ask(Feedback(request="r7", label="1.0.0"))
         assert isinstance(done, Done)
-        await until(lambda: world.outbox.depth().records[RecordClass.TELEMETRY] >= 50, "results wait")
+        await until(lambda: world.outbox.depth().records[RecordClass.RESULT] >= 50, "results wait")
         status = await world.ask(Status())
         assert isinstance(status, AgentState)
         assert status.link != "online"
         world.broker.up = True
         await world.ask(Control(command="queue.flush"))
-        await until(lambda: world.outbox.depth().bytes == 0, "the queue drains")
+        await until(lambda: world.waiting() == 0, "the queue drains")
         assert world.hub.results() - before == 50
         outcomes = [record.body for record in world.hub.records.values() if isinstance(record.body, Outcome)]
         assert [(o.request, o.version, o.correct) for o in outcomes] == [("r7", "1.0.0", True)]
@@ -160,12 +160,13 @@ def test_an_unacknowledged_batch_is_sent_again_after_a_kill_and_counted_once() -
         await until(lambda: any("telemetry" in topic for topic, _ in world.broker.published), "sent")
 
     async def second() -> None:
-        await until(lambda: world.outbox.depth().bytes == 0, "acknowledged at last")
+        await until(lambda: world.hub.readings() == ["t_c"], "stored at last")
+        await until(lambda: world.waiting() == 0, "acknowledged at last")
 
     world.life(first, clean=False)
     world.hub.silent = False
     world.life(second)
-    assert world.hub.results() == 1
+    assert world.hub.readings() == ["t_c"]
 
 
 def test_after_a_kill_the_committed_release_serves_without_the_hub() -> None:

@@ -13,15 +13,15 @@ import pytest
 
 from edge_agent.core.slot_values import Phase, Withdrawn
 from edge_agent.driver.events import ReconcileDue
-from edge_agent.ports import HostAnswer, Shelf
+from edge_agent.ports import HostAnswer, Shelf, Ticket
 from shared.errors import ModelError, StorageError, StorageFull
 from shared.ids import Digest, FamilyName
 from shared.inference import Answer, Control, Measure, TensorHead
 from shared.model import FileRef, Manifest, Variant, encode_manifest
 from shared.profile import MemoryBudget
 from shared.release import VerifiedModel
-from shared.telemetry import Body, RecordClass
-from shared.wire.messages import Ack
+from shared.telemetry import RecordClass
+from shared.wire.messages import Ack, Verdict
 from tests.fakes.agent_world import AgentWorld, answer, profile, release, until
 from tests.fakes.hosts import FakeHosts
 
@@ -62,13 +62,14 @@ def test_a_refusal_of_the_hub_with_an_endless_code_does_not_end_the_agent() -> N
 
     async def story() -> None:
         await serve(world)
-        await until(lambda: world.outbox.depth().bytes == 0, "nothing waits")
+        await until(lambda: world.waiting() == 0, "nothing waits")
         world.hub.silent = True
         await world.infer("r1")
-        await until(lambda: world.outbox.depth().records.get(RecordClass.TELEMETRY, 0) > 0, "a record waits")
-        batch = await world.outbox.next_batch(RecordClass.TELEMETRY)
+        await until(lambda: world.outbox.depth().records.get(RecordClass.RESULT, 0) > 0, "a record waits")
+        batch = await world.outbox.load(RecordClass.RESULT)
         assert batch is not None
-        world.hub.send("ack", Ack(batch=batch.batch, status="refused", code="c" * 100_000))
+        verdict = Verdict(batch=batch.batch, status="refused", code="c" * 100_000)
+        world.hub.send("ack", Ack(verdicts=(verdict,)))
         world.hub.silent = False
         await until(lambda: "telemetry.refused" in world.hub.events(), "the refusal is told")
         assert isinstance(await world.infer("r2"), Answer)
@@ -143,7 +144,7 @@ def test_a_release_that_does_not_fit_is_told_once() -> None:
         for _ in range(3):
             world.inbox.post(ReconcileDue())
         await world.ask(Measure(name="last", value=1.0))
-        await until(lambda: world.hub.results() == 1, "all of it arrived")
+        await until(lambda: world.hub.readings() == ["last"], "all of it arrived")
         assert world.hub.events().count("release.misfit") == 1
 
     world.life(story)
@@ -176,17 +177,23 @@ def test_answers_given_right_before_the_end_are_recorded() -> None:
     world.broker.up = False
     put = world.outbox.put
 
-    async def slowly(*, at_ms: int, body: Body) -> int:
-        await asyncio.sleep(0.05)
-        return await put(at_ms=at_ms, body=body)
+    class Slow:
+        """A ticket that takes its time."""
+
+        def __init__(self, ticket: Ticket) -> None:
+            self._ticket = ticket
+
+        async def durable(self) -> int:
+            await asyncio.sleep(0.05)
+            return await self._ticket.durable()
 
     async def story() -> None:
         await serve(world)
-        world.outbox.put = slowly  # type: ignore[method-assign]
+        world.outbox.put = lambda *about, **how: Slow(put(*about, **how))  # type: ignore[method-assign,assignment]
         await asyncio.gather(*(world.infer(f"r{number}") for number in range(20)))
 
     world.life(story)
-    assert world.outbox.depth().records[RecordClass.TELEMETRY] == 20
+    assert world.outbox.depth().records[RecordClass.RESULT] == 20
 
 
 def test_a_host_that_ends_right_after_its_start_is_started_again() -> None:

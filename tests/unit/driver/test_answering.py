@@ -12,10 +12,11 @@ from edge_agent.core.slot_values import Phase
 from edge_agent.ports import CloudRefusal
 from shared.errors import HostLost, InputRefused, StorageFull, TransferCorrupt, TransferError, Unreachable
 from shared.inference import AgentState, Answer, Done, Feedback, Infer, Late, Refusal, Reply, Status, TensorHead
-from shared.telemetry import Body, Outcome, Result
+from shared.telemetry import Body, Grade, Outcome, Result
 from tests.fakes.agent_world import AgentWorld, profile, release, until
 from tests.fakes.cloud import cloud_answer
 from tests.fakes.hosts import FakeHost
+from tests.fakes.outbox import KeptTicket
 
 UNSURE = Policy(model="digits-large", below=0.95, margin_ms=10)
 """The model of this world is never surer than 0.9."""
@@ -237,11 +238,11 @@ def test_a_late_answer_that_the_disk_refuses_is_still_there_for_the_application(
         await infer(world, deadline_ms=50)
         refused = asyncio.Event()
 
-        async def refuse(*, at_ms: int, body: Body) -> int:
+        def refuse(body: Body, *, at_ms: int, grade: Grade) -> KeptTicket:
             refused.set()
             raise StorageFull("no room")
 
-        world.outbox.put, put = refuse, world.outbox.put  # type: ignore[method-assign]
+        world.outbox.put, put = refuse, world.outbox.put  # type: ignore[method-assign,assignment]
         world.cloud.go_on()
         await asyncio.wait_for(refused.wait(), 5)
         world.outbox.put = put  # type: ignore[method-assign]

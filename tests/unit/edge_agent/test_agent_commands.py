@@ -57,8 +57,13 @@ STATE = AgentState(
     link="offline",
     link_detail="the broker is away",
     models=(DIGITS,),
-    queue={"event": 1, "outcome": 0, "telemetry": 41},
+    queue={"event": 1, "outcome": 0, "result": 40, "reading": 1},
     queue_bytes=2048,
+    queue_oldest_ms={"event": 90_061_000, "result": 5_000},
+    queue_lost={"evicted": 7, "expired": 0},
+    queue_buried=2,
+    queue_written_bytes=4096,
+    queue_syncs=3,
     assignment_version=2,
 )
 
@@ -98,6 +103,21 @@ def answering(request: Request, payload: bytearray) -> tuple[Reply, bytes]:
             raise AssertionError(request)
 
 
+QUEUE = """\
+CLASS    RECORDS  OLDEST
+event    1        1 d 1 h
+outcome  0        -
+result   40       5 s
+reading  1        -
+
+on disk      2048 bytes
+lost         7 evicted
+put aside    2 batches
+since start  4096 bytes written, 3 syncs
+link         offline
+"""
+
+
 def named(state: AgentState, name: str) -> AgentState:
     return AgentState(**{**{field: getattr(state, field) for field in state.__struct_fields__}, "id": name})
 
@@ -115,11 +135,18 @@ def test_status_for_people_and_for_programs(state: Path, capsys: pytest.CaptureF
     with FakeDoor(state / "door.sock", answering):
         assert run("status", state=state) == 0
         text = capsys.readouterr().out
-        for part in ("dev-a", "offline (the broker is away)", "42 records, 2048 bytes", "1 h 2 min", "committed"):
+        for part in (
+            "dev-a",
+            "offline (the broker is away)",
+            "42 records, 2048 bytes, the oldest for 1 d 1 h",
+            "1 h 2 min",
+            "committed",
+        ):
             assert part in text
         assert run("status", "--json", state=state) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["queue"]["telemetry"] == 41
+    assert document["queue"]["result"] == 40
+    assert document["queue_lost"] == {"evicted": 7, "expired": 0}
     assert document["answered"] == 0
     assert document["models"][0]["digest"] == "a" * 64
     assert "id" not in document
@@ -128,11 +155,20 @@ def test_status_for_people_and_for_programs(state: Path, capsys: pytest.CaptureF
 def test_queue_and_model(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeDoor(state / "door.sock", answering) as door:
         assert run("queue", "ls", "--json", state=state) == 0
-        assert json.loads(capsys.readouterr().out) == {"records": STATE.queue, "bytes": 2048, "link": "offline"}
+        assert json.loads(capsys.readouterr().out) == {
+            "records": STATE.queue, "oldest_ms": STATE.queue_oldest_ms, "bytes": 2048, "lost": STATE.queue_lost,
+            "buried": 2, "written_bytes": 4096, "syncs": 3, "link": "offline",
+        }  # fmt: skip
+        assert run("queue", "ls", state=state) == 0
+        assert capsys.readouterr().out == QUEUE
         assert run("queue", "flush", state=state) == 0
         assert capsys.readouterr().out == "link online\n"
-        assert run("queue", "drop", "telemetry", state=state) == 0
-        assert capsys.readouterr().out == "dropped telemetry\n"
+        assert run("queue", "drop", "reading", state=state) == 0
+        assert capsys.readouterr().out == "dropped reading\n"
+        with pytest.raises(SystemExit) as caught:
+            run("queue", "drop", "event", state=state)
+        assert caught.value.code == Exit.USAGE
+        assert "choose from" in capsys.readouterr().err
         assert run("model", "ls", "--json", state=state) == 0
         assert json.loads(capsys.readouterr().out)["items"][0]["signature"]["inputs"][0]["shape"] == [-1, 4]
         assert run("model", "rollback", "digits", state=state) == Exit.CONFLICT

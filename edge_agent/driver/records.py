@@ -1,0 +1,159 @@
+"""The near end of the outbox: what happened here becomes records, each with the grade that it is worth.
+
+Rules of this file:
+1. Who must know that a record is on the disk waits for it (`keep`): what was promised to an application, and events.
+   All others only put it (`keep_soon`), and one task for each class sees when there is something to send.
+2. A record that nobody waits for is not lost in silence: when the disk takes none, that is logged once, and once when
+   it is over.
+
+Not here: the far end, sending and settling (`uplink.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from edge_agent.core.pump import Hurried, RecordsWaiting
+from edge_agent.driver.events import ForPump
+from edge_agent.driver.loop import Loop
+from edge_agent.ports import Depth, OldRecords, Outbox, Ticket
+from shared.clock import Clock
+from shared.errors import InvalidValue, StorageError, StorageFull
+from shared.telemetry import CLASS_OF, Body, Grade, RecordClass
+
+logger = logging.getLogger(__name__)
+
+ROOM_WITHIN_S: Final = 5.0
+"""How long a record that nobody waits for waits for a disk that is behind, and at the end for the disk at all."""
+
+ADOPT_AGAIN_S: Final = 60.0
+
+
+class Records:
+    """Puts records into the outbox and wakes the pump."""
+
+    def __init__(self, *, clock: Clock, loop: Loop, outbox: Outbox) -> None:
+        self._clock = clock
+        self._inbox, self._works = loop.inbox, loop.works
+        self._outbox = outbox
+        self._newest: dict[RecordClass, Ticket] = {}
+        self._watched: set[RecordClass] = set()
+        self._disk_refuses = False
+
+    async def keep(self, body: Body) -> int:
+        """Put a record and return its number once it is durable; raises StorageError, InvalidValue."""
+        number = await self._put(body, self._clock.wall_ms(), Grade.DURABLE).durable()
+        self._wake(CLASS_OF[type(body)])
+        return number
+
+    async def keep_soon(self, body: Body, *, grade: Grade = Grade.BUFFERED) -> None:
+        """Put a record that nobody waits for; takes time only where the disk is behind, and not for long."""
+        klass = CLASS_OF[type(body)]
+        try:
+            ticket = await self._put_patiently(body, self._clock.wall_ms(), grade)
+        except (StorageError, InvalidValue) as error:
+            self._note_disk(klass, error.message)
+        except TimeoutError:
+            self._note_disk(klass, f"the disk took nothing for {ROOM_WITHIN_S:g} s")
+        else:
+            self._newest[klass] = ticket
+            if klass not in self._watched:
+                self._watched.add(klass)
+                self._works.start(("durable", klass), self._watch(klass))
+
+    async def flush(self) -> None:
+        """Bring what was put onto the disk; raises StorageError."""
+        await self._outbox.flush()
+
+    def hurry(self) -> None:
+        """Let the pump try at once what rests."""
+        self._inbox.post(ForPump(Hurried()))
+
+    async def drop(self, klass: RecordClass) -> int:
+        """Give up what waits of a class and let the hub be told; returns how many. Raises InvalidValue for class 0."""
+        dropped = await self._outbox.drop(klass)
+        self._wake(klass)
+        return dropped
+
+    def depth(self) -> Depth:
+        """How much waits."""
+        return self._outbox.depth()
+
+    async def end(self) -> None:
+        """Bring what is left onto the disk, as far as it takes it in time."""
+        try:
+            async with asyncio.timeout(ROOM_WITHIN_S):
+                await self._outbox.flush()
+        except (StorageError, TimeoutError) as error:
+            logger.error("the last records are not on the disk", extra={"why": str(error)})
+
+    async def adopt(self, old: OldRecords) -> None:
+        """Bring what an earlier version left into the outbox; each is deleted there once it is durable here."""
+        adopted = 0
+        try:
+            while found := await old.oldest():
+                brought = await self._bring(found)
+                await old.forget(brought)
+                adopted += brought
+                if brought < len(found):
+                    await asyncio.sleep(ADOPT_AGAIN_S)
+        except StorageError as error:
+            logger.error("old records cannot be read, the next start tries again", extra={"why": error.message})
+        if adopted:
+            logger.info("old records are in the outbox", extra={"records": adopted})
+
+    async def _bring(self, found: Sequence[tuple[int, Body]]) -> int:
+        """How many of these, from the first, are durable now."""
+        brought = 0
+        klass = CLASS_OF[type(found[0][1])]
+        try:
+            tickets = [await self._put_patiently(body, at_ms, Grade.DURABLE) for at_ms, body in found]
+            for (_, body), ticket in zip(found, tickets, strict=True):
+                klass = CLASS_OF[type(body)]
+                await ticket.durable()
+                brought += 1
+                self._wake(klass)
+        except StorageError as error:
+            self._note_disk(klass, error.message)
+        except TimeoutError:
+            self._note_disk(klass, f"the disk took nothing for {ROOM_WITHIN_S:g} s")
+        return brought
+
+    def _wake(self, klass: RecordClass) -> None:
+        self._inbox.post(ForPump(RecordsWaiting(klass)))
+
+    def _put(self, body: Body, at_ms: int, grade: Grade) -> Ticket:
+        return self._outbox.put(body, at_ms=at_ms, grade=grade)
+
+    async def _put_patiently(self, body: Body, at_ms: int, grade: Grade) -> Ticket:
+        try:
+            return self._put(body, at_ms, grade)
+        except StorageFull:
+            async with asyncio.timeout(ROOM_WITHIN_S):
+                await self._outbox.flush()
+            return self._put(body, at_ms, grade)
+
+    async def _watch(self, klass: RecordClass) -> None:
+        """Wake the pump each time that the newest record of the class has become durable, until there is no newer."""
+        try:
+            while (ticket := self._newest.pop(klass, None)) is not None:
+                try:
+                    await ticket.durable()
+                except StorageError as error:
+                    self._note_disk(klass, error.message)
+                else:
+                    self._note_disk(klass, "")
+                    self._wake(klass)
+        finally:
+            self._watched.discard(klass)
+
+    def _note_disk(self, klass: RecordClass, why: str) -> None:
+        if bool(why) is not self._disk_refuses:
+            self._disk_refuses = bool(why)
+            if why:
+                logger.error("records are not kept", extra={"class": klass.name.lower(), "why": why})
+            else:
+                logger.info("records are kept again")
