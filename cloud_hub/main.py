@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import HubCourier, Inbound, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.ground.post import Post
+from cloud_hub.ground.post import Post, Publish
 from cloud_hub.ground.rates import Buckets
 from cloud_hub.ground.readiness import notify
 from cloud_hub.ground.switchboard import Rooms, Switchboard
@@ -230,10 +230,10 @@ async def _serve_rooms(
     # The courier needs someone to hand messages to, the rooms need someone to send with: a short way round.
     inbox: list[Switchboard] = []
 
-    def deliver(message: Inbound) -> None:
-        inbox[0].put(message)
+    def deliver(messages: Sequence[Inbound]) -> None:
+        inbox[0].put(messages)
 
-    courier = HubCourier(_link_settings(config), on_message=deliver, metrics=foundation.metrics)
+    courier = HubCourier(_link_settings(config), on_messages=deliver, metrics=foundation.metrics)
     house = compose(foundation, publish=courier.publish, parts=lambda: {"broker": courier.is_connected})
     inbox.append(house.switchboard)
     house.releases.open()
@@ -291,9 +291,7 @@ async def _announce(
     notify(manager, "READY=1")
 
 
-def compose(
-    foundation: Foundation, *, publish: Callable[[str, bytes], Awaitable[None]], parts: Callable[[], Mapping[str, bool]]
-) -> House:
+def compose(foundation: Foundation, *, publish: Publish, parts: Callable[[], Mapping[str, bool]]) -> House:
     """Build the rooms and the application around them; starts nothing."""
     config, clock, database = foundation.config, foundation.clock, foundation.database
     post = Post(publish=publish, clock=clock)
@@ -321,7 +319,7 @@ def compose(
             birth=devices.born,
             death=devices.died,
             reported=devices.reported,
-            batch=telemetry.received,
+            batches=telemetry.take,
             round_reply=rounds.replied,
         ),
         metrics=foundation.metrics,
@@ -342,13 +340,14 @@ def compose(
         ),
         state={"gate": gate, "parts": parts, "devices": devices, "telemetry": telemetry},
     )
-    loops = (releases.run, telemetry.run, offload.run, rollouts.run, rounds.run)
+    loops = (releases.run, offload.run, rollouts.run, rounds.run)
     return House(app=app, switchboard=switchboard, devices=devices, releases=releases, loops=loops)
 
 
 def _telemetry(foundation: Foundation, post: Post) -> telemetry_room.Desk:
     async def send_ack(device: DeviceId, ack: Ack) -> None:
-        await post.send(device, ack, leaf="ack")
+        # The device sends a batch again until it is answered, so nothing rests on this message arriving.
+        await post.send(device, ack, leaf="ack", qos=0)
 
     return telemetry_room.Desk(
         database=foundation.database, clock=foundation.clock, metrics=foundation.metrics, send_ack=send_ack

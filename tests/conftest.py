@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.fakes import postgres as postgres_server
+
 ROOT = Path(__file__).resolve().parent.parent
 BROKER_PLACES = (os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 PR_SET_CHILD_SUBREAPER = 36
@@ -46,6 +48,23 @@ def mosquitto_path() -> str:
     if found is None:
         pytest.skip("mosquitto is not installed: apt-get install mosquitto")
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Postgres]:
+    """A PostgreSQL of the session's own; the test is skipped where it or its driver is not installed."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'outrider[postgres]'")
+    binaries = postgres_server.find_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with postgres_server.running(binaries) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: postgres_server.Postgres) -> str:
+    """SQLAlchemy's URL of an empty database."""
+    return postgres.database()
 
 
 @pytest.fixture

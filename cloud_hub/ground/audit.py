@@ -17,6 +17,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from cloud_hub.ground.database import Lock, lock
 from cloud_hub.ground.schema import metadata
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
@@ -62,6 +63,7 @@ def record(
     conn: Connection, *, at_ms: int, actor: str, action: str, subject: str, detail: Mapping[str, Json] | None = None
 ) -> None:
     """Append a row in the caller's write transaction. `detail` must not hold secrets."""
+    lock(conn, Lock.AUDIT)
     previous = conn.execute(sa.select(audit.c.hash).order_by(audit.c.seq.desc()).limit(1)).scalar_one_or_none()
     text = _canonical(dict(detail or {}))
     conn.execute(

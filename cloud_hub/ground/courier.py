@@ -1,12 +1,14 @@
 """The hub's link to the broker. The only importer of the MQTT client in this process.
 
 Rules:
-1. The client's thread only hands over to the loop; nothing is decided in it.
+1. The client has no thread of its own: the event loop reads when there is something and writes what a turn of it has
+   brought about, all in one piece. What has come in is handed over together.
 2. A message is acknowledged to the broker after it was dealt with. So the broker never has more than `WINDOW` of them
    on their way to us, and a slow database slows the senders instead of filling our memory.
 3. An acknowledgement belongs to the connection on which the message came: after a reconnect its number means another
    message, so it is dropped and the broker sends again.
 4. Nothing rests on the broker keeping a message: both sides send again until the other's own answer is there.
+5. The subscription is shared: of several hubs each message reaches one.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -26,6 +28,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cloud_hub.ground.ca import HUB_NAME
+from cloud_hub.ground.linesocket import LineSocket
 from cloud_hub.ground.metrics import Metrics
 from shared import limits
 from shared.errors import ConfigError, Unreachable
@@ -34,19 +37,32 @@ from shared.wire import topics
 logger = logging.getLogger(__name__)
 
 WINDOW: Final = 200
+READ_AT_ONCE: Final = 64
+"""Packets that are read before others have their turn."""
+LOOK_S: Final = 1.0
+"""How often the client may see to its keepalive."""
+_PAUSES_S: Final = (1.0, 2.0, 5.0, 10.0)
 _KEEPALIVE_S: Final = 30
 _SESSION_S: Final = 3600
 _MAX_QUEUED: Final = 10_000
 _TAKEN_OVER: Final = 0x8E
 
 
-@dataclass(frozen=True, slots=True)
 class Inbound:
     """A message from the broker; call `settle` once when it has been dealt with, whatever the outcome."""
 
-    topic: str
-    payload: bytes
-    settle: Callable[[], None]
+    __slots__ = ("_courier", "_generation", "_mid", "payload", "topic")
+
+    def __init__(self, topic: str, payload: bytes, *, courier: HubCourier, mid: int, generation: int) -> None:
+        self.topic = topic
+        self.payload = payload
+        self._courier = courier
+        self._mid = mid
+        self._generation = generation
+
+    def settle(self) -> None:
+        """Acknowledge it to the broker."""
+        self._courier.settle(self._mid, generation=self._generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +81,29 @@ class HubCourier:
 
     Args:
         settings: where and as whom.
-        on_message: called on the event loop for each message that a device sent; must not block.
+        on_messages: called on the event loop with messages that devices sent; must not block.
         metrics: for the link's gauge.
     """
 
-    def __init__(self, settings: LinkSettings, *, on_message: Callable[[Inbound], None], metrics: Metrics) -> None:
+    def __init__(
+        self, settings: LinkSettings, *, on_messages: Callable[[Sequence[Inbound]], None], metrics: Metrics
+    ) -> None:
         self._settings = settings
-        self._on_message = on_message
+        self._on_messages = on_messages
         self._metrics = metrics
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._socket: LineSocket | None = None
+        self._is_write_planned = False
         self._generation = 0
+        self._arrived: list[Inbound] = []
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=HUB_NAME, protocol=mqtt.MQTTv5, manual_ack=True
         )
         self._client.max_inflight_messages_set(WINDOW)
         self._client.max_queued_messages_set(_MAX_QUEUED)
-        self._client.reconnect_delay_set(min_delay=1, max_delay=10)
 
     @property
     def is_connected(self) -> bool:
@@ -91,58 +113,149 @@ class HubCourier:
     async def run(self, *, ready: asyncio.Event) -> None:
         """Connect, and connect again whenever the link is lost, until cancelled; sets `ready` when first connected."""
         self._loop = asyncio.get_running_loop()
+        self._ready = ready
         client = self._client
         client.tls_set_context(self._context())
         client.on_connect = self._connect_answered
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
-        client.on_message = self._arrived
+        client.on_message = self._message
+        client.on_socket_register_write = self._plan_write
+        client.on_socket_close = self._socket_closes
+        failures = 0
+        try:
+            while True:
+                self._lost.clear()
+                if await self._connect():
+                    await self._attend()
+                failures = 0 if self._connected.is_set() else failures + 1
+                self._set_link(False)
+                await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+        finally:
+            client.disconnect()
+            self._write()
+
+    async def publish(self, topic: str, payload: bytes, *, qos: Literal[0, 1] = 1) -> None:
+        """Hand a message to the connection; raises Unreachable when there is none or too much waits.
+
+        Args:
+            topic, payload: what to send.
+            qos: 0 for what its receiver asks for again when it does not come.
+        """
+        link = self._socket
+        if link is None or not self._connected.is_set():
+            raise Unreachable("the hub is not connected to the broker", code="transfer.broker")
+        if not qos and link.waiting_bytes > limits.MAX_MQTT_PACKET_BYTES:
+            raise Unreachable("the broker takes no more: it is slow", code="transfer.broker")
+        info = self._client.publish(topic, payload, qos=qos)
+        if info.rc not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_NO_CONN):
+            raise Unreachable(f"the broker takes no more: {mqtt.error_string(info.rc)}", code="transfer.broker")
+
+    def settle(self, mid: int, *, generation: int) -> None:
+        """Acknowledge a message of this connection; of another one it is forgotten."""
+        if mid and generation == self._generation and self._socket is not None:
+            self._client.ack(mid, 1)
+
+    # The connection's life.
+
+    async def _connect(self) -> bool:
+        """Whether a connection is made and the broker is asked to let us in; takes a few seconds at most."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = WINDOW
         properties.SessionExpiryInterval = _SESSION_S
         properties.MaximumPacketSize = limits.MAX_MQTT_PACKET_BYTES
-        client.connect_async(
-            self._settings.host,
-            self._settings.port,
-            keepalive=_KEEPALIVE_S,
-            # An external broker keeps what devices say while the hub restarts; a managed one ends with it anyway.
-            clean_start=False,
-            properties=properties,
-        )
-        client.loop_start()
-        try:
-            await self._connected.wait()
-            ready.set()
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await asyncio.to_thread(self._leave)
 
-    async def publish(self, topic: str, payload: bytes) -> None:
-        """Hand a message to the connection, QoS 1; raises Unreachable when there is none or too much waits."""
-        if not self._connected.is_set():
-            raise Unreachable("the hub is not connected to the broker", code="transfer.broker")
-        info = self._client.publish(topic, payload, qos=1)
-        if info.rc not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_NO_CONN):
-            raise Unreachable(f"the broker takes no more: {mqtt.error_string(info.rc)}", code="transfer.broker")
+        def connect() -> None:
+            # An external broker keeps what devices say while the hub restarts; a managed one ends with it anyway.
+            self._client.connect(
+                self._settings.host,
+                self._settings.port,
+                keepalive=_KEEPALIVE_S,
+                clean_start=False,
+                properties=properties,
+            )
+
+        try:
+            await asyncio.to_thread(connect)
+        except (OSError, ValueError) as error:
+            logger.debug("the broker cannot be reached: %s", error)
+            return False
+        link = self._client.socket()
+        assert isinstance(link, LineSocket)
+        self._socket = link
+        return True
+
+    async def _attend(self) -> None:
+        """Read and write until the link is lost."""
+        loop, link = asyncio.get_running_loop(), self._socket
+        assert link is not None
+        self._generation += 1
+        loop.add_reader(link.fileno(), self._readable)
+        self._write()
+        while not self._lost.is_set():
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._lost.wait()
+            except TimeoutError:
+                self._client.loop_misc()
+
+    def _readable(self) -> None:
+        """Read what has come, but not for so long that others starve."""
+        link = self._socket
+        if link is None:
+            return
+        link.is_dry = False
+        for _ in range(READ_AT_ONCE):
+            if self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS or link.is_dry:
+                break
+        else:
+            # What is in the buffer does not make the socket readable.
+            asyncio.get_running_loop().call_soon(self._readable)
+        if self._arrived:
+            arrived, self._arrived = self._arrived, []
+            self._on_messages(arrived)
+
+    def _write(self) -> None:
+        """Send what this turn of the loop has brought about; the rest when the broker takes it."""
+        self._is_write_planned = False
+        self._client.loop_write()
+        link, loop = self._socket, self._loop
+        if link is None or loop is None:
+            return
+        try:
+            is_sent = link.flush()
+        except OSError:
+            # The client notices by itself: reading fails too.
+            loop.call_soon(self._readable)
+            return
+        if is_sent:
+            loop.remove_writer(link.fileno())
+        else:
+            loop.add_writer(link.fileno(), self._write)
 
     def _context(self) -> ssl.SSLContext:
         try:
             context = ssl.create_default_context(cafile=str(self._settings.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.load_cert_chain(self._settings.certificate, self._settings.key)
+            context.sslsocket_class = LineSocket
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the hub's client certificate cannot be used: {error}", code="config.tls") from error
         return context
 
-    def _leave(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+    # Called by the client, on the loop except while it connects.
 
-    # Below: called in the client's thread.
+    def _plan_write(self, _client: mqtt.Client, _userdata: Any, _socket: Any) -> None:
+        if self._socket is not None and self._loop is not None and not self._is_write_planned:
+            self._is_write_planned = True
+            self._loop.call_soon(self._write)
 
-    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(function, *arguments)
+    def _socket_closes(self, _client: mqtt.Client, _userdata: Any, _socket: Any) -> None:
+        link, self._socket = self._socket, None
+        if link is not None and self._loop is not None:
+            self._loop.remove_reader(link.fileno())
+            self._loop.remove_writer(link.fileno())
+            self._lost.set()
 
     def _connect_answered(
         self, client: mqtt.Client, _userdata: Any, _flags: mqtt.ConnectFlags, reason: ReasonCode, _properties: Any
@@ -150,37 +263,32 @@ class HubCourier:
         if reason.is_failure:
             logger.error("broker refused the hub: %s", reason)
             return
-        self._generation += 1
-        client.subscribe(topics.up_filter(), qos=1)
+        client.subscribe(topics.shared_up_filter(), qos=1)
 
     def _subscribed(self, _client: mqtt.Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
         if any(reason.is_failure for reason in reasons):
             logger.error("broker refused the hub's subscription: %s", reasons)
             return
-        self._on_loop(self._set_link, True)
+        self._set_link(True)
 
     def _disconnected(
         self, _client: mqtt.Client, _userdata: Any, _flags: mqtt.DisconnectFlags, reason: ReasonCode, _properties: Any
     ) -> None:
         if reason.value == _TAKEN_OVER:
             logger.error("another client with the hub's certificate took over the link; is a second hub running?")
-        self._on_loop(self._set_link, False)
 
-    def _arrived(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        generation, mid, qos = self._generation, message.mid, message.qos
-
-        def settle() -> None:
-            if qos and generation == self._generation:
-                client.ack(mid, qos)
-
-        self._on_loop(self._on_message, Inbound(topic=message.topic, payload=bytes(message.payload), settle=settle))
-
-    # On the loop again.
+    def _message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        # What needs no acknowledgement has no number.
+        mid = message.mid if message.qos else 0
+        self._arrived.append(
+            Inbound(message.topic, bytes(message.payload), courier=self, mid=mid, generation=self._generation)
+        )
 
     def _set_link(self, is_up: bool) -> None:
         if is_up and not self._connected.is_set():
             logger.info("link to the broker is up")
             self._connected.set()
+            self._ready.set()
         elif not is_up and self._connected.is_set():
             logger.warning("link to the broker is lost")
             self._connected.clear()

@@ -1,68 +1,114 @@
-"""The hub's database: one writer at a time, readers beside it, every commit on disk.
+"""The hub's database: SQLite, or PostgreSQL where several hubs share one. Every commit is on disk.
 
 Rules:
 1. Work is a function of a `Connection`; it runs in one transaction, which is committed when the function returns and
-   rolled back when it raises. It must not keep the connection.
-2. A write transaction takes the write lock before it reads (`BEGIN IMMEDIATE`), so that what it decided on cannot
-   change under it, and never fails half-way for want of the lock.
-3. Reads cannot write (`PRAGMA query_only`).
+   rolled back when it raises. It must not keep the connection, and may be run again after a rollback.
+2. A write transaction takes the write lock before it reads, so that what it decided on cannot change under it, and
+   never fails half-way for want of the lock: SQLite's (`BEGIN IMMEDIATE`), or a lock of ours in PostgreSQL, which all
+   hubs on it share.
+3. Work that is `beside` others takes no such lock. It locks by itself what it decides on (`lock`), so that on
+   PostgreSQL hubs store telemetry at the same time.
+4. Reads cannot write, and see one moment.
 
-Several processes may use the same file: the commands work beside a running hub.
+Several processes may use the same database: the commands work beside a running hub.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
-from shared.errors import Conflict, StorageError, StorageFull
+from shared.errors import ConfigError, Conflict, StorageError, StorageFull
 
 T = TypeVar("T")
 
 BUSY_TIMEOUT_MS: Final = 5000
+MAX_TRIES: Final = 5
+"""Of a transaction that PostgreSQL ended because another one stood in its way."""
 _READERS: Final = 4
+_CONNECT_S: Final = 5
+_IN_THE_WAY: Final = ("40001", "40P01")
+_POSTGRES: Final = "postgresql+psycopg"
+
+
+class Lock(IntEnum):
+    """What can be locked until the end of a transaction."""
+
+    HOUSE = 1
+    """The write lock: every transaction that is not beside others."""
+    AUDIT = 2
+    """The end of the audit chain."""
+    TELEMETRY = 3
+    """What is known of a device's records."""
 
 
 class Database:
-    """A SQLAlchemy database that is written by one thread and read by a few.
+    """A SQLAlchemy database that is written by one thread (two on PostgreSQL) and read by a few.
 
     Args:
-        url: SQLAlchemy URL, `sqlite:////data/hub.db`.
+        url: `sqlite:////data/hub.db`, or `postgresql+psycopg://user@host/name`.
 
     Raises:
+        ConfigError: the URL is of no database that can be used here.
         Conflict: from any method, when a constraint refused the work.
-        StorageError: from any method, when the database could not do it (locked, full, damaged).
+        StorageError: from any method, when the database could not do it (locked, full, damaged, not there).
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._writer = _engine(url, begin="BEGIN IMMEDIATE", read_only=False)
-        self._reader = _engine(url, begin="BEGIN", read_only=True)
+        self.is_sqlite = url.startswith("sqlite")
+        if self.is_sqlite:
+            self._writer = _sqlite_engine(url, begin="BEGIN IMMEDIATE", read_only=False)
+            self._reader = _sqlite_engine(url, begin="BEGIN", read_only=True)
+        else:
+            self._writer = _postgres_engine(url)
+            self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._write_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-write")
+        self._beside_thread = (
+            self._write_thread if self.is_sqlite else ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-beside")
+        )
         self._read_threads = ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="db-read")
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, beside: bool = False) -> T:
         """Run the work in a write transaction and return its value once it is on disk.
 
         A caller that is cancelled meanwhile does not undo the work: it is committed or not as if nobody waited.
+
+        Args:
+            work: what to do.
+            beside: it locks what it decides on; on PostgreSQL others may write meanwhile.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._write_thread, self.write_now, work)
+        thread = self._beside_thread if beside else self._write_thread
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(thread, lambda: self.write_now(work, beside=beside))
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run the work in a read transaction: one consistent picture, however many statements it takes."""
         return await asyncio.get_running_loop().run_in_executor(self._read_threads, self.read_now, work)
 
-    def write_now(self, work: Callable[[Connection], T]) -> T:
+    def write_now(self, work: Callable[[Connection], T], *, beside: bool = False) -> T:
         """`write` for callers without an event loop; blocks."""
-        with _translated(), self._writer.begin() as connection:
-            return work(connection)
+        with _translated():
+            for tries_left in reversed(range(MAX_TRIES)):
+                try:
+                    with self._writer.begin() as connection:
+                        if not beside:
+                            lock(connection, Lock.HOUSE)
+                        return work(connection)
+                except sa.exc.OperationalError as error:
+                    if not tries_left or getattr(error.orig, "sqlstate", None) not in _IN_THE_WAY:
+                        raise
+        raise AssertionError("the last try returns or raises")
 
     def read_now(self, work: Callable[[Connection], T]) -> T:
         """`read` for callers without an event loop; blocks."""
@@ -71,13 +117,33 @@ class Database:
 
     def close(self) -> None:
         """Finish what was handed in and close all connections. Safe to call twice."""
-        self._write_thread.shutdown(wait=True)
-        self._read_threads.shutdown(wait=True)
+        for threads in (self._write_thread, self._beside_thread, self._read_threads):
+            threads.shutdown(wait=True)
         self._writer.dispose()
         self._reader.dispose()
 
 
-def _engine(url: str, *, begin: str, read_only: bool) -> Engine:
+def lock(conn: Connection, what: Lock, keys: Collection[str] = ("",)) -> None:
+    """Wait until nobody else holds these locks, and hold them until the transaction ends.
+
+    Without effect on SQLite, where there is one write transaction at a time. Always taken in the same order, so that
+    two who take the same ones in one call never wait for each other.
+    """
+    if conn.dialect.name == "sqlite":
+        return
+    numbers = sorted({zlib.crc32(key.encode()) - 2**31 for key in keys})
+    conn.execute(_LOCK, {"what": int(what), "numbers": numbers})
+
+
+def upsert(conn: Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """An insert into the table that can say what to do about a row that is there (`on_conflict_do_update`)."""
+    return sqlite.insert(table) if conn.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+_LOCK: Final = sa.text("SELECT pg_advisory_xact_lock(:what, number) FROM unnest(CAST(:numbers AS int[])) AS number")
+
+
+def _sqlite_engine(url: str, *, begin: str, read_only: bool) -> Engine:
     engine = sa.create_engine(url, connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_MS / 1000})
 
     def on_connect(raw: Any, _record: object) -> None:
@@ -102,6 +168,34 @@ def _engine(url: str, *, begin: str, read_only: bool) -> Engine:
     return engine
 
 
+def _postgres_engine(url: str) -> Engine:
+    try:
+        drivername = sa.make_url(url).drivername
+    except sa.exc.ArgumentError:
+        drivername = ""
+    if drivername != _POSTGRES:
+        raise ConfigError("the database's URL is neither sqlite:/// nor postgresql+psycopg://", code="config.database")
+    try:
+        return sa.create_engine(
+            url,
+            isolation_level="READ COMMITTED",
+            # A connection that the server or a firewall has dropped is found before work begins on it.
+            pool_pre_ping=True,
+            pool_size=_READERS + 2,
+            pool_timeout=BUSY_TIMEOUT_MS / 1000,
+            connect_args={
+                "connect_timeout": _CONNECT_S,
+                "options": f"-c lock_timeout={BUSY_TIMEOUT_MS} -c synchronous_commit=on",
+            },
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "PostgreSQL needs the package psycopg",
+            code="config.database",
+            hint="install it: pip install 'outrider[postgres]'",
+        ) from error
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
@@ -110,23 +204,40 @@ def _translated() -> Iterator[None]:
         raise Conflict(f"the database refused: {error.orig}", code="conflict.constraint") from error
     except sa.exc.DBAPIError as error:
         raise _storage_error(error.orig) from error
+    except sa.exc.TimeoutError as error:
+        raise _busy(str(error)) from error
     except sqlite3.Error as error:
         raise _storage_error(error) from error
 
 
 def _storage_error(cause: BaseException | None) -> StorageError:
     text = str(cause)
-    name = getattr(cause, "sqlite_errorname", "")
-    if name.startswith("SQLITE_FULL"):
+    name: str = getattr(cause, "sqlite_errorname", "")
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html
+    state: str | None = getattr(cause, "sqlstate", "")
+    if name.startswith("SQLITE_FULL") or state == "53100":
         return StorageFull(f"no room for the database: {text}", hint="free disk space on the hub's data directory")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        busy = StorageError(
-            f"the database is locked: {text}", code="storage.busy", hint="another command is writing; try again"
-        )
-        busy.retry = True
-        return busy
-    if "no such table" in text or "no such column" in text:
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in ("55P03", *_IN_THE_WAY):
+        return _busy(text)
+    if "no such table" in text or "no such column" in text or state in ("42P01", "42703"):
         return StorageError(
             f"the database is not of this version: {text}", code="storage.schema", hint="run `outrider-hub migrate`"
         )
+    if not name and (state is None or state.startswith(("08", "57P", "53300"))):
+        # psycopg has no state for a server that does not answer.
+        gone = StorageError(
+            f"the database does not answer: {text}",
+            code="storage.unreachable",
+            hint="check database.url and the server",
+        )
+        gone.retry = True
+        return gone
     return StorageError(f"the database failed: {text}", hint="run `outrider-hub doctor`")
+
+
+def _busy(text: str) -> StorageError:
+    busy = StorageError(
+        f"the database is locked: {text}", code="storage.busy", hint="another command is writing; try again"
+    )
+    busy.retry = True
+    return busy

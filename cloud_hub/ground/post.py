@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from typing import Literal, Protocol
 
 from shared.clock import Clock
 from shared.ids import DeviceId
@@ -11,14 +11,20 @@ from shared.wire import topics
 from shared.wire.envelope import WIRE_VERSION, Envelope, encode_envelope
 from shared.wire.messages import KIND_OF, Message, encode_body
 
-Publish = Callable[[str, bytes], Awaitable[None]]
+
+class Publish(Protocol):
+    """Hands bytes to the link (`HubCourier.publish`); raises Unreachable without one."""
+
+    async def __call__(self, topic: str, payload: bytes, *, qos: Literal[0, 1] = 1) -> None:
+        """Publish on a topic."""
+        ...
 
 
 class Post:
     """Sends messages to devices.
 
     Args:
-        publish: hands bytes to the link (`HubCourier.publish`); raises Unreachable without one.
+        publish: hands bytes to the link.
         clock: for the envelope's times.
     """
 
@@ -27,7 +33,13 @@ class Post:
         self._clock = clock
 
     async def send(
-        self, device: DeviceId, message: Message, *, leaf: topics.DownLeaf, correlation: str | None = None
+        self,
+        device: DeviceId,
+        message: Message,
+        *,
+        leaf: topics.DownLeaf,
+        correlation: str | None = None,
+        qos: Literal[0, 1] = 1,
     ) -> None:
         """Send; returns when the link has it, which does not say that the device does. Raises Unreachable."""
         envelope = Envelope(
@@ -41,4 +53,4 @@ class Post:
             body=encode_body(message),
             correlation=correlation,
         )
-        await self._publish(topics.down(device, leaf), encode_envelope(envelope))
+        await self._publish(topics.down(device, leaf), encode_envelope(envelope), qos=qos)

@@ -2,11 +2,12 @@
 
 Rules:
 1. The topic's device is vouched for by the broker; an envelope that names another is refused.
-2. Messages of one device are dealt with in order, within presence (birth, death, reported) and within each class of
-   records; different devices do not wait for each other.
+2. Presence (birth, death, reported) and rounds go through lanes: messages of one device are dealt with in order, and
+   different devices do not wait for each other. Batches of records need no order; all that have come are handed over
+   together, unopened, so that a busy hub opens and stores many in one step.
 3. Whatever is not understood or not wanted is counted by leaf and outcome, and never dropped in silence.
 4. A message is settled with the broker whatever came of it: what the hub failed to store is not answered, and the
-   device sends it again.
+   device sends it again. A batch is settled after it was stored, so that a slow database slows the senders.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never
 
@@ -23,23 +25,25 @@ from shared.errors import OutriderError, ProtocolViolation
 from shared.ids import DeviceId
 from shared.wire import topics
 from shared.wire.envelope import Envelope, decode_envelope
-from shared.wire.messages import Batch, Birth, Death, Message, Reported, RoundReply, decode_body
+from shared.wire.messages import KIND_OF, Batch, Birth, Death, Message, Reported, RoundReply, decode_body
 
 logger = logging.getLogger(__name__)
 
 LANES: Final = 32
 LANE_DEPTH: Final = 256
+MAX_GROUP: Final = 256
+"""Batches that are handed over together."""
+MAX_WAITING: Final = 4096
+"""Batches that wait to be. The courier's window keeps them far below."""
 _MAX_NOTED: Final = 1000
 _PRESENCE: Final = frozenset({"birth", "death", "reported"})
+_BATCHES: Final = frozenset({"telemetry", "outcome", "event"})
 
-Handled = Birth | Death | Reported | Batch | RoundReply
+Handled = Birth | Death | Reported | RoundReply
 _TAKES: Final[Mapping[str, type[Handled]]] = {
     "birth": Birth,
     "death": Death,
     "reported": Reported,
-    "telemetry": Batch,
-    "outcome": Batch,
-    "event": Batch,
     "round": RoundReply,
 }
 
@@ -70,33 +74,81 @@ class Rooms:
     birth: Callable[[DeviceId, Envelope, Birth], Awaitable[None]]
     death: Callable[[DeviceId, Envelope, Death], Awaitable[None]]
     reported: Callable[[DeviceId, Envelope, Reported], Awaitable[None]]
-    batch: Callable[[DeviceId, Envelope, Batch], Awaitable[None]]
+    batches: Callable[[Sequence[Sealed]], Awaitable[None]]
     round_reply: Callable[[DeviceId, Envelope, RoundReply], Awaitable[None]]
 
 
+class Sealed:
+    """A batch as it came in; opened by whoever stores it, in a thread of theirs."""
+
+    __slots__ = ("_delivery", "error")
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self.error: OutriderError | None = None
+
+    @property
+    def topic(self) -> str:
+        """Where it came in."""
+        return self._delivery.topic
+
+    def open(self) -> tuple[DeviceId, Batch] | None:
+        """Whom it is from, and what; None, with `error` set, when it is not what may come in there."""
+        try:
+            device, _, message = _open(self._delivery.topic, self._delivery.payload)
+            if not isinstance(message, Batch):
+                raise _unexpected(message, self._delivery.topic)
+        except OutriderError as error:
+            self.error = error
+            return None
+        return device, message
+
+    def settle(self) -> None:
+        """It has been dealt with."""
+        self._delivery.settle()
+
+
 class Switchboard:
-    """Lanes of messages and the workers that empty them."""
+    """Lanes of messages, the batches beside them, and the workers that empty both."""
 
     def __init__(self, *, rooms: Rooms, metrics: Metrics) -> None:
         self._rooms = rooms
         self._metrics = metrics
         self._lanes: tuple[asyncio.Queue[Delivery], ...] = tuple(asyncio.Queue(LANE_DEPTH) for _ in range(LANES))
+        self._batches: deque[Sealed] = deque()
+        self._batches_came = asyncio.Event()
         self._noted: set[tuple[str, str]] = set()
+        self._waiting = metrics.gauge("outrider_hub_batches_waiting", "Batches that wait to be stored.")
 
-    def put(self, delivery: Delivery) -> None:
-        """Take a message; called on the loop. Counts and settles it at once when its lane is full."""
-        device, leaf = _sender(delivery.topic)
+    def put(self, deliveries: Sequence[Delivery]) -> None:
+        """Take messages; called on the loop. Counts and settles at once what is more than may wait."""
+        for delivery in deliveries:
+            device, leaf = _sender(delivery.topic)
+            if leaf in _BATCHES:
+                is_taken = len(self._batches) < MAX_WAITING
+                if is_taken:
+                    self._batches.append(Sealed(delivery))
+            else:
+                is_taken = self._put_in_lane(delivery, device, leaf)
+            if not is_taken:
+                self._count(leaf, "overflow", device=device, detail="more arrives than can be dealt with")
+                delivery.settle()
+        if self._batches:
+            self._batches_came.set()
+
+    def _put_in_lane(self, delivery: Delivery, device: str, leaf: str) -> bool:
         lane = "presence" if leaf in _PRESENCE else leaf
         number = zlib.crc32(f"{device}/{lane}".encode()) % LANES
         try:
             self._lanes[number].put_nowait(delivery)
         except asyncio.QueueFull:
-            self._count(leaf, "overflow", device=device, detail="more arrives than can be dealt with")
-            delivery.settle()
+            return False
+        return True
 
     async def run(self) -> None:
         """Deal with messages until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._empty_batches())
             for lane in self._lanes:
                 group.create_task(self._empty(lane))
 
@@ -108,11 +160,53 @@ class Switchboard:
             finally:
                 delivery.settle()
 
+    async def _empty_batches(self) -> None:
+        while True:
+            await self._batches_came.wait()
+            group = [self._batches.popleft() for _ in range(min(MAX_GROUP, len(self._batches)))]
+            self._waiting.set(len(self._batches))
+            if not self._batches:
+                self._batches_came.clear()
+            try:
+                await self._store(group)
+            finally:
+                for sealed in group:
+                    sealed.settle()
+
+    async def _store(self, group: Sequence[Sealed]) -> None:
+        try:
+            await self._rooms.batches(group)
+        except OutriderError as error:
+            self._count_failed(group, f"{error.code}: {error.message}")
+            return
+        except Exception:
+            # As below: a defect must not end the hub for all devices.
+            logger.exception("batches failed")
+            self._count_failed(group, "defect")
+            return
+        stored: Counter[str] = Counter()
+        for sealed in group:
+            device, leaf = _sender(sealed.topic)
+            if sealed.error is None:
+                stored[leaf] += 1
+            else:
+                self._count(leaf, sealed.error.code, device=device, detail=sealed.error.message)
+        for leaf, many in stored.items():
+            self._metrics.messages.labels(leaf, "ok").inc(many)
+
+    def _count_failed(self, group: Sequence[Sealed], detail: str) -> None:
+        for sealed in group:
+            device, leaf = _sender(sealed.topic)
+            self._count(leaf, "failed", device=device, detail=detail)
+
     async def receive(self, topic: str, payload: bytes) -> None:
         """Deal with one message; never raises for what is in it."""
         sender, leaf = _sender(topic)
         try:
             device, envelope, message = _open(topic, payload)
+            wanted = _TAKES.get(leaf)
+            if wanted is None or not isinstance(message, wanted):
+                raise _unexpected(message, topic)
         except OutriderError as error:
             self._count(leaf, error.code, device=sender, detail=error.message)
             return
@@ -135,8 +229,6 @@ class Switchboard:
                 await self._rooms.death(device, envelope, message)
             case Reported():
                 await self._rooms.reported(device, envelope, message)
-            case Batch():
-                await self._rooms.batch(device, envelope, message)
             case RoundReply():
                 await self._rooms.round_reply(device, envelope, message)
             case _:
@@ -158,15 +250,15 @@ def _sender(topic: str) -> tuple[str, str]:
     return device, leaf
 
 
-def _open(topic: str, payload: bytes) -> tuple[DeviceId, Envelope, Handled]:
+def _open(topic: str, payload: bytes) -> tuple[DeviceId, Envelope, Message]:
     address = topics.parse_up(topic)
     envelope = decode_envelope(payload)
     if envelope.device != address.device:
         raise ProtocolViolation(
             f"the envelope names {envelope.device[:80]!r}, the topic {address.device!r}", code="protocol.misaddressed"
         )
-    message: Message = decode_body(envelope)
-    wanted = _TAKES.get(address.leaf)
-    if wanted is None or not isinstance(message, wanted):
-        raise ProtocolViolation(f"{envelope.kind!r} is not taken on {address.leaf!r}", code="protocol.unexpected")
-    return address.device, envelope, message
+    return address.device, envelope, decode_body(envelope)
+
+
+def _unexpected(message: Message, topic: str) -> ProtocolViolation:
+    return ProtocolViolation(f"{KIND_OF[type(message)]!r} is not taken on {topic[:120]!r}", code="protocol.unexpected")

@@ -1,59 +1,61 @@
 """The telemetry desk: takes batches, stores each record once, acknowledges after the commit, and answers questions.
 
 Rules:
-1. Records, the stream's ranges, the batch's digest and the figures that gates read are written in one transaction;
-   the acknowledgement goes out after it. A hub that dies in between is sent the batch again and answers `duplicate`.
-2. What cannot be stored now is dropped without an answer and counted: the device has it and sends it again.
+1. Batches, what is known of their streams and the figures that gates read are written in one transaction; the
+   acknowledgements go out after it. A hub that dies in between is sent the batches again and answers `duplicate`.
+2. What cannot be stored now is not answered: the device has it and sends it again.
 3. What can never be stored is answered `refused` with the reason.
-4. Batches that wait are committed together: one disk sync for all, so more load makes larger commits, not more.
+4. Batches that came together are opened and stored together, in one step of one thread and one commit, and answered
+   in one message for each device: more load makes larger groups, not more of them.
 
-Not here: MQTT, envelopes, devices.
+Not here: MQTT, envelopes, devices, what a batch adds (`taking.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
+import msgspec
 from sqlalchemy.engine import Connection
 
-from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.telemetry import rules, tables
-from cloud_hub.telemetry.figures import Figures, minute_of, tally
-from cloud_hub.telemetry.rules import OpenBatch, Received, TelemetryRefused
+from cloud_hub.telemetry import ranges, rules, tables
+from cloud_hub.telemetry.figures import Figures, minute_of
+from cloud_hub.telemetry.rules import CLASS_NAMES, MAX_SPAN, Opened, Stream, TelemetryRefused
+from cloud_hub.telemetry.taking import Lost, Received, Taken, take_all
+from shared import limits
 from shared.clock import Clock
-from shared.errors import OutriderError
+from shared.errors import OutriderError, ProtocolViolation, StorageError
 from shared.ids import DeviceId
-from shared.telemetry import BatchId, RecordClass
-from shared.wire.envelope import Envelope
-from shared.wire.messages import Ack, Batch
+from shared.telemetry import BatchId, Record, RecordClass
+from shared.wire.messages import Ack, Batch, Verdict
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_BATCHES: Final = 512
-MAX_GROUP_BATCHES: Final = 64
 PAUSE_S: Final = 0.5
 """After a failed commit, so that a full disk does not make a busy loop."""
+_MAX_NOTED: Final = 1000
 
 SendAck = Callable[[DeviceId, Ack], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A batch and whom it came from."""
+class Parcel(Protocol):
+    """A batch that has come in and is not opened yet."""
 
-    device: DeviceId
-    batch: Batch
+    def open(self) -> tuple[DeviceId, Batch] | None:
+        """Whom it is from, and what; None when it is nothing that can be answered. May be called in any thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEffect:
-    """A record as the desk tells it; `id` grows in the order of arrival."""
+    """A record as the desk tells it; `id` grows in the order of arrival: the batch's, then the place in it."""
 
     id: int
     epoch: str
@@ -72,9 +74,11 @@ class StreamSummary:
     Attributes:
         records: how many, each counted once.
         first, last: lowest and highest number; 0 when there are none.
-        missing: ranges from 1 to `last` that have not arrived.
+        watermark: up to here no number is waited for: each is here, or declared lost.
+        missing: ranges from 1 to `last` that have not arrived and are not declared lost.
+        lost: what the device said will not come.
         duplicates: records that came again and were dropped.
-        conflicts: batches refused because their numbers are here with other content.
+        conflicts: batches refused because their numbers are here with other content: a copied disk, or one set back.
     """
 
     epoch: str
@@ -82,11 +86,23 @@ class StreamSummary:
     records: int
     first: int
     last: int
-    missing: tuple[tuple[int, int], ...]
+    watermark: int
+    missing: ranges.Ranges
+    lost: tuple[Lost, ...]
     duplicates: int
     conflicts: int
     first_received_ms: int
     last_received_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What became of parcels that were stored together; `opened` and `taken` in the same order, without refusals."""
+
+    verdicts: dict[DeviceId, list[Verdict]]
+    opened: list[Opened]
+    taken: list[Taken]
+    refused: list[tuple[DeviceId, str]]
 
 
 class Desk:
@@ -97,86 +113,57 @@ class Desk:
         clock: for the time of arrival.
         metrics: gets the room's figures.
         send_ack: hands an acknowledgement to the link; raises OutriderError when it cannot.
-        max_waiting: how many batches may wait for a commit.
     """
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        clock: Clock,
-        metrics: Metrics,
-        send_ack: SendAck,
-        max_waiting: int = MAX_WAITING_BATCHES,
-    ) -> None:
+    def __init__(self, *, database: Database, clock: Clock, metrics: Metrics, send_ack: SendAck) -> None:
         self._database = database
         self._clock = clock
         self._send_ack = send_ack
-        self._waiting: asyncio.Queue[Delivery] = asyncio.Queue(max_waiting)
         self._failing = False
+        self._noted: set[tuple[DeviceId, str]] = set()
         self._batches = metrics.counter("outrider_hub_batches_total", "Batches from devices by outcome.", ("outcome",))
         self._records = metrics.counter("outrider_hub_records_total", "Records stored, each once.", ("klass",))
         self._duplicates = metrics.counter("outrider_hub_duplicate_records_total", "Records that came again.")
-        self._depth = metrics.gauge("outrider_hub_batches_waiting", "Batches that wait for a commit.")
+        self._lost = metrics.counter("outrider_hub_lost_records_total", "Records that devices declared lost.")
         self._commit_seconds = metrics.histogram("outrider_hub_commit_seconds", "Time to store a group of batches.")
 
     # Taking
 
-    async def received(self, device: DeviceId, _envelope: Envelope, batch: Batch) -> None:
-        """A batch has come in (`switchboard.Rooms.batch`)."""
-        self.submit(device, batch)
-
-    def submit(self, device: DeviceId, batch: Batch) -> bool:
-        """Queue a batch for the next commit; False when too many wait and it was dropped."""
+    async def take(self, parcels: Sequence[Parcel]) -> None:
+        """Store these in one commit and answer them; raises OutriderError when they cannot be stored now."""
+        began_ms, at_ms = self._clock.mono_ms(), self._clock.wall_ms()
         try:
-            self._waiting.put_nowait(Delivery(device, batch))
-        except asyncio.QueueFull:
-            self._batches.labels("overflow").inc()
-            return False
-        self._depth.set(self._waiting.qsize())
-        return True
-
-    async def run(self) -> None:
-        """Store and acknowledge until cancelled."""
-        while True:
-            group = [await self._waiting.get()]
-            while len(group) < MAX_GROUP_BATCHES and not self._waiting.empty():
-                group.append(self._waiting.get_nowait())
-            self._depth.set(self._waiting.qsize())
-            try:
-                acks = await self._store(group)
-            except OutriderError as error:
-                await self._pause(group, error)
-                continue
-            if self._failing:
-                self._failing = False
-                logger.info("telemetry is stored again")
-            for device, ack in acks:
-                await self._acknowledge(device, ack)
-
-    async def _store(self, group: list[Delivery]) -> list[tuple[DeviceId, Ack]]:
-        began_ms = self._clock.mono_ms()
-        opened = await asyncio.to_thread(_open_all, group)
-        at_ms = self._clock.wall_ms()
-        acks: list[tuple[DeviceId, Ack]] = []
-        good = [batch for batch in opened if isinstance(batch, OpenBatch)]
-        stored = await self._database.write(lambda conn: [_take(conn, batch, at_ms=at_ms) for batch in good])
-        results = iter(stored)
-        for delivery, batch in zip(group, opened, strict=True):
-            result = next(results) if isinstance(batch, OpenBatch) else _Taken("refused", code=batch.code)
-            self._batches.labels(result.status).inc()
-            self._duplicates.inc(result.duplicates)
-            if isinstance(batch, OpenBatch):
-                self._records.labels(rules.CLASS_NAMES[batch.stream.klass]).inc(result.fresh)
-            if result.status == "refused":
-                logger.warning("batch refused", extra={"device": delivery.device, "code": result.code})
-            ack = Ack(batch=_echo(delivery.batch.batch), status=result.status, code=result.code)
-            acks.append((delivery.device, ack))
+            group = await self._database.write(lambda conn: _store(conn, parcels, at_ms=at_ms), beside=True)
+        except OutriderError as error:
+            await self._pause(len(parcels), error)
+            raise
+        if self._failing:
+            self._failing = False
+            logger.info("telemetry is stored again")
         self._commit_seconds.observe((self._clock.mono_ms() - began_ms) / 1000)
-        return acks
+        for device, verdicts in group.verdicts.items():
+            await self._acknowledge(device, Ack(verdicts=tuple(verdicts)))
+        self._count(group)
 
-    async def _pause(self, group: list[Delivery], error: OutriderError) -> None:
-        self._batches.labels("failed").inc(len(group))
+    def _count(self, group: _Group) -> None:
+        outcomes = Counter(verdict.status for verdicts in group.verdicts.values() for verdict in verdicts)
+        for status, many in outcomes.items():
+            self._batches.labels(status).inc(many)
+        fresh: Counter[RecordClass] = Counter()
+        for opened, taken in zip(group.opened, group.taken, strict=True):
+            fresh[opened.stream.klass] += taken.fresh
+        for klass, many in fresh.items():
+            self._records.labels(CLASS_NAMES[klass]).inc(many)
+        self._duplicates.inc(sum(taken.duplicates for taken in group.taken))
+        self._lost.inc(sum(taken.lost for taken in group.taken))
+        for device, code in group.refused:
+            # Once per device and code: a device that sends nonsense must not fill the log.
+            if (device, code) not in self._noted and len(self._noted) < _MAX_NOTED:
+                self._noted.add((device, code))
+                logger.warning("batch refused", extra={"device": device, "code": code})
+
+    async def _pause(self, batches: int, error: OutriderError) -> None:
+        self._batches.labels("failed").inc(batches)
         if not self._failing:
             self._failing = True
             logger.error("telemetry cannot be stored: %s: %s", error.code, error.message)
@@ -186,8 +173,8 @@ class Desk:
         try:
             await self._send_ack(device, ack)
         except OutriderError:
-            # The device sends the batch again after its reconnect and gets `duplicate` then.
-            self._batches.labels("unacknowledged").inc()
+            # The device sends the batches again after its reconnect and gets `duplicate` then.
+            self._batches.labels("unacknowledged").inc(len(ack.verdicts))
 
     # Questions
 
@@ -195,27 +182,21 @@ class Desk:
         self, device: DeviceId, *, klass: RecordClass | None = None, after: int = 0, limit: int
     ) -> tuple[StoredEffect, ...]:
         """The device's records in the order of arrival, from after the one with this id."""
-        rows = await self._database.read(
-            lambda conn: tables.list_records(conn, device, klass=klass, after=after, limit=limit)
-        )
-        return tuple(
-            StoredEffect(
-                id=row.id,
-                epoch=row.epoch,
-                klass=rules.CLASS_NAMES[row.klass],
-                seq=row.seq,
-                at_ms=row.at_ms,
-                received_ms=row.received_ms,
-                kind=row.kind,
-                body=rules.read_body(row.body),
+        from_id = after // MAX_SPAN
+        # The first batch may have been told already, up to its last record.
+        wanted = limit + limits.MAX_BATCH_RECORDS
+        return await self._database.read(
+            lambda conn: _effects(
+                tables.list_batches(conn, device, klass=klass, from_id=from_id, records=wanted),
+                after=after,
+                limit=limit,
             )
-            for row in rows
         )
 
     async def summary(self, device: DeviceId) -> tuple[StreamSummary, ...]:
         """What has arrived of each of the device's streams, oldest epoch first."""
-        rows = await self._database.read(lambda conn: tables.list_streams(conn, device))
-        return tuple(_summary(row) for row in rows)
+        streams = await self._database.read(lambda conn: tables.list_streams(conn, device))
+        return tuple(_summary(stream, received) for stream, received in streams)
 
     async def figures(self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None) -> list[Figures]:
         """What the fleet said of a family's releases, one entry per device and version.
@@ -231,85 +212,30 @@ class Desk:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """What became of a batch."""
-
-    status: Literal["stored", "duplicate", "refused"]
-    fresh: int = 0
-    duplicates: int = 0
-    code: str = ""
-
-
-def _open_all(group: list[Delivery]) -> list[OpenBatch | TelemetryRefused]:
-    opened: list[OpenBatch | TelemetryRefused] = []
-    for delivery in group:
+def _store(conn: Connection, parcels: Sequence[Parcel], *, at_ms: int) -> _Group:
+    """Open and store, in the caller's transaction; the verdicts are good once it is committed."""
+    group = _Group(verdicts={}, opened=[], taken=[], refused=[])
+    claims: list[tuple[DeviceId, BatchId, str | None]] = []
+    for parcel in parcels:
+        found = parcel.open()
+        if found is None:
+            continue
+        device, batch = found
         try:
-            opened.append(rules.open_batch(delivery.device, delivery.batch))
+            group.opened.append(rules.open_batch(device, batch))
+            claims.append((device, batch.batch, None))
         except TelemetryRefused as refused:
-            opened.append(refused)
-    return opened
-
-
-def _take(conn: Connection, batch: OpenBatch, *, at_ms: int) -> _Taken:
-    """Store what is new of the batch, in the caller's transaction."""
-    received = tables.read_stream(conn, batch.stream)
-    try:
-        merged = _merge(conn, batch, received)
-    except TelemetryRefused as refused:
-        _note_conflict(conn, batch, received, at_ms=at_ms)
-        return _Taken("refused", code=refused.code)
-    numbers = rules.ranges_of(record.seq for record in merged.fresh)
-    ranges = rules.union(received.ranges, numbers)
-    if len(ranges) > rules.MAX_RANGES:
-        return _Taken("refused", code="telemetry.scattered")
-    if merged.fresh:
-        tables.insert_batch(conn, batch)
-        tables.insert_records(conn, batch.stream, merged.fresh, at_ms=at_ms)
-        tables.add_figures(conn, batch.stream.device, tally(merged.fresh), minute=minute_of(at_ms))
-    after = replace(
-        received,
-        ranges=ranges,
-        records=received.records + len(merged.fresh),
-        duplicates=received.duplicates + merged.duplicates,
-    )
-    tables.write_stream(conn, batch.stream, after, at_ms=at_ms)
-    status: Literal["stored", "duplicate"] = "stored" if merged.fresh else "duplicate"
-    return _Taken(status, fresh=len(merged.fresh), duplicates=merged.duplicates)
-
-
-def _merge(conn: Connection, batch: OpenBatch, received: Received) -> rules.Merge:
-    digest = tables.batch_digest(conn, batch)
-    # Not by comparing records: a hub of another version may have stored the same batch with other fields.
-    if digest == batch.id.digest:
-        return rules.Merge(fresh=(), duplicates=len(batch.records))
-    if digest is not None:
-        raise rules.conflict(batch)
-    here: list[rules.StoredRecord] = []
-    if rules.meets(received.ranges, batch.id.first, batch.id.last):
-        here = tables.records_between(conn, batch.stream, batch.id.first, batch.id.last)
-    return rules.merge(batch, here)
-
-
-def _note_conflict(conn: Connection, batch: OpenBatch, received: Received, *, at_ms: int) -> None:
-    """Count it; the first of a stream is an audit event, the rest would only fill the log."""
-    if received.conflicts == 0:
-        stream = batch.stream
-        audit.record(
-            conn,
-            at_ms=at_ms,
-            actor=f"device:{stream.device}",
-            action="telemetry.conflict",
-            subject=f"device:{stream.device}",
-            detail={
-                "epoch": stream.epoch,
-                "class": rules.CLASS_NAMES[stream.klass],
-                "first": batch.id.first,
-                "last": batch.id.last,
-                "digest": batch.id.digest,
-            },
-        )
-    tables.write_stream(conn, batch.stream, replace(received, conflicts=received.conflicts + 1), at_ms=at_ms)
+            claims.append((device, batch.batch, refused.code))
+    group.taken.extend(take_all(tables.SqlStore(conn), group.opened, at_ms=at_ms))
+    results = iter(group.taken)
+    for device, claim, code in claims:
+        taken = next(results) if code is None else Taken("refused", code=code)
+        is_refused = taken.status == "refused"
+        if is_refused:
+            group.refused.append((device, taken.code))
+        told = _echo(claim) if is_refused else claim
+        group.verdicts.setdefault(device, []).append(Verdict(batch=told, status=taken.status, code=taken.code))
+    return group
 
 
 def _echo(claim: BatchId) -> BatchId:
@@ -319,17 +245,55 @@ def _echo(claim: BatchId) -> BatchId:
     )
 
 
-def _summary(row: tables.StreamRow) -> StreamSummary:
-    ranges = row.received.ranges
+def _effects(batches: Iterable[tables.StoredColumns], *, after: int, limit: int) -> tuple[StoredEffect, ...]:
+    """The records of these batches one by one, as many as are wanted."""
+    found: list[StoredEffect] = []
+    for batch in batches:
+        for record in _explode(batch):
+            number = batch.id * MAX_SPAN + record.seq - batch.first
+            if number > after:
+                found.append(_effect(number, batch, record))
+        if len(found) >= limit:
+            break
+    return tuple(found[:limit])
+
+
+def _explode(batch: tables.StoredColumns) -> list[Record]:
+    try:
+        return rules.explode(batch.columns)
+    except ProtocolViolation as error:
+        raise StorageError(
+            f"telemetry batch {batch.id} is damaged: {error.message}", hint="run `outrider-hub doctor`"
+        ) from error
+
+
+def _effect(number: int, batch: tables.StoredColumns, record: Record) -> StoredEffect:
+    fields = msgspec.structs.asdict(record.body)
+    return StoredEffect(
+        id=number,
+        epoch=batch.stream.epoch,
+        klass=CLASS_NAMES[batch.stream.klass],
+        seq=record.seq,
+        at_ms=record.at_ms,
+        received_ms=batch.received_ms,
+        kind=str(record.body.__struct_config__.tag),
+        body={name: value for name, value in fields.items() if value is not None},
+    )
+
+
+def _summary(stream: Stream, received: Received) -> StreamSummary:
+    here, settled = received.here, received.settled
     return StreamSummary(
-        epoch=row.stream.epoch,
-        klass=rules.CLASS_NAMES[row.stream.klass],
-        records=row.received.records,
-        first=ranges[0][0] if ranges else 0,
-        last=ranges[-1][1] if ranges else 0,
-        missing=rules.missing(ranges),
-        duplicates=row.received.duplicates,
-        conflicts=row.received.conflicts,
-        first_received_ms=row.first_received_ms,
-        last_received_ms=row.last_received_ms,
+        epoch=stream.epoch,
+        klass=CLASS_NAMES[stream.klass],
+        records=received.records,
+        first=here[0][0] if here else 0,
+        last=here[-1][1] if here else 0,
+        watermark=ranges.watermark(settled),
+        missing=ranges.missing(settled),
+        lost=received.lost,
+        duplicates=received.duplicates,
+        conflicts=received.conflicts,
+        first_received_ms=received.first_received_ms,
+        last_received_ms=received.last_received_ms,
     )

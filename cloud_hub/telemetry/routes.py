@@ -6,7 +6,7 @@ The desk is at `app.state.telemetry`, the devices' desk at `app.state.devices` (
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
@@ -21,8 +21,8 @@ from shared.ids import DeviceId
 router: Final = APIRouter(prefix="/v1/telemetry", tags=["telemetry"])
 
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
-ClassName = Literal["event", "outcome", "telemetry"]
-_MAX_MISSING: Final = 1000
+ClassName = Literal["event", "outcome", "result", "reading"]
+_MAX_RANGES: Final = 1000
 
 
 class RecordOut(BaseModel):
@@ -45,11 +45,20 @@ class RecordsOut(BaseModel):
     next: str | None
 
 
+class LostOut(BaseModel):
+    """Record numbers, both ends inclusive, that the device said will not come, and why."""
+
+    first: int
+    last: int
+    reason: str
+
+
 class StreamOut(BaseModel):
     """What has arrived of one class of records since the device's outbox was made (its epoch).
 
-    `missing` are ranges of record numbers, both ends inclusive, that have not arrived: at most the first thousand of
-    `missing_ranges`. `duplicates` counts records that came again and were dropped.
+    Each number up to the highest is here, or `lost`, or `missing`. Of both lists of ranges at most the first thousand
+    are told. `watermark`: up to here nothing is missing. `duplicates` counts records that came again and were dropped;
+    `conflicts` batches whose numbers are here with other content: two devices carry the same disk, or it was set back.
     """
 
     epoch: str
@@ -60,6 +69,10 @@ class StreamOut(BaseModel):
     missing: list[tuple[int, int]]
     missing_ranges: int
     missing_records: int
+    watermark: int
+    lost: list[LostOut]
+    lost_ranges: int
+    lost_records: int
     duplicates: int
     conflicts: int
     first_received_ms: int
@@ -67,10 +80,11 @@ class StreamOut(BaseModel):
 
 
 class SummaryOut(BaseModel):
-    """What has arrived of a device."""
+    """What has arrived of a device. More than one of `epochs` says that the device's store was lost or replaced."""
 
     device: str
     records: int
+    epochs: list[str]
     streams: list[StreamOut]
 
 
@@ -97,7 +111,10 @@ async def summarize_telemetry(request: Request, _principal: Viewer, device: str)
     name = await _known(request, device)
     streams = await _desk(request).summary(name)
     return SummaryOut(
-        device=name, records=sum(stream.records for stream in streams), streams=[_stream(s) for s in streams]
+        device=name,
+        records=sum(stream.records for stream in streams),
+        epochs=list(dict.fromkeys(stream.epoch for stream in streams)),
+        streams=[_stream(stream) for stream in streams],
     )
 
 
@@ -132,9 +149,13 @@ def _stream(stream: StreamSummary) -> StreamOut:
         records=stream.records,
         first=stream.first,
         last=stream.last,
-        missing=list(stream.missing[:_MAX_MISSING]),
+        missing=list(stream.missing[:_MAX_RANGES]),
         missing_ranges=len(stream.missing),
         missing_records=sum(last - first + 1 for first, last in stream.missing),
+        watermark=stream.watermark,
+        lost=[LostOut(first=one.first, last=one.last, reason=one.reason) for one in stream.lost[:_MAX_RANGES]],
+        lost_ranges=len(stream.lost),
+        lost_records=sum(one.last - one.first + 1 for one in stream.lost),
         duplicates=stream.duplicates,
         conflicts=stream.conflicts,
         first_received_ms=stream.first_received_ms,
@@ -143,9 +164,7 @@ def _stream(stream: StreamSummary) -> StreamOut:
 
 
 def _class(name: str) -> ClassName:
-    if name == "event":
-        return "event"
-    return "outcome" if name == "outcome" else "telemetry"
+    return next(known for known in get_args(ClassName) if known == name)
 
 
 def _finite(value: object) -> object:

@@ -1,45 +1,53 @@
 """The room's tables and the statements on them. Private to the room: others ask the desk.
 
-Functions take a connection inside the caller's transaction; none of them begins, commits or decides.
+Functions take a connection inside the caller's transaction; none of them begins, commits or decides. The same
+statements run on SQLite and PostgreSQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final, TypeVar
 
+import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.engine import Connection
 
+from cloud_hub.ground import audit
+from cloud_hub.ground.database import Lock, lock, upsert
 from cloud_hub.ground.schema import metadata
-from cloud_hub.telemetry.figures import Figures, Tally
-from cloud_hub.telemetry.rules import (
-    OpenBatch,
-    Received,
-    StoredRecord,
-    Stream,
-    decode_ranges,
-    encode_ranges,
-)
+from cloud_hub.telemetry.figures import Figures, Tallies
+from cloud_hub.telemetry.ranges import Ranges
+from cloud_hub.telemetry.rules import MAX_SPAN, Stream
+from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received
 from shared.ids import DeviceId
 from shared.sketch import Sketch, decode_sketch, merge_all
 from shared.telemetry import RecordClass
 
-records = sa.Table(
-    "telemetry_records",
+T = TypeVar("T")
+
+_Number: Final = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+"""SQLite counts up only what it calls INTEGER, which has 64 bits there."""
+
+batches = sa.Table(
+    "telemetry_batches",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", _Number, primary_key=True, autoincrement=True),
     sa.Column("device", sa.String(63), nullable=False),
     sa.Column("epoch", sa.String(16), nullable=False),
     sa.Column("klass", sa.Integer, nullable=False),
-    sa.Column("seq", sa.BigInteger, nullable=False),
-    sa.Column("at_ms", sa.BigInteger, nullable=False),
+    sa.Column("first", sa.BigInteger, nullable=False),
+    sa.Column("last", sa.BigInteger, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("received_ms", sa.BigInteger, nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("body", sa.LargeBinary, nullable=False),
-    sa.UniqueConstraint("device", "epoch", "klass", "seq"),
-    sa.Index("ix_telemetry_records_device", "device", "klass", "id"),
+    sa.Column("records", sa.Integer, nullable=False),
+    sa.Column("gap", sa.String(16)),
+    sa.Column("columns", sa.LargeBinary, nullable=False),
+    # Of a claim's numbers; not unique, because a gap and what came all the same may have the same.
+    sa.Index("ix_telemetry_batches_first", "device", "epoch", "klass", "first"),
+    sa.Index("ix_telemetry_batches_id", "device", "klass", "id"),
     sqlite_autoincrement=True,
 )
 
@@ -50,22 +58,12 @@ streams = sa.Table(
     sa.Column("epoch", sa.String(16), primary_key=True),
     sa.Column("klass", sa.Integer, primary_key=True),
     sa.Column("ranges", sa.LargeBinary, nullable=False),
+    sa.Column("lost", sa.LargeBinary, nullable=False),
     sa.Column("records", sa.BigInteger, nullable=False),
     sa.Column("duplicates", sa.BigInteger, nullable=False),
     sa.Column("conflicts", sa.BigInteger, nullable=False),
     sa.Column("first_received_ms", sa.BigInteger, nullable=False),
     sa.Column("last_received_ms", sa.BigInteger, nullable=False),
-)
-
-batches = sa.Table(
-    "telemetry_batches",
-    metadata,
-    sa.Column("device", sa.String(63), primary_key=True),
-    sa.Column("epoch", sa.String(16), primary_key=True),
-    sa.Column("klass", sa.Integer, primary_key=True),
-    sa.Column("first", sa.BigInteger, primary_key=True),
-    sa.Column("last", sa.BigInteger, primary_key=True),
-    sa.Column("digest", sa.String(64), nullable=False),
 )
 
 figures = sa.Table(
@@ -82,157 +80,185 @@ figures = sa.Table(
     sa.Column("latency", sa.LargeBinary, nullable=False),
 )
 
-_DEVICES_PER_QUERY = 500
+_PER_QUERY: Final = 200
+_COLUMNS_AT_ONCE: Final = 16
+_encoder: Final = msgspec.msgpack.Encoder()
+_ranges_decoder: Final = msgspec.msgpack.Decoder(Ranges)
+_lost_decoder: Final = msgspec.msgpack.Decoder(tuple[Lost, ...])
 
 
 @dataclass(frozen=True, slots=True)
-class RecordRow:
-    """A record with its place in the order of arrival, `id`."""
+class StoredColumns:
+    """A batch as it is listed; `id` grows in the order of arrival."""
 
     id: int
-    epoch: str
-    klass: RecordClass
-    seq: int
-    at_ms: int
-    received_ms: int
-    kind: str
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StreamRow:
-    """A stream and what has arrived of it."""
-
     stream: Stream
-    received: Received
-    first_received_ms: int
-    last_received_ms: int
+    first: int
+    received_ms: int
+    columns: bytes
 
 
-def read_stream(conn: Connection, stream: Stream) -> Received:
-    """What has arrived of the stream; nothing for an unknown one."""
-    row = conn.execute(sa.select(streams).where(*_of(streams, stream))).one_or_none()
-    if row is None:
-        return Received()
-    return Received(
-        ranges=decode_ranges(row.ranges), records=row.records, duplicates=row.duplicates, conflicts=row.conflicts
-    )
+class SqlStore:
+    """`taking.Store` on a connection inside a write transaction."""
+
+    def __init__(self, conn: Connection) -> None:
+        self._conn = conn
+
+    def read(self, wanted: Collection[Stream]) -> dict[Stream, Received]:
+        """What is known of these streams; their devices are locked until the transaction ends."""
+        lock(self._conn, Lock.TELEMETRY, {stream.device for stream in wanted})
+        c = streams.c
+        found: dict[Stream, Received] = {}
+        for some in _portions(sorted(wanted), _PER_QUERY):
+            keys = [(stream.device, stream.epoch, int(stream.klass)) for stream in some]
+            query = sa.select(streams).where(sa.tuple_(c.device, c.epoch, c.klass).in_(keys))
+            found.update(_received(row) for row in self._conn.execute(query))
+        return found
+
+    def epochs(self, device: DeviceId) -> frozenset[str]:
+        """All epochs of the device."""
+        query = sa.select(streams.c.epoch).where(streams.c.device == device).distinct()
+        return frozenset(self._conn.execute(query).scalars())
+
+    def overlapping(self, stream: Stream, first: int, last: int) -> Sequence[BatchRow]:
+        """The stream's batches with records that hold a number from first to last."""
+        c = batches.c
+        of_stream = sa.select(batches).where(
+            c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass), c.gap.is_(None)
+        )
+        # The lower bound keeps the index's walk short: no batch spans more.
+        query = of_stream.where(c.first <= last, c.first > first - MAX_SPAN, c.last >= first)
+        return [
+            BatchRow(stream, row.first, row.last, row.digest, row.records, bytes(row.columns), None)
+            for row in self._conn.execute(query.order_by(c.first, c.id))
+        ]
+
+    def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
+        """Add batches."""
+        self._conn.execute(
+            _INSERT,
+            [
+                {
+                    "device": row.stream.device,
+                    "epoch": row.stream.epoch,
+                    "klass": int(row.stream.klass),
+                    "first": row.first,
+                    "last": row.last,
+                    "digest": row.digest,
+                    "received_ms": at_ms,
+                    "records": row.records,
+                    "gap": row.gap,
+                    "columns": row.columns,
+                }
+                for row in rows
+            ],
+        )
+
+    def write(self, changed: Mapping[Stream, Received]) -> None:
+        """Replace what is known of these streams."""
+        if not changed:
+            return
+        statement = upsert(self._conn, streams)
+        excluded = statement.excluded
+        kept = {column.name: excluded[column.name] for column in streams.c if column.name not in _STREAM_KEY}
+        self._conn.execute(
+            statement.on_conflict_do_update(index_elements=_STREAM_KEY, set_=kept),
+            [
+                {
+                    "device": stream.device,
+                    "epoch": stream.epoch,
+                    "klass": int(stream.klass),
+                    "ranges": _encoder.encode(received.here),
+                    "lost": _encoder.encode(received.lost),
+                    "records": received.records,
+                    "duplicates": received.duplicates,
+                    "conflicts": received.conflicts,
+                    "first_received_ms": received.first_received_ms,
+                    "last_received_ms": received.last_received_ms,
+                }
+                for stream, received in changed.items()
+            ],
+        )
+
+    def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
+        """Add to the minute's figures of the device, which is locked as its streams are."""
+        c = figures.c
+        for (family, version), tally in tallies.items():
+            key = {"family": family, "minute": minute, "device": device, "version": version}
+            same = sa.and_(c.family == family, c.minute == minute, c.device == device, c.version == version)
+            latency = tally.latency
+            if latency.buckets:
+                before = self._conn.execute(sa.select(c.latency).where(same)).scalar_one_or_none()
+                latency = latency if before is None else latency.merge(decode_sketch(bytes(before)))
+            statement = upsert(self._conn, figures).values(
+                **key, answered=tally.answered, right=tally.right, wrong=tally.wrong, latency=latency.encode()
+            )
+            changed: dict[str, object] = {
+                "answered": c.answered + statement.excluded.answered,
+                "right": c.right + statement.excluded.right,
+                "wrong": c.wrong + statement.excluded.wrong,
+            }
+            if latency.buckets:
+                changed["latency"] = statement.excluded.latency
+            self._conn.execute(
+                statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
+            )
+
+    def note(self, note: Note, *, at_ms: int) -> None:
+        """Write an audit event."""
+        audit.record(
+            self._conn,
+            at_ms=at_ms,
+            actor=f"device:{note.device}",
+            action=note.action,
+            subject=f"device:{note.device}",
+            detail=note.detail,
+        )
 
 
-def write_stream(conn: Connection, stream: Stream, received: Received, *, at_ms: int) -> None:
-    """Replace what is known of the stream."""
-    changed = {
-        "ranges": encode_ranges(received.ranges),
-        "records": received.records,
-        "duplicates": received.duplicates,
-        "conflicts": received.conflicts,
-        "last_received_ms": at_ms,
-    }
-    statement = insert(streams).values(**_key(stream), first_received_ms=at_ms, **changed)
-    conn.execute(statement.on_conflict_do_update(index_elements=["device", "epoch", "klass"], set_=changed))
+_INSERT: Final = batches.insert()
+_STREAM_KEY: Final = ("device", "epoch", "klass")
 
 
-def batch_digest(conn: Connection, batch: OpenBatch) -> str | None:
-    """The digest of the batch that brought exactly these numbers, None if none did."""
-    c = batches.c
-    query = sa.select(c.digest).where(*_of(batches, batch.stream), c.first == batch.id.first, c.last == batch.id.last)
-    return conn.execute(query).scalar_one_or_none()
-
-
-def insert_batch(conn: Connection, batch: OpenBatch) -> None:
-    """Remember the batch."""
-    claim = batch.id
-    conn.execute(batches.insert().values(**_key(batch.stream), first=claim.first, last=claim.last, digest=claim.digest))
-
-
-def records_between(conn: Connection, stream: Stream, first: int, last: int) -> list[StoredRecord]:
-    """The stream's records with these numbers, as far as they are here."""
-    c = records.c
-    query = sa.select(c.seq, c.at_ms, c.kind, c.body).where(*_of(records, stream), c.seq.between(first, last))
-    return [StoredRecord(seq=r.seq, at_ms=r.at_ms, kind=r.kind, body=bytes(r.body)) for r in conn.execute(query)]
-
-
-def insert_records(conn: Connection, stream: Stream, fresh: Sequence[StoredRecord], *, at_ms: int) -> None:
-    """Add records to the stream; the constraint refuses a number that is here."""
-    key = _key(stream)
-    conn.execute(
-        records.insert(),
-        [{**key, "seq": r.seq, "at_ms": r.at_ms, "received_ms": at_ms, "kind": r.kind, "body": r.body} for r in fresh],
-    )
-
-
-def list_records(
-    conn: Connection, device: DeviceId, *, klass: RecordClass | None, after: int, limit: int
-) -> list[RecordRow]:
-    """The device's records in the order of arrival, from after a row's id."""
+def list_batches(
+    conn: Connection, device: DeviceId, *, klass: RecordClass | None, from_id: int, records: int
+) -> list[StoredColumns]:
+    """The device's batches with records in the order of arrival, from this id on: enough for so many records."""
     # One query per class, because that is how the index is ordered.
     wanted = tuple(RecordClass) if klass is None else (klass,)
-    found = [row for one in wanted for row in _list_class(conn, device, one, after=after, limit=limit)]
-    return sorted(found, key=lambda row: row.id)[:limit]
+    found = [row for one in wanted for row in _list_class(conn, device, one, from_id=from_id, records=records)]
+    return sorted(found, key=lambda row: row.id)
 
 
-def _list_class(conn: Connection, device: DeviceId, klass: RecordClass, *, after: int, limit: int) -> list[RecordRow]:
-    c = records.c
-    of_class = sa.select(records).where(c.device == device, c.klass == int(klass))
-    query = of_class.where(c.id > after).order_by(c.id).limit(limit)
-    return [
-        RecordRow(
-            id=row.id,
-            epoch=row.epoch,
-            klass=klass,
-            seq=row.seq,
-            at_ms=row.at_ms,
-            received_ms=row.received_ms,
-            kind=row.kind,
-            body=bytes(row.body),
-        )
-        for row in conn.execute(query)
-    ]
+def _list_class(
+    conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int, records: int
+) -> Iterator[StoredColumns]:
+    c = batches.c
+    of_class = sa.select(batches).where(c.device == device, c.klass == int(klass), c.gap.is_(None))
+    # A few at once: what a batch holds may be large.
+    while records > 0:
+        query = of_class.where(c.id >= from_id).order_by(c.id).limit(min(records, _COLUMNS_AT_ONCE))
+        rows = conn.execute(query).all()
+        for row in rows:
+            yield StoredColumns(
+                id=row.id,
+                stream=Stream(device, row.epoch, klass),
+                first=row.first,
+                received_ms=row.received_ms,
+                columns=bytes(row.columns),
+            )
+            from_id, records = row.id + 1, records - row.records
+            if records <= 0:
+                return
+        if len(rows) < _COLUMNS_AT_ONCE:
+            return
 
 
-def list_streams(conn: Connection, device: DeviceId) -> list[StreamRow]:
+def list_streams(conn: Connection, device: DeviceId) -> list[tuple[Stream, Received]]:
     """The device's streams, oldest epoch first."""
     c = streams.c
     query = sa.select(streams).where(c.device == device).order_by(c.first_received_ms, c.epoch, c.klass)
-    return [
-        StreamRow(
-            stream=Stream(device=DeviceId(row.device), epoch=row.epoch, klass=RecordClass(row.klass)),
-            received=Received(
-                ranges=decode_ranges(row.ranges),
-                records=row.records,
-                duplicates=row.duplicates,
-                conflicts=row.conflicts,
-            ),
-            first_received_ms=row.first_received_ms,
-            last_received_ms=row.last_received_ms,
-        )
-        for row in conn.execute(query)
-    ]
-
-
-def add_figures(conn: Connection, device: DeviceId, tallies: Mapping[tuple[str, str], Tally], *, minute: int) -> None:
-    """Add what a batch brought to the minute's figures."""
-    c = figures.c
-    for (family, version), tally in tallies.items():
-        key = {"family": family, "minute": minute, "device": device, "version": version}
-        same = sa.and_(c.family == family, c.minute == minute, c.device == device, c.version == version)
-        latency = tally.latency
-        if latency.buckets:
-            before = conn.execute(sa.select(c.latency).where(same)).scalar_one_or_none()
-            latency = latency if before is None else latency.merge(decode_sketch(bytes(before)))
-        statement = insert(figures).values(
-            **key, answered=tally.answered, right=tally.right, wrong=tally.wrong, latency=latency.encode()
-        )
-        changed: dict[str, object] = {
-            "answered": c.answered + statement.excluded.answered,
-            "right": c.right + statement.excluded.right,
-            "wrong": c.wrong + statement.excluded.wrong,
-        }
-        if latency.buckets:
-            changed["latency"] = statement.excluded.latency
-        conn.execute(
-            statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
-        )
+    return [_received(row) for row in conn.execute(query)]
 
 
 def read_figures(
@@ -245,8 +271,8 @@ def read_figures(
     if devices is None:
         rows.extend(conn.execute(query))
     else:
-        for start in range(0, len(devices), _DEVICES_PER_QUERY):
-            rows.extend(conn.execute(query.where(c.device.in_(devices[start : start + _DEVICES_PER_QUERY]))))
+        for some in _portions(devices, _PER_QUERY):
+            rows.extend(conn.execute(query.where(c.device.in_(some))))
     groups: dict[tuple[str, str], list[sa.Row[tuple[object, ...]]]] = {}
     for row in rows:
         groups.setdefault((row.device, row.version), []).append(row)
@@ -265,10 +291,19 @@ def _sum(device: DeviceId, version: str, rows: Sequence[sa.Row[tuple[object, ...
     )
 
 
-def _key(stream: Stream) -> dict[str, object]:
-    return {"device": stream.device, "epoch": stream.epoch, "klass": int(stream.klass)}
+def _received(row: sa.Row[tuple[object, ...]]) -> tuple[Stream, Received]:
+    return Stream(DeviceId(row.device), row.epoch, RecordClass(row.klass)), Received(
+        here=_ranges_decoder.decode(row.ranges),
+        lost=_lost_decoder.decode(row.lost),
+        records=row.records,
+        duplicates=row.duplicates,
+        conflicts=row.conflicts,
+        first_received_ms=row.first_received_ms,
+        last_received_ms=row.last_received_ms,
+    )
 
 
-def _of(table: sa.Table, stream: Stream) -> tuple[sa.ColumnElement[bool], ...]:
-    c = table.c
-    return c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass)
+def _portions(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some

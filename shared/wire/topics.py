@@ -49,8 +49,13 @@ def down_filter(device: DeviceId) -> str:
 
 
 def up_filter() -> str:
-    """The hub's subscription: everything that devices send, whatever the leaf, so that unknown leaves are counted."""
+    """Everything that devices send, whatever the leaf, so that unknown leaves are counted."""
     return f"{ROOT}/{WIRE_MAJOR}/+/up/#"
+
+
+def shared_up_filter() -> str:
+    """The same for hubs that share the work: each message reaches one of them (MQTT 5, section 4.8.2)."""
+    return f"$share/hub/{up_filter()}"
 
 
 def acl_patterns() -> tuple[str, str]:

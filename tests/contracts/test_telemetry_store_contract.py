@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pytest
+import sqlalchemy as sa
 
+from cloud_hub.ground import audit, migrate
+from cloud_hub.ground.database import Database
+from cloud_hub.telemetry import tables
 from cloud_hub.telemetry.figures import Tally
 from cloud_hub.telemetry.rules import Stream, explode, open_batch
 from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received, Store, Taken, take, take_all
 from shared.ids import DeviceId
-from shared.sketch import sketch_of
+from shared.sketch import decode_sketch, sketch_of
 from shared.telemetry import Outcome, Reading, Record, RecordClass, Result
 from shared.wire.messages import Batch, Verdict
 from tests.fakes.batches import EPOCH, batch_of, gap_of, readings
@@ -60,9 +64,43 @@ class Memory:
         return dict(self._telemetry.figures.get((device, minute), {}))
 
 
-@pytest.fixture(params=["memory"])
+class Sql:
+    """The hub's tables in a database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        migrate.upgrade(database)
+
+    def write(self, work: Callable[[Store], T]) -> T:
+        return self._database.write_now(lambda conn: work(tables.SqlStore(conn)), beside=True)
+
+    def notes(self) -> list[tuple[str, str]]:
+        entries = self._database.read_now(lambda conn: audit.entries(conn, after=0, limit=100))
+        return [(entry.subject.removeprefix("device:"), entry.action) for entry in entries]
+
+    def figures(self, device: DeviceId, minute: int) -> dict[tuple[str, str], Tally]:
+        c = tables.figures.c
+        query = sa.select(tables.figures).where(c.device == device, c.minute == minute)
+        rows = self._database.read_now(lambda conn: conn.execute(query).all())
+        return {
+            (row.family, row.version): Tally(row.answered, row.right, row.wrong, decode_sketch(bytes(row.latency)))
+            for row in rows
+        }
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield Memory()  # noqa: PT022
+    if request.param == "memory":
+        yield Memory()
+        return
+    url = f"sqlite:///{tmp_path / 'hub.db'}"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+    database = Database(url)
+    try:
+        yield Sql(database)
+    finally:
+        database.close()
 
 
 def row(first: int, last: int, *, stream: Stream = STREAM, gap: str | None = None, columns: bytes = b"c") -> BatchRow:

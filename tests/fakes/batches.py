@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
 
+from shared.ids import DeviceId
 from shared.telemetry import CLASS_OF, BatchId, Gap, Reading, Record, RecordClass
 from shared.wire.columns import encode_columns
 from shared.wire.messages import Batch, digest_of
 
 EPOCH: Final = "0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A batch that has come in from a device, as `telemetry.desk.Parcel`; without one it is nothing to answer."""
+
+    device: DeviceId
+    batch: Batch | None
+
+    def open(self) -> tuple[DeviceId, Batch] | None:
+        """Whom it is from, and what."""
+        return None if self.batch is None else (self.device, self.batch)
 
 
 def batch_of(records: Sequence[Record], **changed: object) -> Batch:

@@ -83,7 +83,7 @@ class Outgoing:
     sent: list[tuple[str, bytes]]
     up: bool = True
 
-    async def publish(self, topic: str, payload: bytes) -> None:
+    async def publish(self, topic: str, payload: bytes, *, qos: int = 1) -> None:
         """As the hub's courier."""
         if not self.up:
             raise Unreachable("down", code="transfer.broker")

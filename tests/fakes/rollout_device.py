@@ -119,7 +119,7 @@ class ObedientDevice:
             Outcome(request=name, model=FAMILY, version=version, correct=number >= wrong)
             for number, name in enumerate(ids)
         ]
-        self._keep(results, RecordClass.TELEMETRY, "telemetry")
+        self._keep(results, RecordClass.RESULT, "telemetry")
         self._keep(outcomes, RecordClass.OUTCOME, "outcome")
 
     def _keep(self, bodies: list[Any], klass: RecordClass, leaf: topics.UpLeaf) -> None:

@@ -261,7 +261,7 @@ class RoundRoom:
                     return found
                 await asyncio.sleep(0.02)
 
-    async def _publish(self, topic: str, payload: bytes) -> None:
+    async def _publish(self, topic: str, payload: bytes, *, qos: int = 1) -> None:
         name = topic.split("/")[2]
         assert topic == f"outrider/1/{name}/down/round"
         self._posted.put_nowait((name, expect(decode_envelope(payload), RoundTask)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
+from cloud_hub.ground import switchboard
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.ground.switchboard import LANE_DEPTH, Rooms, Switchboard
+from cloud_hub.ground.switchboard import LANE_DEPTH, Rooms, Sealed, Switchboard
 from shared.errors import StorageError
 from shared.ids import DeviceId
 from shared.telemetry import BatchId
@@ -31,6 +32,7 @@ class Seen:
 
     messages: list[tuple[str, Message]] = field(default_factory=list)
     error: Exception | None = None
+    groups: list[int] = field(default_factory=list)
 
     async def take(self, device: DeviceId, _envelope: Envelope, message: Message) -> None:
         self.messages.append((device, message))
@@ -39,7 +41,14 @@ class Seen:
             raise self.error
 
     def rooms(self) -> Rooms:
-        return Rooms(birth=self.take, death=self.take, reported=self.take, batch=self.take, round_reply=self.take)
+        return Rooms(birth=self.take, death=self.take, reported=self.take, batches=self.take_all, round_reply=self.take)
+
+    async def take_all(self, sealed: Sequence[Sealed]) -> None:
+        self.groups.append(len(sealed))
+        self.messages += [found for one in sealed if (found := one.open()) is not None]
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,6 @@ def outcome(metrics: Metrics, leaf: str, name: str) -> float:
         ("birth", BIRTH),
         ("death", DEATH),
         ("reported", REPORTED),
-        ("telemetry", BATCH),
-        ("outcome", BATCH),
-        ("event", BATCH),
     ],
 )
 def test_what_belongs_arrives(leaf: topics.UpLeaf, message: Message) -> None:
@@ -84,7 +90,6 @@ def test_what_belongs_arrives(leaf: topics.UpLeaf, message: Message) -> None:
         (topics.up(DEVICE, "birth"), encoded(BIRTH, device="pi-2"), "birth", "protocol.misaddressed"),
         (topics.up(DEVICE, "birth"), b"nonsense", "birth", "protocol.envelope"),
         (topics.up(DEVICE, "birth"), encoded(DEATH), "birth", "protocol.unexpected"),
-        (topics.up(DEVICE, "telemetry"), encoded(BIRTH), "telemetry", "protocol.unexpected"),
         (topics.up(DEVICE, "job"), encoded(BIRTH), "job", "protocol.unexpected"),
         ("outrider/1/pi-1/up/nonsense", encoded(BIRTH), "other", "protocol.topic"),
         ("outrider/1/pi-1/up/birth/deeper", encoded(BIRTH), "other", "protocol.topic"),
@@ -114,8 +119,8 @@ def test_a_device_is_heard_in_order_and_all_is_settled() -> None:
         sent: list[Message] = [Reported(revision=number, assignment_version=0, models=()) for number in range(20)]
         for number, message in enumerate([BIRTH, *sent, DEATH]):
             leaf: topics.UpLeaf = "birth" if number == 0 else "death" if message is DEATH else "reported"
-            board.put(Parcel(topics.up(DEVICE, leaf), encoded(message), lambda number=number: settled.append(number)))  # type: ignore[misc]
-        board.put(Parcel("rubbish", b"", lambda: settled.append(99)))
+            board.put([Parcel(topics.up(DEVICE, leaf), encoded(message), lambda number=number: settled.append(number))])  # type: ignore[misc]
+        board.put([Parcel("rubbish", b"", lambda: settled.append(99))])
         async with asyncio.timeout(10), asyncio.TaskGroup() as group:
             running = group.create_task(board.run())
             while len(settled) < 23:
@@ -137,9 +142,67 @@ def test_a_flood_is_counted_and_settled() -> None:
 
     async def play() -> None:
         board = Switchboard(rooms=seen.rooms(), metrics=metrics)
-        for _ in range(LANE_DEPTH + 7):
-            board.put(Parcel(topics.up(DEVICE, "reported"), encoded(REPORTED), lambda: settled.append(1)))
+        parcel = Parcel(topics.up(DEVICE, "reported"), encoded(REPORTED), lambda: settled.append(1))
+        board.put([parcel] * (LANE_DEPTH + 7))
 
     asyncio.run(play())
     assert outcome(metrics, "reported", "overflow") == 7
     assert len(settled) == 7
+
+
+def emptied(seen: Seen, metrics: Metrics, parcels: Sequence[tuple[str, bytes]]) -> list[int]:
+    """Put all of these at once, have them dealt with, and return which were settled, in order."""
+    settled: list[int] = []
+
+    async def play() -> None:
+        board = Switchboard(rooms=seen.rooms(), metrics=metrics)
+        board.put([Parcel(topic, payload, lambda n=n: settled.append(n)) for n, (topic, payload) in enumerate(parcels)])  # type: ignore[misc]
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            running = group.create_task(board.run())
+            while len(settled) < len(parcels):
+                await asyncio.sleep(0)
+            running.cancel()
+
+    asyncio.run(play())
+    return settled
+
+
+def test_batches_of_all_leaves_are_handed_over_together_and_settled_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switchboard, "MAX_GROUP", 4)
+    seen, metrics = Seen(), Metrics()
+    leaves: list[topics.UpLeaf] = ["telemetry", "outcome", "event", "telemetry", "event"]
+    assert emptied(seen, metrics, [(topics.up(DEVICE, leaf), encoded(BATCH)) for leaf in leaves]) == [0, 1, 2, 3, 4]
+    assert seen.groups == [4, 1]
+    assert seen.messages == [(DEVICE, BATCH)] * 5
+    assert [outcome(metrics, leaf, "ok") for leaf in ("telemetry", "outcome", "event")] == [2, 1, 2]
+
+
+def test_a_batch_that_is_none_spoils_no_other() -> None:
+    seen, metrics = Seen(), Metrics()
+    topic = topics.up(DEVICE, "telemetry")
+    parcels = [
+        (topic, b"nonsense"),
+        (topic, encoded(BATCH)),
+        (topic, encoded(BIRTH)),
+        (topic, encoded(BATCH, device="pi-2")),
+        ("outrider/1/HUB/up/telemetry", encoded(BATCH)),
+    ]
+    assert emptied(seen, metrics, parcels) == [0, 1, 2, 3, 4]
+    assert seen.messages == [(DEVICE, BATCH)]
+    codes = ("protocol.envelope", "ok", "protocol.unexpected", "protocol.misaddressed", "protocol.topic")
+    assert [outcome(metrics, "telemetry", code) for code in codes] == [1] * 5
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), ZeroDivisionError()])
+def test_batches_that_cannot_be_stored_are_counted_and_settled(error: Exception) -> None:
+    seen, metrics = Seen(error=error), Metrics()
+    assert emptied(seen, metrics, [(topics.up(DEVICE, "event"), encoded(BATCH))] * 3) == [0, 1, 2]
+    assert outcome(metrics, "event", "failed") == 3
+
+
+def test_more_batches_than_may_wait_are_counted_and_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switchboard, "MAX_WAITING", 3)
+    seen, metrics = Seen(), Metrics()
+    assert sorted(emptied(seen, metrics, [(topics.up(DEVICE, "event"), encoded(BATCH))] * 5)) == [0, 1, 2, 3, 4]
+    assert outcome(metrics, "event", "overflow") == 2
+    assert len(seen.messages) == 3

@@ -12,18 +12,18 @@ import sqlalchemy as sa
 from cloud_hub.ground import audit, migrate
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
+from cloud_hub.telemetry import desk as desk_module
 from cloud_hub.telemetry import tables
 from cloud_hub.telemetry.desk import Desk, StreamSummary
-from shared.errors import StorageFull, Unreachable
+from shared.errors import StorageError, StorageFull, Unreachable
 from shared.ids import DeviceId
 from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
 from shared.wire.messages import Ack, Batch
+from tests.fakes.batches import Sent, batch_of, gap_of, readings
 from tests.fakes.clock import FakeClock
-from tests.unit.telemetry.test_telemetry_rules import batch, readings
 
 PI = DeviceId("pi-1")
 OTHER = DeviceId("pi-2")
-EPOCH = "0123456789abcdef"
 
 
 class Answers:
@@ -41,7 +41,7 @@ class Answers:
 
     def statuses(self) -> list[str]:
         """What was answered, in order."""
-        return [ack.status for _, ack in self.acks]
+        return [verdict.status for _, ack in self.acks for verdict in ack.verdicts]
 
 
 @pytest.fixture
@@ -52,35 +52,19 @@ def database(tmp_path: Path) -> Iterator[Database]:
     made.close()
 
 
-def made_desk(database: Database, answers: Answers, *, max_waiting: int = 512) -> tuple[Desk, Metrics]:
+def made_desk(database: Database, answers: Answers) -> tuple[Desk, Metrics]:
     metrics = Metrics()
-    desk = Desk(database=database, clock=FakeClock(), metrics=metrics, send_ack=answers.send, max_waiting=max_waiting)
-    return desk, metrics
-
-
-async def working(desk: Desk, done: Callable[[], bool]) -> None:
-    """Run the ingest loop until the condition holds, then stop it."""
-    async with asyncio.timeout(20):
-        async with asyncio.TaskGroup() as group:
-            loop = group.create_task(desk.run())
-            while not done():
-                await asyncio.sleep(0.002)
-            loop.cancel()
+    return Desk(database=database, clock=FakeClock(), metrics=metrics, send_ack=answers.send), metrics
 
 
 def take(database: Database, *batches: Batch, device: DeviceId = PI) -> tuple[list[str], Desk]:
-    """Submit batches, wait for all answers, and return them with the desk."""
-
-    async def story() -> tuple[list[str], Desk]:
-        answers = Answers()
-        desk, _ = made_desk(database, answers)
-        for one in batches:
-            assert desk.submit(device, one)
-        await working(desk, lambda: len(answers.acks) == len(batches))
-        assert [ack.batch for _, ack in answers.acks] == [one.batch for one in batches]
-        return answers.statuses(), desk
-
-    return asyncio.run(story())
+    """Have batches stored in one group and return the answers, which are in one message, with the desk."""
+    answers = Answers()
+    desk, _ = made_desk(database, answers)
+    asyncio.run(desk.take([Sent(device, one) for one in batches]))
+    ((told, ack),) = answers.acks
+    assert (told, [verdict.batch for verdict in ack.verdicts]) == (device, [one.batch for one in batches])
+    return answers.statuses(), desk
 
 
 def summary(database: Database, device: DeviceId = PI) -> StreamSummary:
@@ -90,110 +74,157 @@ def summary(database: Database, device: DeviceId = PI) -> StreamSummary:
     return stream
 
 
-def rows(database: Database) -> list[tuple[str, int, int]]:
-    """(device, class, number) of every record, in the order of arrival."""
-    c = tables.records.c
-    query = sa.select(c.device, c.klass, c.seq).order_by(c.id)
-    return database.read_now(lambda conn: [(r.device, r.klass, r.seq) for r in conn.execute(query)])
+def numbers(database: Database, device: DeviceId = PI) -> list[int]:
+    """The numbers of the device's records, in the order of arrival."""
+    desk, _ = made_desk(database, Answers())
+    return [effect.seq for effect in asyncio.run(desk.records(device, limit=1000))]
 
 
 def test_records_are_stored_and_acknowledged(database: Database) -> None:
-    statuses, desk = take(database, batch(readings(1, 2, 3)))
+    statuses, desk = take(database, batch_of(readings(1, 2, 3)))
     assert statuses == ["stored"]
     effects = asyncio.run(desk.records(PI, limit=10))
     assert [(e.klass, e.seq, e.at_ms, e.kind) for e in effects] == [
-        ("telemetry", n, 1000 + n, "reading") for n in (1, 2, 3)
+        ("reading", n, 1000 + n, "reading") for n in (1, 2, 3)
     ]
     assert effects[0].body == {"name": "t", "value": 1.0}
     stream = summary(database)
-    assert (stream.records, stream.first, stream.last, stream.missing) == (3, 1, 3, ())
+    assert (stream.records, stream.first, stream.last, stream.watermark, stream.missing) == (3, 1, 3, 3, ())
+
+
+def test_a_batch_is_one_row_as_it_came(database: Database) -> None:
+    batch = batch_of(readings(*range(1, 101)))
+    take(database, batch)
+    (row,) = database.read_now(lambda conn: conn.execute(sa.select(tables.batches)).all())
+    assert (row.first, row.last, row.records, row.columns) == (1, 100, 100, batch.columns)
 
 
 def test_the_same_batch_again_is_a_duplicate_with_one_effect(database: Database) -> None:
-    statuses, _ = take(database, batch(readings(1, 2)), batch(readings(1, 2)), batch(readings(1, 2)))
+    statuses, _ = take(database, *[batch_of(readings(1, 2))] * 3)
     assert statuses == ["stored", "duplicate", "duplicate"]
-    assert len(rows(database)) == 2
+    assert numbers(database) == [1, 2]
     assert summary(database).duplicates == 4
 
 
-def test_a_batch_is_known_again_by_its_digest_though_bodies_are_stored_otherwise(database: Database) -> None:
-    """A hub of another version may have written a record with fewer fields than this one would."""
-    take(database, batch(readings(1)))
-    database.write_now(lambda conn: conn.execute(tables.records.update().values(body=b"\x80")) and None)
-    statuses, _ = take(database, batch(readings(1)))
+def test_a_batch_is_known_again_by_its_digest_though_it_is_stored_otherwise(database: Database) -> None:
+    """A hub of another version may have kept less of a record than this one would."""
+    take(database, batch_of(readings(1)))
+    database.write_now(lambda conn: conn.execute(tables.batches.update().values(columns=b"damaged")) and None)
+    statuses, desk = take(database, batch_of(readings(1)))
     assert statuses == ["duplicate"]
+    # Under other boundaries it cannot be compared any more, and what is here stays counted once.
+    assert take(database, batch_of(readings(1, 2)))[0] == ["stored"]
+    assert summary(database).records == 2
+    with pytest.raises(StorageError, match="damaged"):
+        asyncio.run(desk.records(PI, limit=10))
 
 
 def test_batches_may_come_in_any_order(database: Database) -> None:
-    take(database, batch(readings(5, 6)), batch(readings(1, 2)))
+    take(database, batch_of(readings(5, 6)), batch_of(readings(1, 2)))
     assert summary(database).missing == ((3, 4),)
-    take(database, batch(readings(3, 4)))
+    take(database, batch_of(readings(3, 4)))
     stream = summary(database)
     assert (stream.records, stream.missing) == (6, ())
 
 
-def test_a_batch_that_overlaps_with_the_same_content_adds_what_is_new(database: Database) -> None:
-    statuses, _ = take(database, batch(readings(1, 2, 3)), batch(readings(2, 3, 4)), batch(readings(1, 2, 3, 4)))
-    assert statuses == ["stored", "stored", "duplicate"]
-    assert [seq for _, _, seq in rows(database)] == [1, 2, 3, 4]
-
-
 def test_a_copied_disk_is_refused_counted_and_audited_once(database: Database) -> None:
     forged = [Record(seq=seq, at_ms=9, body=Reading(name="other", value=0.0)) for seq in (1, 2)]
-    statuses, _ = take(database, batch(readings(1, 2)), batch(forged), batch(forged[1:]), batch(readings(1, 2)))
-    assert statuses == ["stored", "refused", "refused", "duplicate"]
-    assert len(rows(database)) == 2
+    sent = [batch_of(readings(1, 2)), batch_of(forged), batch_of(forged[1:]), batch_of(readings(1, 2))]
+    assert take(database, *sent)[0] == ["stored", "refused", "refused", "duplicate"]
+    assert numbers(database) == [1, 2]
     assert summary(database).conflicts == 2
     entries = database.read_now(lambda conn: audit.entries(conn, after=0, limit=10))
     assert [(entry.action, entry.subject) for entry in entries] == [("telemetry.conflict", "device:pi-1")]
     assert entries[0].detail["first"] == 1
 
 
-def test_a_refused_batch_says_why_and_spoils_no_other(database: Database) -> None:
-    async def story() -> list[tuple[str, str]]:
-        answers = Answers()
-        desk, _ = made_desk(database, answers)
-        desk.submit(PI, batch(readings(1), digest="0" * 64))
-        desk.submit(PI, batch(readings(1)))
-        await working(desk, lambda: len(answers.acks) == 2)
-        return [(ack.status, ack.code) for _, ack in answers.acks]
+def test_a_store_that_was_lost_is_audited(database: Database) -> None:
+    take(database, batch_of(readings(1)))
+    take(database, batch_of(readings(1), epoch="f" * 16))
+    entries = database.read_now(lambda conn: audit.entries(conn, after=0, limit=10))
+    assert [(entry.action, entry.detail["epoch"]) for entry in entries] == [("telemetry.new_epoch", "f" * 16)]
 
-    assert asyncio.run(story()) == [("refused", "telemetry.digest"), ("stored", "")]
+
+def test_a_gap_is_declared_lost(database: Database) -> None:
+    statuses, _ = take(database, batch_of(readings(1, 2, 6)), gap_of(2, 5, records=3), gap_of(2, 5, records=3))
+    assert statuses == ["stored", "stored", "duplicate"]
+    stream = summary(database)
+    assert [(one.first, one.last, one.reason) for one in stream.lost] == [(3, 5, "evicted")]
+    assert (stream.records, stream.watermark, stream.missing) == (3, 6, ())
+
+
+def test_a_refused_batch_says_why_and_spoils_no_other(database: Database) -> None:
+    answers = Answers()
+    desk, metrics = made_desk(database, answers)
+    forged = batch_of(readings(1), digest="0" * 64)
+    asyncio.run(desk.take([Sent(PI, forged), Sent(PI, None), Sent(PI, batch_of(readings(1)))]))
+    ((_, ack),) = answers.acks
+    assert [(one.status, one.code) for one in ack.verdicts] == [("refused", "telemetry.digest"), ("stored", "")]
+    assert ack.verdicts[0].batch == forged.batch
+    for status in ("refused", "stored"):
+        assert f'outrider_hub_batches_total{{outcome="{status}"}} 1.0'.encode() in metrics.text()
+
+
+def test_what_a_refusal_echoes_is_cut_short(database: Database) -> None:
+    answers = Answers()
+    desk, _ = made_desk(database, answers)
+    blown = batch_of(readings(1), epoch="e" * 100_000, digest="d" * 100_000)
+    asyncio.run(desk.take([Sent(PI, blown)]))
+    ((_, ack),) = answers.acks
+    assert (len(ack.verdicts[0].batch.epoch), len(ack.verdicts[0].batch.digest)) == (64, 128)
+
+
+def test_a_group_is_answered_in_one_message_for_each_device(database: Database) -> None:
+    answers = Answers()
+    desk, metrics = made_desk(database, answers)
+    group = [Sent(device, batch_of(readings(number))) for number in range(1, 26) for device in (PI, OTHER)]
+    asyncio.run(desk.take(group))
+    assert [(device, len(ack.verdicts)) for device, ack in answers.acks] == [(PI, 25), (OTHER, 25)]
+    assert b"outrider_hub_commit_seconds_count 1.0" in metrics.text()
+    assert summary(database).records == summary(database, OTHER).records == 25
 
 
 def test_devices_and_classes_are_apart(database: Database) -> None:
     event = [Record(seq=1, at_ms=5, body=DeviceEvent(name="host.lost"))]
-    take(database, batch(readings(1)), batch(event, klass=int(RecordClass.EVENT)))
-    take(database, batch(readings(1)), device=OTHER)
-    assert rows(database) == [("pi-1", 2, 1), ("pi-1", 0, 1), ("pi-2", 2, 1)]
-    desk, _ = made_desk(database, Answers())
-    assert [e.klass for e in asyncio.run(desk.records(PI, limit=10))] == ["telemetry", "event"]
+    take(database, batch_of(readings(1)), batch_of(event))
+    _, desk = take(database, batch_of(readings(1)), device=OTHER)
+    assert [e.klass for e in asyncio.run(desk.records(PI, limit=10))] == ["reading", "event"]
     assert [e.klass for e in asyncio.run(desk.records(PI, klass=RecordClass.EVENT, limit=10))] == ["event"]
+    assert [e.klass for e in asyncio.run(desk.records(OTHER, limit=10))] == ["reading"]
 
 
-def test_pages_follow_the_order_of_arrival(database: Database) -> None:
-    _, desk = take(database, batch(readings(4, 5)), batch(readings(1, 2, 3)))
-    first = asyncio.run(desk.records(PI, limit=3))
-    second = asyncio.run(desk.records(PI, after=first[-1].id, limit=3))
-    assert [e.seq for e in (*first, *second)] == [4, 5, 1, 2, 3]
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_pages_follow_the_order_of_arrival_whatever_their_size(database: Database, size: int) -> None:
+    sent = [
+        batch_of(readings(4, 5)),
+        gap_of(6, 9, records=4),
+        batch_of(readings(1, 2, 3)),
+        batch_of(readings(*range(10, 40))),
+    ]
+    event = [Record(seq=seq, at_ms=5, body=DeviceEvent(name="host.lost")) for seq in (1, 2, 3)]
+    _, desk = take(database, *sent, batch_of(event))
+    pages, after = [], 0
+    while page := asyncio.run(desk.records(PI, after=after, limit=size)):
+        assert len(page) <= size
+        pages += page
+        after = page[-1].id
+    assert [(e.klass, e.seq) for e in pages] == [
+        *(("reading", seq) for seq in (4, 5, 1, 2, 3, *range(10, 40))),
+        *(("event", seq) for seq in (1, 2, 3)),
+    ]
+    assert [e.id for e in pages] == sorted({e.id for e in pages})
 
 
 def test_an_answer_that_is_lost_after_the_commit_costs_nothing(database: Database) -> None:
     """The hub stores, the link is gone; the device sends again, to a hub that was started anew."""
-
-    async def cut() -> None:
-        answers = Answers()
-        answers.down = True
-        desk, metrics = made_desk(database, answers)
-        desk.submit(PI, batch(readings(1, 2)))
-        await working(desk, lambda: b'outcome="unacknowledged"' in metrics.text())
-        assert answers.acks == []
-
-    asyncio.run(cut())
-    assert len(rows(database)) == 2
-    statuses, _ = take(database, batch(readings(1, 2)))
-    assert statuses == ["duplicate"]
-    assert len(rows(database)) == 2
+    answers = Answers()
+    answers.down = True
+    desk, metrics = made_desk(database, answers)
+    asyncio.run(desk.take([Sent(PI, batch_of(readings(1, 2)))]))
+    assert b'outcome="unacknowledged"} 1.0' in metrics.text()
+    assert answers.acks == []
+    assert take(database, batch_of(readings(1, 2)))[0] == ["duplicate"]
+    assert numbers(database) == [1, 2]
 
 
 def test_a_hub_that_is_killed_between_commit_and_answer_counts_once(tmp_path: Path) -> None:
@@ -201,22 +232,17 @@ def test_a_hub_that_is_killed_between_commit_and_answer_counts_once(tmp_path: Pa
     first = Database(url)
     migrate.upgrade(first)
 
-    async def killed() -> None:
-        async def never(_device: DeviceId, _ack: Ack) -> None:
-            raise Killed
+    async def never(_device: DeviceId, _ack: Ack) -> None:
+        raise Killed
 
-        desk = Desk(database=first, clock=FakeClock(), metrics=Metrics(), send_ack=never)
-        desk.submit(PI, batch(readings(1, 2)))
-        await desk.run()
-
+    desk = Desk(database=first, clock=FakeClock(), metrics=Metrics(), send_ack=never)
     with pytest.raises(Killed):
-        asyncio.run(killed())
+        asyncio.run(desk.take([Sent(PI, batch_of(readings(1, 2)))]))
     # The first database is deliberately not closed before the second one opens the file.
     second = Database(url)
     try:
-        statuses, _ = take(second, batch(readings(1, 2)), batch(readings(3)))
-        assert statuses == ["duplicate", "stored"]
-        assert [seq for _, _, seq in rows(second)] == [1, 2, 3]
+        assert take(second, batch_of(readings(1, 2)), batch_of(readings(3)))[0] == ["duplicate", "stored"]
+        assert numbers(second) == [1, 2, 3]
     finally:
         second.close()
         first.close()
@@ -226,19 +252,19 @@ class Killed(Exception):
     """The process is gone."""
 
 
-def test_a_commit_that_fails_leaves_nothing_and_is_not_answered(database: Database) -> None:
-    async def story() -> list[str]:
-        answers = Answers()
-        desk, metrics = made_desk(Full(database), answers)  # type: ignore[arg-type]
-        desk.submit(PI, batch(readings(1, 2)))
-        await working(desk, lambda: b'outcome="failed"' in metrics.text())
-        assert answers.acks == []
-        assert rows(database) == []
-        desk.submit(PI, batch(readings(1, 2)))
-        await working(desk, lambda: len(answers.acks) == 1)
-        return answers.statuses()
-
-    assert asyncio.run(story()) == ["stored"]
+def test_a_commit_that_fails_leaves_nothing_and_is_not_answered(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk_module, "PAUSE_S", 0.0)
+    answers = Answers()
+    desk, metrics = made_desk(Full(database), answers)  # type: ignore[arg-type]
+    sent = [Sent(PI, batch_of(readings(1, 2)))]
+    with pytest.raises(StorageFull):
+        asyncio.run(desk.take(sent))
+    assert b'outcome="failed"} 1.0' in metrics.text()
+    assert (answers.acks, numbers(database)) == ([], [])
+    asyncio.run(desk.take(sent))
+    assert answers.statuses() == ["stored"]
 
 
 class Full:
@@ -248,7 +274,7 @@ class Full:
         self._database = database
         self._failed = False
 
-    async def write(self, work: Callable[[sa.Connection], object]) -> object:
+    async def write(self, work: Callable[[sa.Connection], object], *, beside: bool = False) -> object:
         """Fail once, then work."""
 
         def failing(conn: sa.Connection) -> object:
@@ -256,45 +282,8 @@ class Full:
             raise StorageFull("no room")
 
         once, self._failed = not self._failed, True
-        return await self._database.write(failing if once else work)
+        return await self._database.write(failing if once else work, beside=beside)
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
         found: Callable[..., Awaitable[object]] = getattr(self._database, name)
         return found
-
-
-def test_what_does_not_fit_into_the_queue_is_dropped_and_counted(database: Database) -> None:
-    async def story() -> None:
-        answers = Answers()
-        desk, metrics = made_desk(database, answers, max_waiting=2)
-        taken = [desk.submit(PI, batch(readings(number))) for number in (1, 2, 3)]
-        assert taken == [True, True, False]
-        assert b'outrider_hub_batches_total{outcome="overflow"} 1.0' in metrics.text()
-        await working(desk, lambda: len(answers.acks) == 2)
-
-    asyncio.run(story())
-    assert len(rows(database)) == 2
-
-
-def test_what_waits_is_committed_together(database: Database) -> None:
-    async def story() -> int:
-        answers = Answers()
-        desk, metrics = made_desk(database, answers)
-        for number in range(1, 51):
-            desk.submit(PI, batch(readings(number)))
-        await working(desk, lambda: len(answers.acks) == 50)
-        line = next(row for row in metrics.text().splitlines() if row.startswith(b"outrider_hub_commit_seconds_count"))
-        return int(float(line.split()[-1]))
-
-    assert asyncio.run(story()) == 1
-    assert summary(database).records == 50
-
-
-def test_the_migration_makes_the_declared_tables(database: Database) -> None:
-    declared = {
-        table.name: {c.name for c in table.columns} for table in (tables.records, tables.streams, tables.batches)
-    }
-    inspector = database.read_now(
-        lambda conn: {name: {c["name"] for c in sa.inspect(conn).get_columns(name)} for name in declared}
-    )
-    assert inspector == declared

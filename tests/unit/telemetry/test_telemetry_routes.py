@@ -20,10 +20,10 @@ from cloud_hub.ground.problems import NotAllowed, NotFound
 from cloud_hub.telemetry import routes
 from cloud_hub.telemetry.desk import Desk
 from shared.ids import DeviceId
-from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
+from shared.telemetry import DeviceEvent, Reading, Record
 from shared.wire.messages import Ack, Batch
+from tests.fakes.batches import Sent, batch_of, gap_of, readings
 from tests.fakes.clock import FakeClock
-from tests.unit.telemetry.test_telemetry_rules import batch, readings
 
 PI = DeviceId("pi-1")
 
@@ -69,18 +69,8 @@ class Hub:
         raise NotAllowed("no certificates here")
 
     def store(self, *batches: Batch) -> None:
-        """Take batches and wait until all are answered."""
-
-        async def story() -> None:
-            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-                for one in batches:
-                    self.desk.submit(PI, one)
-                loop = group.create_task(self.desk.run())
-                while len(self.acks) < len(batches):
-                    await asyncio.sleep(0.002)
-                loop.cancel()
-
-        asyncio.run(story())
+        """Take batches, in one group."""
+        asyncio.run(self.desk.take([Sent(PI, one) for one in batches]))
 
     def get(self, path: str, *, token: str | None = None) -> tuple[int, Any]:
         """Status and JSON."""
@@ -104,14 +94,14 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_records_come_in_pages(hub: Hub) -> None:
-    hub.store(batch(readings(4, 5)), batch(readings(1, 2, 3)))
+    hub.store(batch_of(readings(4, 5)), batch_of(readings(1, 2, 3)))
     status, page = hub.get("/v1/telemetry/pi-1?limit=3")
     assert status == 200
     assert [item["seq"] for item in page["items"]] == [4, 5, 1]
     assert page["items"][0] == {
-        "id": 1,
+        "id": 2048,
         "epoch": "0123456789abcdef",
-        "class": "telemetry",
+        "class": "reading",
         "seq": 4,
         "at_ms": 1004,
         "received_ms": 1_800_000_000_000,
@@ -125,25 +115,46 @@ def test_records_come_in_pages(hub: Hub) -> None:
 
 def test_one_class_can_be_asked_for(hub: Hub) -> None:
     event = [Record(seq=1, at_ms=5, body=DeviceEvent(name="host.lost"))]
-    hub.store(batch(readings(1)), batch(event, klass=int(RecordClass.EVENT)))
+    hub.store(batch_of(readings(1)), batch_of(event))
     _, page = hub.get("/v1/telemetry/pi-1?class=event")
     assert [item["body"]["name"] for item in page["items"]] == ["host.lost"]
     assert hub.get("/v1/telemetry/pi-1?class=7")[0] == 422
 
 
 def test_the_summary_says_what_is_missing(hub: Hub) -> None:
-    hub.store(batch(readings(2, 3)), batch(readings(6)), batch(readings(6)))
+    hub.store(batch_of(readings(2, 3)), batch_of(readings(6)), batch_of(readings(6)))
     status, summary = hub.get("/v1/telemetry/pi-1/summary")
     assert status == 200
     (stream,) = summary["streams"]
     assert summary["records"] == stream["records"] == 3
-    assert (stream["class"], stream["first"], stream["last"]) == ("telemetry", 2, 6)
+    assert (stream["class"], stream["first"], stream["last"]) == ("reading", 2, 6)
     assert stream["missing"] == [[1, 1], [4, 5]]
     assert (stream["missing_ranges"], stream["missing_records"], stream["duplicates"]) == (2, 3, 1)
 
 
+def test_the_summary_says_what_is_lost_and_why(hub: Hub) -> None:
+    hub.store(batch_of(readings(1, 2)), gap_of(2, 5, records=3), gap_of(8, 9, records=2, reason="expired"))
+    (stream,) = hub.get("/v1/telemetry/pi-1/summary")[1]["streams"]
+    assert stream["lost"] == [
+        {"first": 3, "last": 5, "reason": "evicted"},
+        {"first": 8, "last": 9, "reason": "expired"},
+    ]
+    assert (stream["lost_ranges"], stream["lost_records"], stream["watermark"]) == (2, 5, 5)
+    assert stream["missing"] == [[6, 7]]
+    # A gap is no record.
+    assert [item["seq"] for item in hub.get("/v1/telemetry/pi-1")[1]["items"]] == [1, 2]
+
+
+def test_the_summary_shows_a_store_that_was_replaced_and_a_disk_that_was_copied(hub: Hub) -> None:
+    forged = [Record(seq=1, at_ms=9, body=Reading(name="other", value=0.0))]
+    hub.store(batch_of(readings(1)), batch_of(forged), batch_of(readings(1), epoch="f" * 16))
+    _, summary = hub.get("/v1/telemetry/pi-1/summary")
+    assert summary["epochs"] == ["0123456789abcdef", "f" * 16]
+    assert [stream["conflicts"] for stream in summary["streams"]] == [1, 0]
+
+
 def test_a_number_that_json_has_not_is_told_as_text(hub: Hub) -> None:
-    hub.store(batch([Record(seq=1, at_ms=1, body=Reading(name="t", value=float("nan")))]))
+    hub.store(batch_of([Record(seq=1, at_ms=1, body=Reading(name="t", value=float("nan")))]))
     status, page = hub.get("/v1/telemetry/pi-1")
     assert (status, page["items"][0]["body"]["value"]) == (200, "nan")
 
@@ -156,7 +167,7 @@ def test_an_unknown_device_is_not_found(hub: Hub, path: str) -> None:
 
 def test_a_known_device_without_records_has_none(hub: Hub) -> None:
     assert hub.get("/v1/telemetry/pi-1") == (200, {"items": [], "next": None})
-    assert hub.get("/v1/telemetry/pi-1/summary") == (200, {"device": "pi-1", "records": 0, "streams": []})
+    assert hub.get("/v1/telemetry/pi-1/summary") == (200, {"device": "pi-1", "records": 0, "epochs": [], "streams": []})
 
 
 def test_nobody_looks_without_a_token(hub: Hub) -> None:

@@ -1,0 +1,92 @@
+"""A throw-away PostgreSQL: a cluster in a folder, on a Unix socket only, without fsync, ended with the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+START_S = 60
+
+
+class Postgres:
+    """A running server; `database` makes an empty database and says how it is reached."""
+
+    def __init__(self, folder: Path, user: str, binaries: Path) -> None:
+        self._folder = folder
+        self._user = user
+        self._binaries = binaries
+        self._made = 0
+
+    def database(self) -> str:
+        """SQLAlchemy's URL of a new, empty database."""
+        self._made += 1
+        name = f"hub_{self._made}"
+        _run([str(self._binaries / "createdb"), "-h", str(self._folder), "-U", "hub", name], user=self._user)
+        return f"postgresql+psycopg://hub@/{name}?host={self._folder}"
+
+
+def find_binaries() -> Path | None:
+    """Where initdb and its kin are: Debian keeps them out of the PATH. None when PostgreSQL is not installed."""
+    found = shutil.which("initdb")
+    if found is not None:
+        return Path(found).resolve().parent
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
+    return places[-1].parent if places else None
+
+
+@contextlib.contextmanager
+def running(binaries: Path) -> Iterator[Postgres]:
+    """A server for as long as the context lasts."""
+    user = _server_user()
+    # Short: a Unix socket's name ends at 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="or-pg-", dir="/tmp"))
+    try:
+        if user != _me():
+            shutil.chown(folder, user)
+        data = folder / "data"
+        _run([str(binaries / "initdb"), "-D", str(data), "-U", "hub", "-A", "trust", "-E", "UTF8", "-N"], user=user)
+        with (data / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = ''\nunix_socket_directories = '{folder}'\nfsync = off\n")
+        control = [str(binaries / "pg_ctl"), "-D", str(data), "-w", "-t", str(START_S)]
+        _run([*control, "-l", str(folder / "log"), "start"], user=user)
+        try:
+            yield Postgres(folder, user, binaries)
+        finally:
+            _run([*control, "-m", "immediate", "stop"], user=user)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _server_user() -> str:
+    """Who runs it: PostgreSQL refuses to be started by root."""
+    if os.geteuid() != 0:
+        return _me()
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in known else "nobody"
+
+
+def _me() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _run(command: list[str], *, user: str) -> None:
+    entry = pwd.getpwnam(user)
+    options = {} if user == _me() else {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=2 * START_S,
+        cwd="/",
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stdout.decode(errors='replace')[-2000:]}")
