@@ -11,9 +11,11 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from edge_agent.adapters.buried import Buried
 from edge_agent.adapters.journal import Journal
+from edge_agent.adapters.records import RecordStore
 from edge_agent.core import link, pump
 from edge_agent.core.journal import Moment
 from edge_agent.core.slot_values import Note
@@ -23,14 +25,19 @@ from shared.wire.messages import Ack, Batch
 from tests.sim.disk import Interrupted, PowerLost, SimDisk
 from tests.sim.heap import World
 from tests.sim.net import Broker, Line
-from tests.sim.parts import Parts, RecordBytes, batch_of, payload
+from tests.sim.parts import Parts, RecordBytes, payload
 from tests.sim.profiles import Plan
+from tests.sim.slots import Releases, SlotDisk
 from tests.sim.truth import Birth, Truth, Violation
+
+if TYPE_CHECKING:
+    from tests.sim.slots import SlotLife
 
 WALL_START_MS: Final = 1_760_000_000_000
 TICK_MS: Final = 1_000
 RESTART_MS: Final = 2_000
 MAX_COMMIT_RECORDS: Final = 8
+BURIED_BYTES: Final = 64 * 1024
 FACTORY_WALL_MS: Final = -300 * 24 * 3_600_000
 """What a machine without a clock battery believes after a start: the day it was built."""
 
@@ -39,13 +46,22 @@ class Machine:
     """One device over all its lives.
 
     Attributes:
-        up_ms: how long it was powered before this boot, in all.
+        counted_ms: how long it was powered before this boot, as far as its disk can know: to its last write before
+            each cut.
         wall_error_ms: how wrong its wall clock is.
         synchronised: whether something keeps it right; then it is.
     """
 
     def __init__(
-        self, name: str, *, world: World, plan: Plan, broker: Broker, truth: Truth, parts: Parts
+        self,
+        name: str,
+        *,
+        world: World,
+        plan: Plan,
+        broker: Broker,
+        truth: Truth,
+        parts: Parts,
+        releases: Releases | None,
     ) -> None:
         self.name = name
         self.world = world
@@ -54,14 +70,19 @@ class Machine:
         self.truth = truth
         self.parts = parts
         self.disk: SimDisk = parts.disk(random=world.random, capacity=plan.capacity, tearing=plan.tearing)
+        self.releases = releases
+        self.slot_disk = SlotDisk()
+        self.aside = SimDisk(random=world.random, tearing=plan.tearing)
         self.process: Process | None = None
         self.is_powered = False
-        self.up_ms = 0
+        self.counted_ms = 0
         self.wall_error_ms = 0
         self.synchronised = True
         self.boots = 0
         self.lives = 0
         self._booted_ms = 0
+        self._wrote_ms = 0
+        self._syncs = 0
 
     # Power
 
@@ -71,7 +92,7 @@ class Machine:
             return
         self.is_powered = True
         self.boots += 1
-        self._booted_ms = self.world.now
+        self._booted_ms = self._wrote_ms = self.world.now
         if self.world.trace is not None:
             self.world.say(self.name, "boots", f"synchronised={self.synchronised}", f"wall={self.wall_error_ms:+}")
         self.start()
@@ -80,10 +101,11 @@ class Machine:
         """The power goes now."""
         if not self.is_powered:
             return
-        self.up_ms += self.world.now - self._booted_ms
+        self.counted_ms += self._wrote_ms - self._booted_ms
         self.is_powered = False
         self._end()
         self.disk.lose_power()
+        self.aside.lose_power()
         self.world.say(self.name, "loses its power", f"{for_ms} ms")
         if self.plan.troubles and self.world.random.random() < 0.5:
             self.wall_error_ms = FACTORY_WALL_MS - self.world.now
@@ -91,8 +113,8 @@ class Machine:
         self.world.after(for_ms, self.power_on)
 
     def total_up_ms(self) -> int:
-        """How long it was powered in all."""
-        return self.up_ms + (self.world.now - self._booted_ms if self.is_powered else 0)
+        """How long it was powered in all, as far as its disk can know."""
+        return self.counted_ms + (self.world.now - self._booted_ms if self.is_powered else 0)
 
     def moment(self) -> Moment:
         """What its clocks say."""
@@ -171,8 +193,18 @@ class Machine:
         process = self.process
         return process is not None and process.is_idle
 
+    @property
+    def has_release(self) -> bool:
+        """Whether the slot is at rest with what it should serve, if it takes releases."""
+        process = self.process
+        return self.releases is None or (
+            process is not None and process.slots is not None and process.slots.is_at_rest()
+        )
+
     def check(self) -> None:
-        """What must hold at every step."""
+        """What must hold at every step; asked after each that may have written."""
+        if self.disk.syncs != self._syncs:
+            self._syncs, self._wrote_ms = self.disk.syncs, self.world.now
         if self.disk.most_used > self.plan.bounds.total_bytes:
             raise Violation("quota", f"{self.name} has used {self.disk.most_used} of {self.plan.bounds.total_bytes}")
 
@@ -185,6 +217,7 @@ class Process:
         self.world = machine.world
         self.truth = machine.truth
         self.journal: Journal
+        self.store: RecordStore
         self.is_open = False
         self._is_alive = True
         self._link = link.Link()
@@ -194,6 +227,7 @@ class Process:
         self._timer = 0
         self._waiting: list[tuple[RecordClass, int, RecordBytes]] = []
         self._is_committing = False
+        self.slots: SlotLife | None = None
 
     # Life
 
@@ -207,10 +241,15 @@ class Process:
         except StorageError as error:
             machine.ended(f"journal: {error.message}")
             return
+        self.store = RecordStore(self.journal, buried=Buried(machine.aside, most_bytes=BURIED_BYTES))
         self.is_open = True
-        self.truth.opened(machine.name, self.journal.epoch)
+        machine.check()
+        self.truth.opened(machine.name, self.store.epoch)
         self.later(TICK_MS, self._tick)
         self._on_link(link.StartLink())
+        if machine.releases is not None:
+            self.slots = machine.parts.slots(self, machine.slot_disk, machine.releases)
+            self.slots.begin()
 
     def end(self) -> None:
         """Nothing of this life happens any more."""
@@ -232,11 +271,16 @@ class Process:
         self.world.after(delay_ms, self.guarded, action, *args)
 
     @property
+    def is_online(self) -> bool:
+        """Whether the link is up."""
+        return self._link.phase is link.LinkPhase.ONLINE
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing waits."""
         if not self.is_open or self._waiting or self._is_committing:
             return False
-        chains = self.journal.depth(self.machine.moment())
+        chains = self.store.depth(self.machine.moment())
         return not any(chains.records.values()) and self._pump_rests()
 
     def _pump_rests(self) -> bool:
@@ -245,9 +289,10 @@ class Process:
 
     def _tick(self) -> None:
         try:
-            self.journal.tick(self.machine.moment())
+            self.store.tick(self.machine.moment())
         except StorageError as error:
             self.world.say(self.machine.name, "cannot tick", error.message)
+        self.machine.check()
         self.later(TICK_MS, self._tick)
 
     # Records
@@ -277,7 +322,7 @@ class Process:
         """One commit of one class."""
         machine = self.machine
         try:
-            first = self.journal.append(klass, entries, moment=machine.moment())
+            first = self.store.append(klass, entries, moment=machine.moment())
         except StorageError as error:
             if self.world.trace is not None:
                 self.world.say(machine.name, "cannot keep", klass.name, tokens, error.message)
@@ -292,7 +337,7 @@ class Process:
         if self.world.trace is not None:
             self.world.say(machine.name, "keeps", f"{int(klass)}/{first}-{first + len(tokens) - 1}", tokens)
         birth = Birth(self.world.now, machine.total_up_ms())
-        self.truth.accepted_at((machine.name, self.journal.epoch, int(klass)), first, tokens, birth)
+        self.truth.accepted_at((machine.name, self.store.epoch, int(klass)), first, tokens, birth)
         self.later(0, self._on_pump, pump.RecordsWaiting(klass))
 
     # The pump
@@ -324,20 +369,20 @@ class Process:
     def _load(self, klass: RecordClass, after: int, ask: int) -> None:
         machine = self.machine
         try:
-            portion = self.journal.load(klass, after=after, moment=machine.moment())
+            batch = self.store.load(klass, after=after, moment=machine.moment())
         except StorageError as error:
             self.world.say(machine.name, "cannot load", klass.name, error.message)
             self._on_pump(pump.StorageRefused(klass))
             return
-        if portion is None:
+        if batch is None:
             self._on_pump(pump.NothingWaiting(klass, ask))
             return
-        stream = (machine.name, self.journal.epoch, int(klass))
-        if portion.reason == "expired":
-            self.truth.expired(stream, portion.first, portion.last, now_ms=self.world.now)
-        elif not portion.reason:
-            self.truth.loaded(stream, portion.first, portion.last, up_ms=machine.total_up_ms())
-        self._on_pump(pump.BatchReady(batch_of(self.journal.epoch, portion), ask))
+        stream, claim = (machine.name, self.store.epoch, int(klass)), batch.batch
+        if batch.gap is None:
+            self.truth.loaded(stream, claim.first, claim.last, up_ms=machine.total_up_ms())
+        elif batch.gap.reason == "expired":
+            self.truth.expired(stream, claim.first, claim.last, now_ms=self.world.now)
+        self._on_pump(pump.BatchReady(batch, ask))
 
     def _send(self, batch: Batch) -> None:
         line, machine = self._line, self.machine
@@ -353,13 +398,11 @@ class Process:
 
     def settle(self, batch: BatchId) -> None:
         """Let go of what the hub has."""
-        if batch.epoch != self.journal.epoch:
-            return
         if self.world.trace is not None:
             self.world.say(self.machine.name, "settles", _text(batch))
         self.truth.settled(self.machine.name, batch)
         try:
-            self.journal.settle(RecordClass(batch.klass), batch.first, batch.last)
+            self.store.settle(batch)
         except StorageError:
             self.later(0, self._on_pump, pump.StorageRefused(RecordClass(batch.klass)))
         self.machine.check()
@@ -367,7 +410,10 @@ class Process:
     def _bury(self, batch: BatchId, reason: str) -> None:
         self.world.say(self.machine.name, "buries", _text(batch), reason)
         self.truth.buried(self.machine.name, batch)
-        self.settle(batch)
+        try:
+            self.store.bury(batch, reason=reason, moment=self.machine.moment())
+        except StorageError:
+            self.later(0, self._on_pump, pump.StorageRefused(RecordClass(batch.klass)))
 
     # The link
 

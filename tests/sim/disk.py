@@ -55,12 +55,15 @@ class Strike(Enum):
 
 @dataclass(slots=True)
 class SimFile:
-    """One file; `waiting` holds writes (offset, data) since the last sync, in order."""
+    """One file; `waiting` holds writes (offset, data) since the last sync, in order.
+
+    `shields` are the places, begin and end, of what may be the file's last write.
+    """
 
     view: bytearray
     synced: bytearray = field(default_factory=bytearray)
     waiting: list[tuple[int, bytes]] = field(default_factory=list)
-    last_write: tuple[int, int] = (0, 0)
+    shields: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class SimDisk:
     """Implements `edge_agent.ports.Disk`, and is what the world does to it.
 
     Attributes:
-        calls: how many calls there were.
+        calls: how many calls there were; `syncs` of them saved contents.
         used: bytes of all files, as programs see them; `most_used` is the highest that it ever was.
         capacity: bytes of the file system; `others` of them are taken by someone else.
     """
@@ -93,6 +96,7 @@ class SimDisk:
         self.others = 0
         self.tearing = tearing
         self.calls = 0
+        self.syncs = 0
         self.used = 0
         self.most_used = 0
         self._random = random
@@ -144,10 +148,14 @@ class SimDisk:
         """Return once the file's contents are on the disk."""
         file = self._file(name)
         struck = self._enter(changes=True, file=file)
-        if struck is None or struck is Strike.KILL:
+        if struck is None or (struck is Strike.KILL and self._random.random() < 0.5):
             for offset, data in file.waiting:
                 put_at(file.synced, offset, data)
-            file.waiting.clear()
+            if file.waiting:
+                offset, data = file.waiting[-1]
+                file.shields = [(offset, offset + len(data))]
+                self.syncs += 1
+                file.waiting.clear()
         self._leave(struck)
 
     def rename(self, old: str, new: str) -> None:
@@ -171,7 +179,7 @@ class SimDisk:
     def sync_names(self) -> None:
         """Return once creations, renames and removals are on the disk."""
         struck = self._enter(changes=True)
-        if struck is None or struck is Strike.KILL:
+        if struck is None or (struck is Strike.KILL and self._random.random() < 0.5):
             self._settle_names(len(self._changes))
         self._leave(struck)
 
@@ -188,6 +196,11 @@ class SimDisk:
         """Let this happen inside the n-th call from now that it can happen in, 1 being the next."""
         self._strike = strike
         self._armed_at = self.calls + calls_ahead
+
+    def elsewhere(self) -> None:
+        """Something else is written to the machine's disk, whole or not at all: what is armed may strike here too."""
+        if self._strike is Strike.POWER or self._strike is Strike.KILL:
+            self._enter()
 
     def disarm(self) -> None:
         """Nothing happens any more."""
@@ -217,8 +230,7 @@ class SimDisk:
         name = self._random.choice(names)
         file = self._named[name]
         at = self._random.randrange(len(file.synced))
-        first, size = file.last_write
-        if first <= at < first + size or at >= len(file.view):
+        if file.waiting or any(begin <= at < end for begin, end in file.shields):
             return None
         flipped = file.synced[at] ^ (1 << self._random.randrange(8))
         file.synced[at] = flipped
@@ -312,7 +324,6 @@ class SimDisk:
             self._use(grown)
         put_at(file.view, offset, data)
         file.waiting.append((offset, data))
-        file.last_write = (offset, len(data))
 
     def _use(self, size: int) -> None:
         self.used += size
@@ -338,6 +349,7 @@ class SimDisk:
     def _tear(self, file: SimFile) -> None:
         """Carry a random part of what waited over to the disk."""
         waiting, random = file.waiting, self._random
+        file.shields.extend((offset, offset + len(data)) for offset, data in waiting)
         if self.tearing is Tearing.PREFIX:
             whole = random.randrange(len(waiting) + 1)
             for offset, data in waiting[:whole]:

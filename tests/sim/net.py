@@ -142,7 +142,7 @@ class Broker:
             return
         before = self.lines.get(sender.name)
         if before is not None:
-            before.cut = True  # taken over: a client id has one connection
+            self.cut(before)  # taken over: a client id has one connection
         self._numbers += 1
         line = self.lines[sender.name] = Line(sender, self._numbers)
         answer(line)

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from edge_agent.adapters.journal import Journal
-from edge_agent.core.journal import Portion
-from shared.telemetry import Body, DeviceEvent, Gap, Outcome, Reading, Record, RecordClass, Result
-from shared.wire.columns import encode_columns, open_columns
-from shared.wire.messages import Batch, BatchId, digest_of
+from edge_agent.adapters.records import encode_record
+from shared.telemetry import Body, DeviceEvent, Outcome, Reading, RecordClass, Result
+from shared.wire.columns import open_columns
+from shared.wire.messages import Batch
 from tests.sim.disk import SimDisk
 from tests.sim.truth import Violation
 
 if TYPE_CHECKING:
     from tests.sim.device import Machine, Process
     from tests.sim.hub import Hub, Site
+    from tests.sim.slots import Releases, SlotDisk, SlotLife
 
 RecordBytes = bytes
-_encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final = msgspec.msgpack.Decoder(Body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +37,7 @@ class Parts:
     journal: type[Journal]
     process: Callable[[Machine], Process]
     hub: Callable[[str, Site], Hub]
+    slots: Callable[[Process, SlotDisk, Releases], SlotLife]
     check_durable: Callable[[Machine, Batch], None]
 
 
@@ -56,35 +54,13 @@ def payload(klass: RecordClass, token: int, padding: int) -> bytes:
             body = Result(request=text, model="m", version="1", variant="v", rung="full")
         case RecordClass.READING:
             body = Reading(name=text, value=1.5)
-    return _encoder.encode(body)
+    return encode_record(body)
 
 
 def token_of(body: Body) -> int:
     """The token in a record's body."""
     text = body.request if isinstance(body, Result | Outcome) else body.name
     return int(text[1:].partition(":")[0])
-
-
-def batch_of(epoch: str, portion: Portion) -> Batch:
-    """The batch that is sent for this portion."""
-    gap, columns = None, b""
-    if portion.reason:
-        gap = Gap(reason=portion.reason, records=portion.last - portion.first + 1)  # type: ignore[arg-type]
-    else:
-        columns = encode_columns(
-            [
-                Record(seq=number, at_ms=at_ms, body=_decoder.decode(data))
-                for number, (at_ms, data) in enumerate(portion.entries, portion.first)
-            ]
-        )
-    claim = BatchId(
-        epoch=epoch,
-        klass=int(portion.klass),
-        first=portion.first,
-        last=portion.last,
-        digest=digest_of(columns=columns, gap=gap),
-    )
-    return Batch(batch=claim, columns=columns, gap=gap)
 
 
 def check_durable(machine: Machine, batch: Batch) -> None:

@@ -20,6 +20,7 @@ from tests.sim.hub import Hub, Site, what_is_stored
 from tests.sim.net import Broker
 from tests.sim.parts import Parts, check_durable, token_of
 from tests.sim.profiles import Plan, plan_of
+from tests.sim.slots import BAD, GOOD, Releases, SlotLife
 from tests.sim.truth import Truth, Violation
 
 IDLE_CHECK_MS = 500
@@ -54,7 +55,7 @@ class Outcome:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-HONEST = Parts(disk=SimDisk, journal=Journal, process=Process, hub=Hub, check_durable=check_durable)
+HONEST = Parts(disk=SimDisk, journal=Journal, process=Process, hub=Hub, slots=SlotLife, check_durable=check_durable)
 
 
 class House:
@@ -68,8 +69,17 @@ class House:
         self.broker = Broker(world, plan.weather, disorder=self.truth.disordered)
         self.site = Site(world=world, plan=plan, broker=self.broker, truth=self.truth)
         self.hubs = [parts.hub(f"hub{n}", self.site) for n in range(plan.hubs)]
+        self.releases = Releases() if plan.slots else None
         self.machines = [
-            Machine(f"dev{n}", world=world, plan=plan, broker=self.broker, truth=self.truth, parts=parts)
+            Machine(
+                f"dev{n}",
+                world=world,
+                plan=plan,
+                broker=self.broker,
+                truth=self.truth,
+                parts=parts,
+                releases=self.releases,
+            )
             for n in range(plan.devices)
         ]
         self.chaos = Chaos(world=world, plan=plan, machines=self.machines, hubs=self.hubs, broker=self.broker)
@@ -82,6 +92,8 @@ class House:
         for machine in self.machines:
             world.after(world.span(500), machine.power_on)
             self._load(machine)
+        if self.releases is not None:
+            self._publish(self.releases)
         self.chaos.begin()
         world.run(plan.chaos_ms)
         self.chaos.stop()
@@ -105,8 +117,16 @@ class House:
             if when < self.plan.chaos_ms:
                 world.at(when, machine.put, klass, world.random.randrange(load.padding + 1))
 
+    def _publish(self, releases: Releases) -> None:
+        world = self.world
+        for _ in range(world.random.randrange(1, 6)):
+            nature = GOOD if world.random.random() < 0.6 else world.random.choice(BAD)
+            world.at(world.random.randrange(self.plan.chaos_ms), releases.publish, nature)
+
     def _is_settled(self) -> bool:
-        return all(hub.is_up for hub in self.hubs) and all(machine.is_idle for machine in self.machines)
+        return all(hub.is_up for hub in self.hubs) and all(
+            machine.is_idle and machine.has_release for machine in self.machines
+        )
 
     def _pending(self) -> str:
         lines = []
@@ -115,8 +135,10 @@ class House:
             if process is None or not process.is_open:
                 lines.append(f"{machine.name} has no agent")
             else:
-                depth = process.journal.depth(machine.moment())
+                depth = process.store.depth(machine.moment())
                 lines.append(f"{machine.name} {dict(depth.records)} idle={process.is_idle}")
+                if process.slots is not None and not machine.has_release:
+                    raise Violation("stuck", f"{machine.name}: {process.slots.describe()}")
         return "; ".join(lines)
 
 

@@ -19,7 +19,8 @@ The properties, each with the name under which a failing seed reports it:
   was refused, later batches may be taken before earlier ones, and nothing is promised.
 - `precious`: no gap says that records of class 0 were evicted or expired.
 - `early`: no gap says that a record expired before its time, by true time; `late`: no record is loaded to be sent that
-  is older than its time, counted while the machine was up.
+  is older than its time, counted while the machine was up, as far as its disk can know: to its last write before each
+  power cut.
 - `quota`: the files of the outbox never take more bytes than it was given.
 - `epoch`: a store keeps its epoch until its disk is taken away.
 - `pending`: some time after the faults have stopped, nothing waits on any device.
