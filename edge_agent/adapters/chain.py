@@ -239,7 +239,10 @@ class Chain:
     def leave_last(self) -> SegmentName | None:
         """Write no more to the last segment, because its disk failed; its name, where nothing in it is needed."""
         empty = self.segments[-1].base == self.next
-        return self.segments.pop() if empty else None
+        left = self.segments.pop() if empty else None
+        # Nothing fits until another is added, which may fail: not behind what failed, and not over the one before.
+        self.end = LARGEST_SEGMENT_BYTES
+        return left
 
     def newest_before(self, index: int) -> int | None:
         """A store's time at or after that of every frame in this segment; None when that cannot be told."""

@@ -43,6 +43,8 @@ def recover(disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Callable
     found = _cursor(disk, names)
     place, cursor = found if found is not None else (frames.SLOTS - 1, None)
     is_same_size = cursor is None or cursor.segment_bytes == bounds.segment_bytes
+    # What a killed process did to the names is seen here and may not be on the disk; what is found is handed out.
+    disk.sync_names()
     spares = [name for name in sorted(names) if name.startswith("spare-")]
     has_reserve = frames.RESERVE_NAME in names
     if not is_same_size:
@@ -115,6 +117,8 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
     if own:
         data = disk.read(str(own[-1]), 0, LARGEST_SEGMENT_BYTES)
         last, newest_ms = _last_frame(data, own[-1])
+        # A process that was killed may have written it and not synced it; what is found is handed out.
+        disk.sync(str(own[-1]))
         chain.segments = own
         chain.end = last.end if last is not None else 0
         chain.next = max(chain.next, last.last + 1 if last is not None else own[-1].base)

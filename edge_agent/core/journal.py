@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.core.frames import Cursor, Entry, GapSpan, fits_frame
+from edge_agent.core.frames import SLOT_BYTES, SLOTS, Cursor, Entry, GapSpan, fits_frame
 from shared import limits
 from shared.limits import KIB, MIB
 from shared.ranges import Ranges
@@ -75,8 +75,8 @@ class JournalBounds(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def segments(self) -> int:
-        """How many files of a segment's size there may be, the reserve included."""
-        return self.total_bytes // self.segment_bytes - 1
+        """How many files of a segment's size there may be beside the cursor, the reserve included."""
+        return (self.total_bytes - SLOTS * SLOT_BYTES) // self.segment_bytes
 
 
 def bounds_for(

@@ -1,0 +1,103 @@
+"""What the simulator has found: each as a script of its own, so that it stays found when the seeds' meaning changes."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from edge_agent.adapters.journal import Journal
+from edge_agent.core.journal import JournalBounds, Moment
+from shared.errors import StorageFull
+from shared.limits import KIB
+from shared.telemetry import RecordClass
+from tests.sim.disk import ProcessKilled, SimDisk, Strike
+
+NOW = Moment("boot", 1_000, 1_760_000_000_000, False)
+READING, EVENT = RecordClass.READING, RecordClass.EVENT
+
+
+def bounds(segments: int) -> JournalBounds:
+    """A small journal, of files of 1 KiB."""
+    return JournalBounds(
+        total_bytes=segments * KIB + 16 * KIB, segment_bytes=KIB, batch_bytes=512, batch_records=8, spares=0
+    )
+
+
+def opened(disk: SimDisk, *, segments: int = 12) -> Journal:
+    """The journal on this disk."""
+    return Journal.open(disk, bounds(segments), moment=NOW, draw=Random(1).randbytes)
+
+
+def killed(disk: SimDisk, *, calls_ahead: int) -> None:
+    """Let an agent open the journal and put records until it is killed in this call."""
+    disk.arm(Strike.KILL, calls_ahead=calls_ahead)
+    with pytest.raises(ProcessKilled):
+        journal = opened(disk)
+        while True:
+            journal.append(READING, [(1, b"x" * 100)], moment=NOW)
+
+
+@pytest.mark.parametrize("calls_ahead", range(1, 40))
+def test_what_a_killed_process_had_written_is_on_the_disk_before_it_is_handed_out(calls_ahead: int) -> None:
+    # Found as `undurable` in "crashes": sent, then taken back by a power cut, and the number was given again.
+    for seed in range(4):
+        disk = SimDisk(random=Random(seed))
+        killed(disk, calls_ahead=calls_ahead)
+        handed = numbers(opened(disk))
+        disk.lose_power()
+        assert numbers(opened(disk)) == handed
+
+
+@pytest.mark.parametrize("calls_ahead", range(1, 40))
+def test_the_names_that_a_killed_process_gave_are_on_the_disk_before_more_is_promised(calls_ahead: int) -> None:
+    # Found as `undurable` in "line": records were durable in a file whose name was not.
+    for seed in range(4):
+        disk = SimDisk(random=Random(seed))
+        killed(disk, calls_ahead=calls_ahead)
+        number = opened(disk).append(READING, [(2, b"promised")], moment=NOW)
+        disk.lose_power()
+        assert number in numbers(opened(disk))
+
+
+def numbers(journal: Journal) -> list[int]:
+    """The numbers of all records that the journal hands out."""
+    found: list[int] = []
+    after = 0
+    while (portion := journal.load(READING, after=after, moment=NOW)) is not None:
+        found += range(portion.first, portion.first + len(portion.entries))
+        after = portion.last
+    return found
+
+
+def test_a_new_segment_that_finds_no_room_does_not_send_the_next_records_over_older_ones() -> None:
+    # Found as `spoiled` in "fullness": events that were durable were overwritten.
+    disk = SimDisk(random=Random(1))
+    journal = opened(disk, segments=3)
+    kept = []
+    with pytest.raises(StorageFull):
+        while True:
+            kept.append(journal.append(EVENT, [(1, b"x" * 600)], moment=NOW))
+            if len(kept) == 2:
+                disk.capacity = disk.used
+                disk.arm(Strike.FULL, calls_ahead=3)
+    with pytest.raises(StorageFull):
+        journal.append(EVENT, [(2, b"y" * 600)], moment=NOW)
+    for number in kept:
+        portion = journal.load(EVENT, after=number - 1, moment=NOW)
+        assert portion is not None
+        assert portion.reason is None
+        assert portion.entries[0][1] == b"x" * 600
+
+
+@pytest.mark.parametrize("size_kib", [1, 4, 64])
+def test_all_files_together_stay_within_the_budget(size_kib: int) -> None:
+    # Found as `quota` in "fullness": the cursor was counted as one file of a segment's size.
+    size = size_kib * KIB
+    small = JournalBounds(total_bytes=6 * size + 16 * KIB, segment_bytes=size, batch_bytes=size // 2, batch_records=8)
+    disk = SimDisk(random=Random(1))
+    journal = Journal.open(disk, small, moment=NOW, draw=Random(1).randbytes)
+    with pytest.raises(StorageFull):
+        while True:
+            journal.append(EVENT, [(1, b"x" * (size // 2))], moment=NOW)
+    assert disk.most_used <= small.total_bytes
