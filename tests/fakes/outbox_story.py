@@ -70,6 +70,7 @@ class Story:
         handed: when a batch was first handed out, its last number and digest, by the place of its first.
         dropping: when it was begun to drop a class, and everything in it so far.
         told: the reason of every gap that was handed out, by place.
+        uptimes_ms: what the machine's clock said, and when.
     """
 
     disk: Disk
@@ -86,6 +87,7 @@ class Story:
     errors: list[StorageError] = field(default_factory=list)
     uptime_ms: int = 0
     buried: int = 0
+    uptimes_ms: list[tuple[int, int]] = field(default_factory=list)
 
     def tell(self, *, steps: int = STEPS) -> None:
         """All of it; the store's errors are taken down, and any other goes through."""
@@ -105,6 +107,7 @@ class Story:
             (act,) = chance.choices([act for _, act in acts], [weight for weight, _ in acts])
             # Of its own seed, so that a step that failed changes nothing about the ones behind it.
             own = random.Random(chance.random())
+            self.uptimes_ms.append((self.at(), self.uptime_ms))
             try:
                 if self.store is None:
                     self.store = self.open()
@@ -214,6 +217,7 @@ def judge(
     answer = _Answer()
     for klass in RecordClass:
         _drain(story, store, klass, answer, at=None if may_repeat else at)
+    for klass in RecordClass:
         value = len(story.values)
         story.values[value] = klass
         following = store.append(klass, [(0, encode_record(body_of(klass, value)))], moment=story.moment())

@@ -1,0 +1,150 @@
+"""The outbox on disks that fail, that lose power and that rot: what it promised is kept, or said to be lost."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+
+import pytest
+
+from edge_agent.core.frames import CURSOR_NAME, SLOT_BYTES, SLOTS
+from shared.errors import StorageError, StorageFull
+from tests.fakes.fault_disks import Calls, CutDisk, FailingDisk, Fault, RecordingDisk
+from tests.fakes.memory_disk import MemoryDisk
+from tests.fakes.outbox_story import BOUNDS, Story, judge
+
+SEEDS = (2, 5)
+NO_ROOM = SLOTS * SLOT_BYTES + 5 * BOUNDS.segment_bytes
+"""Of a disk that is smaller than what the outbox may take."""
+
+
+def told(seed: int, *, calls: Calls | None = None, size: int = 2**30) -> Story:
+    """A story on a disk in memory, with faults where there are calls."""
+    calls = calls or Calls()
+    disk, aside = MemoryDisk(size=size), MemoryDisk()
+    story = Story(
+        disk=FailingDisk(disk, calls), aside=FailingDisk(aside, calls), seed=seed, at=lambda: len(calls.kinds)
+    )
+    story.tell()
+    # From here on everything works.
+    story.disk, story.aside = disk, aside
+    return story
+
+
+@pytest.mark.parametrize("size", [2**30, NO_ROOM])
+def test_the_stories_cover_what_they_are_about(size: int) -> None:
+    stories = [told(seed, size=size) for seed in range(12)]
+    for story in stories:
+        judge(story, story.open(), at=story.at())
+        assert all(isinstance(error, StorageFull) for error in story.errors)
+    reasons = {reason for story in stories for reason in story.told.values()}
+    assert reasons == {"evicted", "expired", "dropped"}
+    assert all(any(getattr(story, what) for story in stories) for what in ("settling", "handed", "buried", "errors"))
+
+
+# Errors
+
+
+def once(n: int, number: int, *kinds: str) -> Fault:
+    """The n-th call fails, if it is of such a kind."""
+    return lambda count, kind: OSError(number, "planted") if count == n and kind in kinds else None
+
+
+def from_on(n: int, number: int, *kinds: str) -> Fault:
+    """All such calls fail from the n-th call on."""
+    return lambda count, kind: OSError(number, "planted") if count >= n and kind in kinds else None
+
+
+ANY = ("names", "create", "read", "write", "sync", "rename", "remove", "sync_names", "free_bytes")
+WRITING = ("create", "write", "rename", "sync_names")
+FAULTS: dict[str, Callable[[int], Fault]] = {
+    "any call once": lambda n: once(n, errno.EIO, *ANY),
+    "any call from then on": lambda n: from_on(n, errno.EIO, *ANY),
+    "syncs from then on": lambda n: from_on(n, errno.EIO, "sync", "sync_names"),
+    "no room once": lambda n: once(n, errno.ENOSPC, *WRITING),
+    "no room from then on": lambda n: from_on(n, errno.ENOSPC, *WRITING),
+    "quota from then on": lambda n: from_on(n, errno.EDQUOT, "create", "write"),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_at_any_call_loses_nothing(fault: str, seed: int) -> None:
+    n, failed = 1, 0
+    while True:
+        calls = Calls(FAULTS[fault](n))
+        story = told(seed, calls=calls)
+        try:
+            judge(story, story.open(), at=story.at())
+        except Exception as error:
+            raise AssertionError(f"{fault} at call {n} of story {seed}") from error
+        failed += any(not isinstance(error, StorageFull) or "no room left" in error.message for error in story.errors)
+        if n > len(calls.kinds):
+            break
+        n += 1
+    assert failed > 10
+
+
+# Power
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_power_may_go_at_any_call(seed: int) -> None:
+    disk = RecordingDisk()
+    story = Story(disk=disk, aside=MemoryDisk(), seed=seed, at=lambda: len(disk.log))
+    story.tell()
+    calls = list(disk.log)
+    legit = {**story.told, **judge(story, story.open(), at=len(calls))}
+    cut, looked = CutDisk(), 0
+    for at, call in enumerate(calls, 1):
+        cut.follow(call)
+        for left in cut.left():
+            story.disk = left
+            story.uptime_ms = max(uptime_ms for since, uptime_ms in story.uptimes_ms if since <= at)
+            try:
+                judge(story, story.open(), at=at, legit=legit)
+            except Exception as error:
+                raise AssertionError(f"the power went behind call {at}, {call}, of story {seed}") from error
+            looked += 1
+    assert looked > 2 * len(calls)
+
+
+# Rot
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_rotted_is_named_and_the_rest_comes(seed: int) -> None:
+    story = told(seed)
+    for trial in range(100):
+        disk = rotten(story.disk, random.Random(trial), lambda name: not name.startswith("epoch-"))
+        rotted, story.disk = story.disk, disk
+        judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True)
+        story.disk = rotted
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_rotten_cursor_only_sends_again(seed: int) -> None:
+    story = told(seed)
+    for trial in range(50):
+        disk = rotten(story.disk, random.Random(trial), lambda name: name == CURSOR_NAME)
+        rotted, story.disk = story.disk, disk
+        judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True)
+        story.disk = rotted
+
+
+def rotten(disk: object, chance: random.Random, chosen: Callable[[str], bool]) -> MemoryDisk:
+    """A copy, in which up to five bytes of one file are others."""
+    assert isinstance(disk, MemoryDisk)
+    copy = MemoryDisk()
+    copy.files = {name: bytearray(data) for name, data in disk.files.items()}
+    data = copy.files[chance.choice(sorted(name for name in copy.files if chosen(name) and copy.files[name]))]
+    for _ in range(chance.randint(1, 5)):
+        data[chance.randrange(len(data))] ^= chance.randint(1, 255)
+    return copy
+
+
+def test_the_errors_are_the_trees() -> None:
+    story = told(0, calls=Calls(from_on(1, errno.EIO, *ANY)))
+    assert not story.promised
+    assert {type(error) for error in story.errors} == {StorageError}
