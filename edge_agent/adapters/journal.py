@@ -18,9 +18,9 @@ Not here: what a record is, when to commit, tickets (`outbox.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Final
 
 from edge_agent.adapters import recovery
@@ -115,7 +115,7 @@ class Journal:
             try:
                 first = chain.append(parts, store_ms=store_ms)
             except OSError:
-                self._leave_segment(chain, moment)
+                self._add_segment(chain, moment)
                 first = chain.append(parts, store_ms=store_ms)
         self._syncs += 1
         self._commit_bytes += (need - self._commit_bytes) / _MEMORY
@@ -213,13 +213,27 @@ class Journal:
         """Let the chain go on in another file: one that is spare, a new one, or one taken from records."""
         if any(len(one.segments) > 1 and one.stop(0) - 1 <= one.settled for one in self._chains.values()):
             self._checkpoint(moment)
-        old = self._room(chain, moment)
+        if chain.failed is not None:
+            # Its name must not be found beside that of the file that takes its place.
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.remove(str(chain.failed))
+            chain.failed = None
+        held = self._room(chain, moment)
         name = SegmentName(int(chain.klass), chain.next, int.from_bytes(self._draw(4), "little"))
-        if old is None:
-            old = self._create(str(name), chain, moment)
-        if old is not None:
-            self._disk.rename(old, str(name))
-        self._disk.sync_names()
+        try:
+            if held is None:
+                held = self._create(str(name), chain, moment)
+            if held != str(name):
+                self._disk.rename(held, str(name))
+                held = str(name)
+            self._disk.sync_names()
+        except OSError:
+            # There may be a file of this name now, and numbers from its first one on will be looked for in it: nothing
+            # more goes to the file before.
+            chain.leave()
+            if held is not None:
+                self._spares.append(held)
+            raise
         self._syncs += 1
         chain.add(name)
 
@@ -236,8 +250,8 @@ class Journal:
             return None
         return self._make_room(chain, moment)
 
-    def _create(self, name: str, chain: Chain, moment: Moment) -> str | None:
-        """Make a new file of this name; where the disk has no room after all, a file to rename instead."""
+    def _create(self, name: str, chain: Chain, moment: Moment) -> str:
+        """Make a new file of this name; where the disk has no room after all, another file to write over."""
         zeroed = self._commit_bytes < SMALL_COMMIT_BYTES
         try:
             self._disk.create(name, self._bounds.segment_bytes, zeroed=zeroed)
@@ -246,7 +260,7 @@ class Journal:
                 raise
             return self._make_room(chain, moment)
         self._other_bytes += self._bounds.segment_bytes if zeroed else 0
-        return None
+        return name
 
     def _make_room(self, chain: Chain, moment: Moment) -> str:
         held = {klass: len(one.segments) for klass, one in self._chains.items()}
@@ -290,14 +304,6 @@ class Journal:
             for reason, records in chain.lost.items():
                 losses[reason] = losses.get(reason, 0) + records
         return losses
-
-    def _leave_segment(self, chain: Chain, moment: Moment) -> None:
-        """The disk failed under the last segment: write no more to it, and go on in another."""
-        empty = chain.leave_last()
-        if empty is not None:
-            # Its name must not be found beside that of the file that takes its place.
-            self._disk.remove(str(empty))
-        self._add_segment(chain, moment)
 
     def _give_back(self, name: SegmentName) -> None:
         if name in self._foreign or len(self._spares) >= self._bounds.spares:
@@ -373,7 +379,7 @@ def _full(klass: RecordClass) -> StorageFull:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield

@@ -210,7 +210,7 @@ def judge(
         story: what was promised.
         store: opened from what the disk held.
         at: the moment, as the story counts.
-        legit: where given, the only gaps that there may be of what was promised.
+        legit: where given, what may have been evicted is in it.
         may_be_damaged: gaps for damage are no surprise.
         may_repeat: what was handed out may come back in other batches.
     """
@@ -236,7 +236,8 @@ def judge(
             assert answer.found[place] == value, f"{place} held {value}, and holds {answer.found[place]}"
         elif place in answer.gaps:
             reason = answer.gaps[place]
-            is_legit = _may_be(story, place, reason, at=at) and (legit is None or legit.get(place) == reason)
+            is_legit = _may_be(story, place, reason, at=at)
+            is_legit &= reason != "evicted" or legit is None or legit.get(place) == reason
             assert is_legit or (may_be_damaged and reason == "damaged"), f"{place} was promised, and is {reason}"
         else:
             assert story.settling.get(place, at + 1) <= at, f"{place} was promised, and is gone"
