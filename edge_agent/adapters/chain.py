@@ -77,6 +77,7 @@ class Chain:
     Attributes:
         segments: their names; the last one is written to.
         end: where the last one's next frame goes; LARGEST_SEGMENT_BYTES when none may.
+        is_unsure: what could not be written may lie behind the last frame after all.
         failed: a file whose sync failed before it held anything; it has the name of the one to come, and must go first.
         next: the number of the next record.
         settled, early, gaps: as in `ClassCursor`.
@@ -87,6 +88,7 @@ class Chain:
         self.klass = klass
         self.segments: list[SegmentName] = []
         self.end = 0
+        self.is_unsure = False
         self.failed: SegmentName | None = None
         self.next = 1
         self.settled = 0
@@ -114,6 +116,7 @@ class Chain:
         """Go on in this file, which exists."""
         self.segments.append(name)
         self.end = 0
+        self.is_unsure = False
         self._begins = True
 
     def begin_batch(self) -> None:
@@ -253,6 +256,8 @@ class Chain:
         """Write no more to the last segment, because its disk failed; where nothing in it is needed, it is `failed`."""
         if self.segments[-1].base == self.next:
             self.failed = self.segments.pop()
+        else:
+            self.is_unsure = True
         self.leave()
 
     def newest_before(self, index: int) -> int | None:

@@ -133,6 +133,9 @@ class Journal:
         before = len(chain.gaps)
         with _translated():
             portion = chain.load(after=after, expired_ms=expired_ms)
+            if portion is not None and chain.is_unsure and portion.last + 1 == chain.next:
+                # What failed behind it would be found as a part of it one day: another file ends it for good.
+                self._add_segment(chain, moment)
         self.is_dirty |= len(chain.gaps) != before
         return portion
 

@@ -297,6 +297,21 @@ def test_numbers_do_not_go_on_in_the_file_before_a_new_one_that_may_have_its_nam
     assert [portion[2] for portion in bench.drain(READING)] == [None] * 3
 
 
+def test_what_failed_is_not_found_later_as_a_part_of_a_batch_that_was_handed_out() -> None:
+    disk = Flaky()
+    bench = Bench(disk=disk)
+    bench.put(READING, 100)
+    disk.failing |= {"sync": 1, "sync_names": 1}
+    with pytest.raises(StorageError):
+        bench.put(READING, 100)
+    disk.failing["sync_names"] = 1
+    with pytest.raises(StorageError):
+        bench.load(READING)
+    assert bench.load(READING) == (1, 1, None)
+    bench.crash()
+    assert bench.load(READING) == (1, 1, None)
+
+
 # Damage
 
 
