@@ -65,6 +65,7 @@ class Journal:
         self._opened_store_ms = state.store_ms
         self._saved_ms = state.opened.uptime_ms
         self._unsaved = 0
+        self._saved_next = self._next()
         self.is_dirty = False
         self._commit_bytes = 0.0
         self._other_bytes = 0
@@ -157,8 +158,10 @@ class Journal:
         chain = self._chains[klass]
         with _translated():
             dropped = self._lose(chain, chain.settled + 1, chain.next - 1, "dropped", moment)
-            while chain.segments:
+            # The last one stays: its name says from where numbers go on, whatever becomes of the cursor.
+            while len(chain.segments) > 1:
                 self._give_back(chain.take_oldest())
+            chain.begin_batch()
         return dropped
 
     def tick(self, moment: Moment) -> None:
@@ -177,10 +180,14 @@ class Journal:
                 self._restock()
 
     def close(self, moment: Moment) -> None:
-        """Write the cursor if it changed, and let go of the files. Safe to call twice."""
+        """Write the cursor if it would say something else, and let go of the files. Safe to call twice.
+
+        It then says how far numbers go, so that damage at the very end is known for what it is. After a crash it looks
+        like a commit that never returned.
+        """
         try:
             with _translated():
-                if self.is_dirty:
+                if self.is_dirty or self._saved_next != self._next():
                     self._checkpoint(moment)
         finally:
             self._disk.close()
@@ -289,6 +296,9 @@ class Journal:
     def _lose_oldest(self, chain: Chain, reason: GapReason, moment: Moment) -> SegmentName:
         """Declare what waits in the oldest segment lost, durably, and take it out of the chain."""
         self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, reason, moment)
+        if len(chain.segments) == 1:
+            # Then only the cursor says from where numbers go on: so both of its slots do.
+            self._save(moment)
         return chain.take_oldest()
 
     def _lose(self, chain: Chain, first: int, last: int, reason: GapReason, moment: Moment) -> int:
@@ -368,8 +378,12 @@ class Journal:
         # Only now: after a failure the other slot is still the good one, and this one is written again.
         self._place, self._generation = place, cursor.generation
         self.is_dirty, self._unsaved, self._saved_ms = False, 0, moment.uptime_ms
+        self._saved_next = self._next()
         self._other_bytes += len(data)
         self._syncs += 1
+
+    def _next(self) -> tuple[int, ...]:
+        return tuple(chain.next for chain in self._chains.values())
 
     def _store_ms(self, moment: Moment) -> int:
         return self._opened_store_ms + max(0, moment.uptime_ms - self._opened.uptime_ms)

@@ -115,6 +115,10 @@ class Story:
             except StorageError as error:
                 self.errors.append(error)
 
+    def stop(self) -> None:
+        """End as one should."""
+        (self.store or self.open()).close(self.moment())
+
     def open(self) -> RecordStore:
         """Open the store; as a new process would."""
         journal = Journal.open(self.disk, self.bounds, moment=self.moment(), draw=self._draw)
