@@ -335,8 +335,11 @@ def test_a_segment_that_vanished_is_a_gap() -> None:
         bench.put(READING, 30_000)
     del bench.disk.files[bench.segments(READING)[0]]
     bench.crash()
+    lost = bench.journal.depth(bench.now).lost
+    bench.crash()
     portions = bench.drain(READING)
     assert portions[0][2] == "damaged"
+    assert bench.journal.depth(bench.now).lost == lost == {"damaged": portions[0][1]}
     assert [portion[2] for portion in portions[1:]] == [None] * (len(portions) - 1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from edge_agent.core.frames import SLOT_BYTES, SLOTS
+from edge_agent.core.frames import CURSOR_NAME, SLOT_BYTES, SLOTS
 from shared.errors import StorageError, StorageFull
 from tests.fakes.fault_disks import Calls, CutDisk, FailingDisk, Fault, RecordingDisk
 from tests.fakes.memory_disk import MemoryDisk
@@ -123,6 +123,19 @@ def test_what_rotted_is_named_and_the_rest_comes(seed: int, chosen: str) -> None
     for trial in range(100):
         story.disk = rotten(whole, random.Random(trial), chosen)
         judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True)
+
+
+def test_without_any_cursor_what_lies_in_no_file_is_said_to_be_damaged() -> None:
+    # In these, every class that had records has a file. Of one whose last file was given to a more precious class,
+    # only the cursor knows from where numbers go on.
+    stories = [told(seed) for seed in (1, 2, 4)]
+    gaps = 0
+    for story in stories:
+        story.stop()
+        assert isinstance(story.disk, MemoryDisk)
+        story.disk.files[CURSOR_NAME][:] = bytes(SLOTS * SLOT_BYTES)
+        gaps += len(judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True))
+    assert gaps
 
 
 def rotten(disk: object, chance: random.Random, chosen: str) -> MemoryDisk:
