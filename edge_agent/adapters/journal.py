@@ -34,6 +34,8 @@ from shared.telemetry import GapReason, RecordClass
 
 CURSOR_EVERY_MS: Final = 1_000
 CURSOR_EVERY_RECORDS: Final = 1_000
+CURSOR_IDLE_MS: Final = 3_600_000
+"""So often the store's clock is written down while records wait, so that a power cut takes no more of their time."""
 SMALL_COMMIT_BYTES: Final = 32 * 1024
 """Commits below this go to a file of zeros, those above to one that only has its room set aside.
 
@@ -165,7 +167,10 @@ class Journal:
         return dropped
 
     def tick(self, moment: Moment) -> None:
-        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError."""
+        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError.
+
+        To be called about once a second while `is_dirty`, and once a minute always.
+        """
         with _translated():
             for klass, ttl_ms in self._bounds.ttl_ms.items():
                 chain = self._chains[klass]
@@ -174,8 +179,10 @@ class Journal:
                     if newest_ms is None or newest_ms > self._store_ms(moment) - ttl_ms:
                         break
                     self._give_back(self._lose_oldest(chain, "expired", moment))
-            due = moment.uptime_ms - self._saved_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
-            if self.is_dirty and due:
+            since_ms = moment.uptime_ms - self._saved_ms
+            due = since_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
+            idle = since_ms >= CURSOR_IDLE_MS and any(chain.waiting() for chain in self._chains.values())
+            if (self.is_dirty and due) or idle:
                 self._checkpoint(moment)
                 self._restock()
 
