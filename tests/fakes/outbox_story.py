@@ -65,6 +65,7 @@ class Story:
     """What happened so far, and when: `at` counts the disk's calls.
 
     Attributes:
+        disks: opens the two directories: that of the journal, and that for what is put aside.
         promised: what an append that returned said, by place.
         settling: when it was begun to settle a place.
         handed: when a batch was first handed out, its last number and digest, by the place of its first.
@@ -73,8 +74,7 @@ class Story:
         uptimes_ms: what the machine's clock said, and when.
     """
 
-    disk: Disk
-    aside: Disk
+    disks: Callable[[], tuple[Disk, Disk]]
     seed: int
     at: Callable[[], int]
     bounds: JournalBounds = BOUNDS
@@ -93,6 +93,7 @@ class Story:
         """All of it; the store's errors are taken down, and any other goes through."""
         chance = random.Random(self.seed)
         self._draws = random.Random(self.seed + 1)
+        self._open_disks: tuple[Disk, ...] = ()
         self.store: RecordStore | None = None
         acts: list[tuple[int, Callable[[random.Random], None]]] = [
             (40, self._put),
@@ -120,9 +121,13 @@ class Story:
         (self.store or self.open()).close(self.moment())
 
     def open(self) -> RecordStore:
-        """Open the store; as a new process would."""
-        journal = Journal.open(self.disk, self.bounds, moment=self.moment(), draw=self._draw)
-        return RecordStore(journal, buried=Buried(self.aside, most_bytes=MIB))
+        """Open the store; as a new process would, after the end of the one before."""
+        for disk in self._open_disks:
+            disk.close()
+        self._open_disks = self.disks()
+        disk, aside = self._open_disks
+        journal = Journal.open(disk, self.bounds, moment=self.moment(), draw=self._draw)
+        return RecordStore(journal, buried=Buried(aside, most_bytes=MIB))
 
     def moment(self) -> Moment:
         """Now, in a world with one boot."""

@@ -6,10 +6,12 @@ import errno
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from edge_agent.core.frames import CURSOR_NAME, SLOT_BYTES, SLOTS
+from edge_agent.ports import Disk
 from shared.errors import StorageError, StorageFull
 from tests.fakes.fault_disks import Calls, CutDisk, FailingDisk, Fault, RecordingDisk
 from tests.fakes.memory_disk import MemoryDisk
@@ -20,22 +22,21 @@ NO_ROOM = SLOTS * SLOT_BYTES + 5 * BOUNDS.segment_bytes
 """Of a disk that is smaller than what the outbox may take."""
 
 
-def told(seed: int, *, calls: Calls | None = None, size: int = 2**30) -> Story:
+def told(seed: int, *, calls: Calls | None = None, disk: MemoryDisk | None = None) -> Story:
     """A story on a disk in memory, with faults where there are calls."""
-    calls = calls or Calls()
-    disk, aside = MemoryDisk(size=size), MemoryDisk()
+    calls, kept, aside = calls or Calls(), disk or MemoryDisk(), MemoryDisk()
     story = Story(
-        disk=FailingDisk(disk, calls), aside=FailingDisk(aside, calls), seed=seed, at=lambda: len(calls.kinds)
+        disks=lambda: (FailingDisk(kept, calls), FailingDisk(aside, calls)), seed=seed, at=lambda: len(calls.kinds)
     )
     story.tell()
     # From here on everything works.
-    story.disk, story.aside = disk, aside
+    story.disks = lambda: (kept, aside)
     return story
 
 
 @pytest.mark.parametrize("size", [2**30, NO_ROOM])
 def test_the_stories_cover_what_they_are_about(size: int) -> None:
-    stories = [told(seed, size=size) for seed in range(12)]
+    stories = [told(seed, disk=MemoryDisk(size=size)) for seed in range(12)]
     for story in stories:
         judge(story, story.open(), at=story.at())
         assert all(isinstance(error, StorageFull) for error in story.errors)
@@ -93,7 +94,7 @@ def test_an_error_at_any_call_loses_nothing(fault: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_power_may_go_at_any_call(seed: int) -> None:
     disk = RecordingDisk()
-    story = Story(disk=disk, aside=MemoryDisk(), seed=seed, at=lambda: len(disk.log))
+    story = Story(disks=lambda: (disk, MemoryDisk()), seed=seed, at=lambda: len(disk.log))
     story.tell()
     calls = list(disk.log)
     legit = {**story.told, **judge(story, story.open(), at=len(calls))}
@@ -101,7 +102,7 @@ def test_the_power_may_go_at_any_call(seed: int) -> None:
     for at, call in enumerate(calls, 1):
         cut.follow(call)
         for left in cut.left():
-            story.disk = left
+            story.disks = partial(_both, left)
             story.uptime_ms = max(uptime_ms for since, uptime_ms in story.uptimes_ms if since <= at)
             try:
                 judge(story, story.open(), at=at, legit=legit)
@@ -117,30 +118,33 @@ def test_the_power_may_go_at_any_call(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("chosen", [r".*\.seg", r"(\d-.*)\.seg", "cursor"])
 def test_what_rotted_is_named_and_the_rest_comes(seed: int, chosen: str) -> None:
-    story = told(seed)
+    whole = MemoryDisk()
+    story = told(seed, disk=whole)
     story.stop()
-    whole = story.disk
     for trial in range(100):
-        story.disk = rotten(whole, random.Random(trial), chosen)
+        story.disks = partial(_both, rotten(whole, random.Random(trial), chosen))
         judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True)
 
 
 def test_without_any_cursor_what_lies_in_no_file_is_said_to_be_damaged() -> None:
     # In these, every class that had records has a file. Of one whose last file was given to a more precious class,
     # only the cursor knows from where numbers go on.
-    stories = [told(seed) for seed in (1, 2, 4)]
     gaps = 0
-    for story in stories:
+    for seed in (1, 2, 4):
+        disk = MemoryDisk()
+        story = told(seed, disk=disk)
         story.stop()
-        assert isinstance(story.disk, MemoryDisk)
-        story.disk.files[CURSOR_NAME][:] = bytes(SLOTS * SLOT_BYTES)
+        disk.files[CURSOR_NAME][:] = bytes(SLOTS * SLOT_BYTES)
         gaps += len(judge(story, story.open(), at=story.at(), may_be_damaged=True, may_repeat=True))
     assert gaps
 
 
-def rotten(disk: object, chance: random.Random, chosen: str) -> MemoryDisk:
+def _both(disk: Disk) -> tuple[Disk, Disk]:
+    return disk, MemoryDisk()
+
+
+def rotten(disk: MemoryDisk, chance: random.Random, chosen: str) -> MemoryDisk:
     """A copy, in which up to five bytes of one such file are others."""
-    assert isinstance(disk, MemoryDisk)
     copy = MemoryDisk()
     copy.files = {name: bytearray(data) for name, data in disk.files.items()}
     data = copy.files[chance.choice(sorted(name for name in copy.files if re.fullmatch(chosen, name)))]
