@@ -76,7 +76,9 @@ class Chain:
 
     Attributes:
         segments: their names; the last one is written to.
-        end: where the last one's next frame goes.
+        end: where the last one's next frame goes; LARGEST_SEGMENT_BYTES when none may.
+        is_unsure: what could not be written may lie behind the last frame after all.
+        failed: a file whose sync failed before it held anything; it has the name of the one to come, and must go first.
         next: the number of the next record.
         settled, early, gaps: as in `ClassCursor`.
         lost: records lost by reason, since this was opened.
@@ -86,6 +88,8 @@ class Chain:
         self.klass = klass
         self.segments: list[SegmentName] = []
         self.end = 0
+        self.is_unsure = False
+        self.failed: SegmentName | None = None
         self.next = 1
         self.settled = 0
         self.early: Ranges = ()
@@ -112,6 +116,7 @@ class Chain:
         """Go on in this file, which exists."""
         self.segments.append(name)
         self.end = 0
+        self.is_unsure = False
         self._begins = True
 
     def begin_batch(self) -> None:
@@ -119,7 +124,10 @@ class Chain:
         self._begins = True
 
     def append(self, parts: Sequence[Part], *, store_ms: int) -> int:
-        """Write these frames, sync them, and return the first record's number; raises OSError with nothing changed."""
+        """Write these frames, sync them, and return the first record's number.
+
+        Raises OSError with no number used; nothing more is written to that file then.
+        """
         segment = self.segments[-1]
         number, begins = self.next, self._begins
         open_records, open_bytes = self._open_records, self._open_bytes
@@ -144,8 +152,12 @@ class Chain:
             open_bytes += size
             begins = False
         data = frames[0] if len(frames) == 1 else b"".join(frames)
-        self._disk.write(str(segment), self.end, data)
-        self._disk.sync(str(segment))
+        try:
+            self._disk.write(str(segment), self.end, data)
+            self._disk.sync(str(segment))
+        except OSError:
+            self._leave_failed()
+            raise
         first, self.next = self.next, number
         self.end += len(data)
         self.written_bytes += len(data)
@@ -236,13 +248,17 @@ class Chain:
             self.begin_batch()
         return name
 
-    def leave_last(self) -> SegmentName | None:
-        """Write no more to the last segment, because its disk failed; its name, where nothing in it is needed."""
-        empty = self.segments[-1].base == self.next
-        left = self.segments.pop() if empty else None
-        # Nothing fits until another is added, which may fail: not behind what failed, and not over the one before.
-        self.end = LARGEST_SEGMENT_BYTES
-        return left
+    def leave(self) -> None:
+        """Write no more to the last segment."""
+        self.end = LARGEST_SEGMENT_BYTES if self.segments else 0
+
+    def _leave_failed(self) -> None:
+        """Write no more to the last segment, because its disk failed; where nothing in it is needed, it is `failed`."""
+        if self.segments[-1].base == self.next:
+            self.failed = self.segments.pop()
+        else:
+            self.is_unsure = True
+        self.leave()
 
     def newest_before(self, index: int) -> int | None:
         """A store's time at or after that of every frame in this segment; None when that cannot be told."""

@@ -18,9 +18,9 @@ Not here: what a record is, when to commit, tickets (`outbox.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Final
 
 from edge_agent.adapters import recovery
@@ -34,6 +34,8 @@ from shared.telemetry import GapReason, RecordClass
 
 CURSOR_EVERY_MS: Final = 1_000
 CURSOR_EVERY_RECORDS: Final = 1_000
+CURSOR_IDLE_MS: Final = 3_600_000
+"""So often the store's clock is written down while records wait, so that a power cut takes no more of their time."""
 SMALL_COMMIT_BYTES: Final = 32 * 1024
 """Commits below this go to a file of zeros, those above to one that only has its room set aside.
 
@@ -65,6 +67,7 @@ class Journal:
         self._opened_store_ms = state.store_ms
         self._saved_ms = state.opened.uptime_ms
         self._unsaved = 0
+        self._saved_next = self._next()
         self.is_dirty = False
         self._commit_bytes = 0.0
         self._other_bytes = 0
@@ -115,7 +118,7 @@ class Journal:
             try:
                 first = chain.append(parts, store_ms=store_ms)
             except OSError:
-                self._leave_segment(chain, moment)
+                self._add_segment(chain, moment)
                 first = chain.append(parts, store_ms=store_ms)
         self._syncs += 1
         self._commit_bytes += (need - self._commit_bytes) / _MEMORY
@@ -133,6 +136,9 @@ class Journal:
         before = len(chain.gaps)
         with _translated():
             portion = chain.load(after=after, expired_ms=expired_ms)
+            if portion is not None and chain.is_unsure and portion.last + 1 == chain.next:
+                # What failed behind it would be found as a part of it one day: another file ends it for good.
+                self._add_segment(chain, moment)
         self.is_dirty |= len(chain.gaps) != before
         return portion
 
@@ -154,12 +160,17 @@ class Journal:
         chain = self._chains[klass]
         with _translated():
             dropped = self._lose(chain, chain.settled + 1, chain.next - 1, "dropped", moment)
-            while chain.segments:
+            # The last one stays: its name says from where numbers go on, whatever becomes of the cursor.
+            while len(chain.segments) > 1:
                 self._give_back(chain.take_oldest())
+            chain.begin_batch()
         return dropped
 
     def tick(self, moment: Moment) -> None:
-        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError."""
+        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError.
+
+        To be called about once a second while `is_dirty`, and once a minute always.
+        """
         with _translated():
             for klass, ttl_ms in self._bounds.ttl_ms.items():
                 chain = self._chains[klass]
@@ -168,16 +179,22 @@ class Journal:
                     if newest_ms is None or newest_ms > self._store_ms(moment) - ttl_ms:
                         break
                     self._give_back(self._lose_oldest(chain, "expired", moment))
-            due = moment.uptime_ms - self._saved_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
-            if self.is_dirty and due:
+            since_ms = moment.uptime_ms - self._saved_ms
+            due = since_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
+            idle = since_ms >= CURSOR_IDLE_MS and any(chain.waiting() for chain in self._chains.values())
+            if (self.is_dirty and due) or idle:
                 self._checkpoint(moment)
                 self._restock()
 
     def close(self, moment: Moment) -> None:
-        """Write the cursor if it changed, and let go of the files. Safe to call twice."""
+        """Write the cursor if it would say something else, and let go of the files. Safe to call twice.
+
+        It then says how far numbers go, so that damage at the very end is known for what it is. After a crash it looks
+        like a commit that never returned.
+        """
         try:
             with _translated():
-                if self.is_dirty:
+                if self.is_dirty or self._saved_next != self._next():
                     self._checkpoint(moment)
         finally:
             self._disk.close()
@@ -213,13 +230,27 @@ class Journal:
         """Let the chain go on in another file: one that is spare, a new one, or one taken from records."""
         if any(len(one.segments) > 1 and one.stop(0) - 1 <= one.settled for one in self._chains.values()):
             self._checkpoint(moment)
-        old = self._room(chain, moment)
+        if chain.failed is not None:
+            # Its name must not be found beside that of the file that takes its place.
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.remove(str(chain.failed))
+            chain.failed = None
+        held = self._room(chain, moment)
         name = SegmentName(int(chain.klass), chain.next, int.from_bytes(self._draw(4), "little"))
-        if old is None:
-            old = self._create(str(name), chain, moment)
-        if old is not None:
-            self._disk.rename(old, str(name))
-        self._disk.sync_names()
+        try:
+            if held is None:
+                held = self._create(str(name), chain, moment)
+            if held != str(name):
+                self._disk.rename(held, str(name))
+                held = str(name)
+            self._disk.sync_names()
+        except OSError:
+            # There may be a file of this name now, and numbers from its first one on will be looked for in it: nothing
+            # more goes to the file before.
+            chain.leave()
+            if held is not None:
+                self._spares.append(held)
+            raise
         self._syncs += 1
         chain.add(name)
 
@@ -236,8 +267,8 @@ class Journal:
             return None
         return self._make_room(chain, moment)
 
-    def _create(self, name: str, chain: Chain, moment: Moment) -> str | None:
-        """Make a new file of this name; where the disk has no room after all, a file to rename instead."""
+    def _create(self, name: str, chain: Chain, moment: Moment) -> str:
+        """Make a new file of this name; where the disk has no room after all, another file to write over."""
         zeroed = self._commit_bytes < SMALL_COMMIT_BYTES
         try:
             self._disk.create(name, self._bounds.segment_bytes, zeroed=zeroed)
@@ -246,7 +277,7 @@ class Journal:
                 raise
             return self._make_room(chain, moment)
         self._other_bytes += self._bounds.segment_bytes if zeroed else 0
-        return None
+        return name
 
     def _make_room(self, chain: Chain, moment: Moment) -> str:
         held = {klass: len(one.segments) for klass, one in self._chains.items()}
@@ -272,6 +303,9 @@ class Journal:
     def _lose_oldest(self, chain: Chain, reason: GapReason, moment: Moment) -> SegmentName:
         """Declare what waits in the oldest segment lost, durably, and take it out of the chain."""
         self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, reason, moment)
+        if len(chain.segments) == 1:
+            # Then only the cursor says from where numbers go on: so both of its slots do.
+            self._save(moment)
         return chain.take_oldest()
 
     def _lose(self, chain: Chain, first: int, last: int, reason: GapReason, moment: Moment) -> int:
@@ -290,14 +324,6 @@ class Journal:
             for reason, records in chain.lost.items():
                 losses[reason] = losses.get(reason, 0) + records
         return losses
-
-    def _leave_segment(self, chain: Chain, moment: Moment) -> None:
-        """The disk failed under the last segment: write no more to it, and go on in another."""
-        empty = chain.leave_last()
-        if empty is not None:
-            # Its name must not be found beside that of the file that takes its place.
-            self._disk.remove(str(empty))
-        self._add_segment(chain, moment)
 
     def _give_back(self, name: SegmentName) -> None:
         if name in self._foreign or len(self._spares) >= self._bounds.spares:
@@ -359,8 +385,12 @@ class Journal:
         # Only now: after a failure the other slot is still the good one, and this one is written again.
         self._place, self._generation = place, cursor.generation
         self.is_dirty, self._unsaved, self._saved_ms = False, 0, moment.uptime_ms
+        self._saved_next = self._next()
         self._other_bytes += len(data)
         self._syncs += 1
+
+    def _next(self) -> tuple[int, ...]:
+        return tuple(chain.next for chain in self._chains.values())
 
     def _store_ms(self, moment: Moment) -> int:
         return self._opened_store_ms + max(0, moment.uptime_ms - self._opened.uptime_ms)
@@ -373,7 +403,7 @@ def _full(klass: RecordClass) -> StorageFull:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield

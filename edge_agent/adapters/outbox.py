@@ -276,7 +276,8 @@ class JournalOutbox:
                     break
                 due_ms = min((group.due_ms for group in self._groups), default=now_ms + IDLE_MS)
                 wait_ms = min(due_ms - now_ms, TICK_MS if self._store.is_dirty else IDLE_MS)
-                if not self._ready.wait(wait_ms / 1000) and self._store.is_dirty:
+                # Nothing happened for so long: the store has its own things to do.
+                if not self._ready.wait(wait_ms / 1000) and wait_ms >= TICK_MS:
                     break
             for group in groups:
                 self._groups.remove(group)

@@ -54,23 +54,23 @@ def recover(disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Callable
     segments = sorted(name for name in map(frames.parse_segment_name, names) if name is not None)
     window = Window(disk)
     chains: dict[RecordClass, Chain] = {}
-    lost = dict(cursor.lost) if cursor is not None else {}
     newest_ms = 0
     for klass in RecordClass:
         chain = Chain(klass, disk=disk, window=window, bounds=bounds)
         chains[klass] = chain
         own = [name for name in segments if name.klass == klass]
         newest_ms = max(newest_ms, _fill(chain, own, cursor, disk=disk))
-        missing = chain.lose(chain.settled + 1, chain.base() - 1, "damaged")
-        if missing:
-            lost["damaged"] = lost.get("damaged", 0) + missing
+        chain.lose(chain.settled + 1, chain.base() - 1, "damaged")
+        if cursor is None:
+            # What of it the hub has, the hub knows, and ignores; here it cannot be counted.
+            chain.lost.clear()
     return Recovered(
         epoch=epoch,
         chains=chains,
         spares=spares,
         has_reserve=has_reserve,
         foreign=set() if is_same_size else {name for chain in chains.values() for name in chain.segments},
-        lost=lost,
+        lost=dict(cursor.lost) if cursor is not None else {},
         generation=cursor.generation if cursor is not None else 0,
         place=place,
         opened=moment,
@@ -109,8 +109,6 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
         known = cursor.classes[int(chain.klass)]
         chain.settled, chain.next = known.settled, known.next
         chain.early, chain.gaps = known.early, known.gaps
-    elif own:
-        chain.settled = own[0].base - 1
     chain.next = max(chain.next, chain.settled + 1, *(gap.last + 1 for gap in chain.gaps), 1)
     own = _without_empty_twins(own, disk)
     newest_ms = 0

@@ -65,15 +65,16 @@ class Story:
     """What happened so far, and when: `at` counts the disk's calls.
 
     Attributes:
+        disks: opens the two directories: that of the journal, and that for what is put aside.
         promised: what an append that returned said, by place.
         settling: when it was begun to settle a place.
         handed: when a batch was first handed out, its last number and digest, by the place of its first.
         dropping: when it was begun to drop a class, and everything in it so far.
         told: the reason of every gap that was handed out, by place.
+        uptimes_ms: what the machine's clock said, and when.
     """
 
-    disk: Disk
-    aside: Disk
+    disks: Callable[[], tuple[Disk, Disk]]
     seed: int
     at: Callable[[], int]
     bounds: JournalBounds = BOUNDS
@@ -86,11 +87,13 @@ class Story:
     errors: list[StorageError] = field(default_factory=list)
     uptime_ms: int = 0
     buried: int = 0
+    uptimes_ms: list[tuple[int, int]] = field(default_factory=list)
 
     def tell(self, *, steps: int = STEPS) -> None:
         """All of it; the store's errors are taken down, and any other goes through."""
         chance = random.Random(self.seed)
         self._draws = random.Random(self.seed + 1)
+        self._open_disks: tuple[Disk, ...] = ()
         self.store: RecordStore | None = None
         acts: list[tuple[int, Callable[[random.Random], None]]] = [
             (40, self._put),
@@ -105,6 +108,7 @@ class Story:
             (act,) = chance.choices([act for _, act in acts], [weight for weight, _ in acts])
             # Of its own seed, so that a step that failed changes nothing about the ones behind it.
             own = random.Random(chance.random())
+            self.uptimes_ms.append((self.at(), self.uptime_ms))
             try:
                 if self.store is None:
                     self.store = self.open()
@@ -112,10 +116,18 @@ class Story:
             except StorageError as error:
                 self.errors.append(error)
 
+    def stop(self) -> None:
+        """End as one should."""
+        (self.store or self.open()).close(self.moment())
+
     def open(self) -> RecordStore:
-        """Open the store; as a new process would."""
-        journal = Journal.open(self.disk, self.bounds, moment=self.moment(), draw=self._draw)
-        return RecordStore(journal, buried=Buried(self.aside, most_bytes=MIB))
+        """Open the store; as a new process would, after the end of the one before."""
+        for disk in self._open_disks:
+            disk.close()
+        self._open_disks = self.disks()
+        disk, aside = self._open_disks
+        journal = Journal.open(disk, self.bounds, moment=self.moment(), draw=self._draw)
+        return RecordStore(journal, buried=Buried(aside, most_bytes=MIB))
 
     def moment(self) -> Moment:
         """Now, in a world with one boot."""
@@ -207,13 +219,14 @@ def judge(
         story: what was promised.
         store: opened from what the disk held.
         at: the moment, as the story counts.
-        legit: where given, the only gaps that there may be of what was promised.
+        legit: where given, what may have been evicted is in it.
         may_be_damaged: gaps for damage are no surprise.
         may_repeat: what was handed out may come back in other batches.
     """
     answer = _Answer()
     for klass in RecordClass:
         _drain(story, store, klass, answer, at=None if may_repeat else at)
+    for klass in RecordClass:
         value = len(story.values)
         story.values[value] = klass
         following = store.append(klass, [(0, encode_record(body_of(klass, value)))], moment=story.moment())
@@ -232,7 +245,8 @@ def judge(
             assert answer.found[place] == value, f"{place} held {value}, and holds {answer.found[place]}"
         elif place in answer.gaps:
             reason = answer.gaps[place]
-            is_legit = _may_be(story, place, reason, at=at) and (legit is None or legit.get(place) == reason)
+            is_legit = _may_be(story, place, reason, at=at)
+            is_legit &= reason != "evicted" or legit is None or legit.get(place) == reason
             assert is_legit or (may_be_damaged and reason == "damaged"), f"{place} was promised, and is {reason}"
         else:
             assert story.settling.get(place, at + 1) <= at, f"{place} was promised, and is gone"
