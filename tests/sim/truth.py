@@ -147,7 +147,7 @@ class Truth:
             if claim.klass == RecordClass.EVENT and batch.gap.reason in ("evicted", "expired"):
                 raise Violation("precious", f"{device} tells that events {claim.first}-{claim.last} {batch.gap.reason}")
             if batch.gap.reason == "damaged" and device not in self.rotten:
-                spoiled = [n for n in range(claim.first, claim.last + 1) if n in truth.tokens.keys() - truth.committed]
+                spoiled = [number for number in range(claim.first, claim.last + 1) if number in truth.tokens]
                 if spoiled:
                     raise Violation("spoiled", f"{_text(device, claim)} is told as damaged, and {spoiled[0]} was durable")
             return False
