@@ -213,9 +213,16 @@ class Journal:
         name = SegmentName(int(chain.klass), chain.next, int.from_bytes(self._draw(4), "little"))
         if old is None:
             old = self._create(str(name), chain, moment)
-        if old is not None:
-            self._disk.rename(old, str(name))
-        self._disk.sync_names()
+        there = old or str(name)
+        try:
+            if old is not None:
+                self._disk.rename(old, str(name))
+                there = str(name)
+            self._disk.sync_names()
+        except OSError:
+            # The file is there all the same: it counts, and is the next to be used.
+            self._spares.append(there)
+            raise
         self._syncs += 1
         chain.add(name)
 
@@ -292,17 +299,32 @@ class Journal:
         empty = chain.leave_last()
         if empty is not None:
             # Its name must not be found beside that of the file that takes its place.
-            self._disk.remove(str(empty))
+            self._remove(str(empty))
         self._add_segment(chain, moment)
 
     def _give_back(self, name: SegmentName) -> None:
-        if name in self._foreign or len(self._spares) >= self._bounds.spares:
+        if name in self._foreign:
             self._foreign.discard(name)
             self._disk.remove(str(name))
             return
+        if len(self._spares) >= self._bounds.spares:
+            self._remove(str(name))
+            return
         spare = self._spare_name()
-        self._disk.rename(str(name), spare)
+        try:
+            self._disk.rename(str(name), spare)
+        except OSError:
+            self._spares.append(str(name))
+            raise
         self._spares.append(spare)
+
+    def _remove(self, name: str) -> None:
+        """Take a file away; where the disk refuses, it still counts, and is the next to be used."""
+        try:
+            self._disk.remove(name)
+        except OSError:
+            self._spares.append(name)
+            raise
 
     def _spare_name(self) -> str:
         return f"spare-{self._draw(4).hex()}.seg"
@@ -312,7 +334,8 @@ class Journal:
         if self._has_reserve:
             return
         if self._spares:
-            self._disk.rename(self._spares.pop(), frames.RESERVE_NAME)
+            self._disk.rename(self._spares[-1], frames.RESERVE_NAME)
+            self._spares.pop()
             self._has_reserve = True
             return
         size = self._bounds.segment_bytes
