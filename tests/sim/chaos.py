@@ -95,7 +95,7 @@ class Chaos:
                 machine.truth.taken_away(machine.name)
                 self._world.say(machine.name, "has a new disk")
             case Trouble.BURST:
-                for _ in range(random.randrange(10, 60)):
+                for _ in range(random.randrange(10, 40)):
                     machine.put(RecordClass(random.randrange(4)), random.randrange(200))
             case _:
                 raise AssertionError(trouble)

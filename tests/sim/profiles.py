@@ -178,12 +178,13 @@ def _fullness(random: Random) -> Plan:
     free = random.choice((1 << 40, bounds.total_bytes, bounds.total_bytes * 2 // 3))
     troubles = {
         Trouble.CROWD: 10_000.0,
-        Trouble.FULL: 10_000.0,
-        Trouble.BURST: 10_000.0,
+        Trouble.FULL: random.choice((2_000.0, 8_000.0)),
+        Trouble.IO: random.choice((5_000.0, 60_000.0)),
+        Trouble.BURST: 15_000.0,
         Trouble.POWER: 10_000.0,
         Trouble.BROKER: 20_000.0,
     }
-    load = _load(random, records=150, pause_ms=300.0)
+    load = _load(random, records=80, pause_ms=500.0)
     return replace(_calm(random), profile="fullness", bounds=bounds, capacity=free, troubles=troubles, load=load)
 
 
@@ -207,7 +208,7 @@ def _clocks(random: Random) -> Plan:
         Trouble.SYNC: 10_000.0,
         Trouble.OUTAGE: 25_000.0,
         Trouble.BROKER: 20_000.0,
-        Trouble.KILL: 20_000.0,
+        Trouble.KILL: random.choice((5_000.0, 20_000.0)),
     }
     return replace(
         _calm(random),
