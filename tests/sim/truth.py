@@ -228,12 +228,18 @@ class Truth:
 
     # The end
 
-    def judge(self, stored: dict[Stream, list[tuple[int, int]]], gaps: dict[Stream, list[tuple[int, int]]]) -> None:
+    def judge(
+        self,
+        stored: dict[Stream, list[tuple[int, int]]],
+        gaps: dict[Stream, list[tuple[int, int]]],
+        aside: dict[Stream, set[int]],
+    ) -> None:
         """Compare with what the hub has in the end.
 
         Args:
             stored: number and token of every record, as often as it is there.
             gaps: what the hub counts as lost.
+            aside: what the devices have buried, with a reason.
         """
         seen: set[int] = set()
         for stream, records in stored.items():
@@ -262,7 +268,7 @@ class Truth:
             here = {number for number, _ in stored.get(stream, ())}
             if truth.is_gone:
                 continue
-            lost = sorted(truth.tokens.keys() - here - told - truth.refused)
+            lost = sorted(truth.tokens.keys() - here - told - (truth.refused & aside.get(stream, set())))
             if lost:
                 raise Violation("lost", f"{stream} {lost[:8]} ({len(lost)}) are neither at the hub nor told as a gap")
 
