@@ -80,6 +80,7 @@ class Chaos:
             case Trouble.RESIZE:
                 machine.stop()
                 machine.bounds = resized(self._plan.bounds, random.choice((1, 2, 4)))
+                machine.was_resized = True
             case Trouble.DROP:
                 machine.drop(random.choice((RecordClass.OUTCOME, RecordClass.RESULT, RecordClass.READING)))
             case Trouble.CROWD:

@@ -74,6 +74,7 @@ class Machine:
         self.slot_disk = SlotDisk()
         self.aside = SimDisk(random=world.random, tearing=plan.tearing)
         self.bounds = plan.bounds
+        self.was_resized = False
         self.process: Process | None = None
         self.is_powered = False
         self.counted_ms = 0
@@ -222,7 +223,7 @@ class Machine:
         """What must hold at every step; asked after each that may have written."""
         if self.disk.syncs != self._syncs:
             self._syncs, self._wrote_ms = self.disk.syncs, self.world.now
-        if self.disk.most_used > self.plan.bounds.total_bytes:
+        if self.disk.most_used > self.bounds.total_bytes and not self.was_resized:
             raise Violation("quota", f"{self.name} has used {self.disk.most_used} of {self.plan.bounds.total_bytes}")
 
 

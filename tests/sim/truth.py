@@ -21,7 +21,8 @@ The properties, each with the name under which a failing seed reports it:
 - `early`: no gap says that a record expired before its time, by true time; `late`: no record is loaded to be sent that
   is older than its time, counted while the machine was up, as far as its disk can know: to its last write before each
   power cut.
-- `quota`: the files of the outbox never take more bytes than it was given.
+- `quota`: the files of the outbox never take more bytes than it was given; nothing is promised once the files were
+  given another size, because those of the old size count like those of the new.
 - `epoch`: a store keeps its epoch until its disk is taken away.
 - `pending`: some time after the faults have stopped, nothing waits on any device.
 - `floors`, `unverified`, `quarantined`, `provisional`, `stuck`: the slots' (tests/sim/slots.py).
