@@ -25,12 +25,11 @@ from edge_agent.core.frames import (
     SegmentName,
     encode_frame,
     find_frame,
-    frame_bytes,
     frame_entries,
     frame_size,
     read_frame,
 )
-from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Portion, with_gaps, without_gaps
+from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Part, Portion, with_gaps, without_gaps
 from edge_agent.ports import Disk
 from shared import ranges
 from shared.ranges import Ranges
@@ -105,9 +104,8 @@ class Chain:
 
     # Appending
 
-    def room_for(self, parts: Sequence[Sequence[Entry]]) -> bool:
-        """Whether the last segment takes these frames."""
-        need = sum(frame_bytes(part) for part in parts)
+    def room_for(self, need: int) -> bool:
+        """Whether the last segment takes so many bytes more."""
         return bool(self.segments) and self.end + need <= self._bounds.segment_bytes
 
     def add(self, name: SegmentName) -> None:
@@ -120,29 +118,29 @@ class Chain:
         """Let the next frame begin a batch: what is before it may have been sent."""
         self._begins = True
 
-    def append(self, parts: Sequence[Sequence[Entry]], *, store_ms: int) -> int:
+    def append(self, parts: Sequence[Part], *, store_ms: int) -> int:
         """Write these frames, sync them, and return the first record's number; raises OSError with nothing changed."""
         segment = self.segments[-1]
         number, begins = self.next, self._begins
         open_records, open_bytes = self._open_records, self._open_bytes
         frames: list[bytes] = []
         for part in parts:
-            size = sum(len(data) for _, data in part)
-            full = open_records + len(part) > self._bounds.batch_records or open_bytes + size > self._bounds.batch_bytes
+            count, size = len(part.entries), part.size
+            full = open_records + count > self._bounds.batch_records or open_bytes + size > self._bounds.batch_bytes
             if begins or full:
                 open_records = open_bytes = 0
             flags = (BEGINS if begins or full else 0) | (CONTINUES if frames else 0)
             frames.append(
                 encode_frame(
-                    part,
+                    part.entries,
                     generation=segment.generation,
                     number=number - segment.base,
                     flags=flags,
                     store_ms=store_ms,
                 )
             )
-            number += len(part)
-            open_records += len(part)
+            number += count
+            open_records += count
             open_bytes += size
             begins = False
         data = frames[0] if len(frames) == 1 else b"".join(frames)
@@ -337,17 +335,16 @@ class Chain:
                 behind = self._frame_behind(index, offset, above=expected + 1, below=self.stop(index))
                 last = min(stop, behind.first if behind is not None else stop) - 1
                 return _Found(first, last, [], "damaged", 0, (segment, behind.offset if behind else self.end))
-            more = frame_entries(self._window.data, frame, start=self._window.start)
-            more = more[expected - frame.first : stop - frame.first]
-            length = sum(len(data) for _, data in more)
             if entries and (
                 frame.flags & BEGINS
-                or len(entries) + len(more) > self._bounds.batch_records
-                or size + length > self._bounds.batch_bytes
+                or len(entries) + frame.count > self._bounds.batch_records
+                or size + frame.bytes > self._bounds.batch_bytes
             ):
                 break
+            more = frame_entries(self._window.data, frame, start=self._window.start)
+            more = more[expected - frame.first : stop - frame.first]
             entries += more
-            expected, size, newest_ms = expected + len(more), size + length, frame.store_ms
+            expected, size, newest_ms = expected + len(more), size + frame.bytes, frame.store_ms
             if expected > frame.last:
                 offset = frame.end
         return _Found(first, expected - 1, entries, None, newest_ms, (segment, offset))

@@ -101,11 +101,12 @@ class Journal:
         """
         chain = self._chains[klass]
         parts = cut(entries, bounds=self._bounds)
-        if sum(frames.frame_bytes(part) for part in parts) > self._bounds.segment_bytes:
+        need = sum([frames.frame_bytes(len(part.entries), part.size) for part in parts])
+        if need > self._bounds.segment_bytes:
             raise InvalidValue(f"{len(entries)} records exceed a segment", code="invalid.record")
         store_ms = self._store_ms(moment)
         with _translated():
-            if not chain.room_for(parts):
+            if not chain.room_for(need):
                 self._add_segment(chain, moment)
             try:
                 first = chain.append(parts, store_ms=store_ms)
@@ -113,8 +114,7 @@ class Journal:
                 self._leave_segment(chain, moment)
                 first = chain.append(parts, store_ms=store_ms)
         self._syncs += 1
-        size = sum(len(data) for _, data in entries)
-        self._commit_bytes += (size - self._commit_bytes) / _MEMORY
+        self._commit_bytes += (need - self._commit_bytes) / _MEMORY
         return first
 
     def load(self, klass: RecordClass, *, after: int, moment: Moment) -> Portion | None:

@@ -19,6 +19,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Final
 
 import msgspec
@@ -102,6 +103,11 @@ class Frame(msgspec.Struct, frozen=True):
         return self.first + self.count - 1
 
     @property
+    def bytes(self) -> int:
+        """Of its records."""
+        return self.size - HEAD_BYTES - RECORD_HEAD_BYTES * self.count
+
+    @property
     def end(self) -> int:
         """Where the next frame begins."""
         return self.offset + padded(self.size)
@@ -112,9 +118,9 @@ def padded(size: int) -> int:
     return -(-size // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def frame_bytes(entries: Sequence[Entry]) -> int:
-    """How much room a frame of these records takes, padding included."""
-    return padded(HEAD_BYTES + RECORD_HEAD_BYTES * len(entries) + sum(len(data) for _, data in entries))
+def frame_bytes(count: int, size: int) -> int:
+    """How much room a frame of so many records with so many bytes takes, padding included."""
+    return padded(HEAD_BYTES + RECORD_HEAD_BYTES * count + size)
 
 
 def fits_frame(at_ms: int, first_at_ms: int) -> bool:
@@ -135,12 +141,8 @@ def encode_frame(entries: Sequence[Entry], *, generation: int, number: int, flag
     count = len(entries)
     at_ms = entries[0][0]
     lengths = [len(data) for _, data in entries]
-    body = b"".join(
-        (
-            struct.pack(f"<{count}H{count}i", *lengths, *(at - at_ms for at, _ in entries)),
-            *(data for _, data in entries),
-        )
-    )
+    deltas = [at - at_ms for at, _ in entries]
+    body = b"".join([struct.pack(f"<{count}H{count}i", *lengths, *deltas), *[data for _, data in entries]])
     size = HEAD_BYTES + len(body)
     head = _HEAD.pack(0, _MARK, flags, count, size, number, store_ms, at_ms)[_MARK_AT:]
     checksum = zlib.crc32(body, zlib.crc32(head, generation))
@@ -187,14 +189,9 @@ def frame_entries(data: bytes, frame: Frame, *, start: int) -> list[Entry]:
     count = frame.count
     at = frame.offset - start + HEAD_BYTES
     heads = struct.unpack_from(f"<{count}H{count}i", data, at)
-    entries: list[Entry] = []
-    begin = at + RECORD_HEAD_BYTES * count
+    ends = list(accumulate(heads[:count], initial=at + RECORD_HEAD_BYTES * count))
     base = frame.at_ms
-    for length, delta in zip(heads[:count], heads[count:], strict=True):
-        end = begin + length
-        entries.append((base + delta, data[begin:end]))
-        begin = end
-    return entries
+    return [(base + delta, data[begin:end]) for delta, begin, end in zip(heads[count:], ends, ends[1:], strict=False)]
 
 
 # Cursor

@@ -145,18 +145,31 @@ def victim(segments: Mapping[RecordClass, int], newcomer: RecordClass) -> Record
     return None
 
 
-def cut(entries: Sequence[Entry], *, bounds: JournalBounds) -> list[Sequence[Entry]]:
+class Part(msgspec.Struct, frozen=True):
+    """Records that will lie in one frame, and how many bytes they have."""
+
+    entries: Sequence[Entry]
+    size: int
+
+
+def cut(entries: Sequence[Entry], *, bounds: JournalBounds) -> list[Part]:
     """The records in the frames that they will lie in: each within a batch's bounds, its times near each other."""
-    parts: list[Sequence[Entry]] = []
+    first_ms = entries[0][0]
+    size = sum([len(data) for _, data in entries])
+    if len(entries) <= bounds.batch_records and size <= bounds.batch_bytes:
+        times = [at_ms for at_ms, _ in entries]
+        if fits_frame(min(times), first_ms) and fits_frame(max(times), first_ms):
+            return [Part(entries, size)]
+    parts: list[Part] = []
     begin = size = 0
     for index, (at_ms, data) in enumerate(entries):
         length = len(data)
         full = index - begin >= bounds.batch_records or size + length > bounds.batch_bytes
         if index > begin and (full or not fits_frame(at_ms, entries[begin][0])):
-            parts.append(entries[begin:index])
+            parts.append(Part(entries[begin:index], size))
             begin, size = index, 0
         size += length
-    parts.append(entries[begin:] if begin else entries)
+    parts.append(Part(entries[begin:], size))
     return parts
 
 

@@ -26,7 +26,7 @@ def test_a_frame_comes_back(entries: list[Entry], number: int, flags: int) -> No
     data = frame_of(entries, number=number, flags=flags)
     frame = frames.read_frame(data, 64, start=64, segment=SEGMENT)
     assert frame is not None
-    assert len(data) == frames.frame_bytes(entries)
+    assert len(data) == frames.frame_bytes(len(entries), sum(len(data) for _, data in entries))
     assert (frame.first, frame.last) == (1201 + number, 1201 + number + len(entries) - 1)
     assert (frame.flags, frame.store_ms, frame.end) == (flags, 55, 64 + len(data))
     assert frames.frame_entries(data, frame, start=64) == entries

@@ -268,7 +268,7 @@ def test_damage_in_the_middle_is_a_gap_and_the_rest_comes() -> None:
         bench.put(READING, *[100] * 10)
         assert bench.load(READING, after=number * 10) is not None
     (name,) = bench.segments(READING)
-    size = frames.frame_bytes([(5, bytes(100))] * 10)
+    size = frames.frame_bytes(10, 1_000)
     bench.disk.files[name][2 * size + 40] ^= 1
     bench.crash()
     portions = bench.drain(READING)
