@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from edge_agent.core.backoff import drawn_ms
 from shared.machine import Decision, Row, Table
 
 WINDOWS_MS: Final = (
@@ -119,9 +120,9 @@ def decide(link: Link, event: LinkEvent) -> _Step:
 
 
 def wait_ms(failures: int, *, jitter: float) -> int:
-    """Any moment of the window that belongs to so many failures (AWS Architecture Blog, "Exponential Backoff")."""
+    """Any moment of the window that belongs to so many failures."""
     window_ms = WINDOWS_MS[min(max(failures, 1), len(WINDOWS_MS)) - 1]
-    return max(SHORTEST_WAIT_MS, int(window_ms * min(max(jitter, 0.0), 1.0)))
+    return drawn_ms(window_ms, jitter=jitter, shortest_ms=SHORTEST_WAIT_MS)
 
 
 def _connect(link: Link, _: StartLink) -> _Step:
