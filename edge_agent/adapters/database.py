@@ -7,7 +7,7 @@ Rules of this file:
 3. A file that SQLite finds damaged is moved aside with its name and reason told, never deleted; the next start
    begins with an empty file, into which the floors were carried over when they could still be read.
 
-Not here: what the tables mean (`ledger.py`, `outbox.py`).
+Not here: what the tables mean (`ledger.py`, `samples.py`; `records`, `batches` and `heads`: `old_records.py`).
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _connect(path: Path) -> Connection:
             raise StorageError(f"{path}: this file system cannot hold a write-ahead log", code="storage.wal")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA journal_size_limit=4194304")
-        # The queue is written at one end and read at the other: a large cache would hold what nobody asks for again.
+        # Little is asked for twice: a large cache would hold what nobody asks for again.
         connection.execute("PRAGMA cache_size=-256")
         path.chmod(0o600)
     except BaseException:
@@ -269,7 +269,7 @@ def _quarantine(path: Path, *, reason: str, clock: Clock) -> StorageError:
     return StorageError(
         f"{path} is damaged ({reason}) and was moved to {aside}; {kept}",
         code="storage.corrupt",
-        hint="start the agent again: it begins with an empty queue and fetches its models anew; keep the moved file",
+        hint="start the agent again: it fetches its models anew, and its queue is not touched; keep the moved file",
     )
 
 

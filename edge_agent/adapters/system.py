@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from edge_agent.core.journal import Moment
 
@@ -56,16 +57,16 @@ def uptime_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // _NS_PER_MS
 
 
-def is_synchronised() -> bool:
+def is_synchronised(adjtimex: Callable[[Any], int] | None = None) -> bool:
     """Whether something (NTP, PTP, a GPS receiver) keeps the wall clock right: adjtimex(2) says so; False in doubt."""
     # Imported here, because whoever only wants the time need not hold it in memory.
     import ctypes
 
-    adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
-    if adjtimex is None:
+    read = adjtimex or getattr(ctypes.CDLL(None), "adjtimex", None)
+    if read is None:
         return False
     timex = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes 0: read, change nothing
-    state = adjtimex(timex)
+    state = read(timex)
     # modes, offset, freq, maxerror and esterror stand before it, each as wide as a long.
     (status,) = struct.unpack_from("i", timex.raw, 5 * ctypes.sizeof(ctypes.c_long))
     return 0 <= state < _TIME_ERROR and not status & _STA_UNSYNC

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from edge_agent.core.pump import Hurried, RecordsWaiting
 from edge_agent.driver.events import ForPump
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Depth, OldRecords, Outbox, Ticket
+from edge_agent.ports import Depth, Outbox, Ticket
 from shared.clock import Clock
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.telemetry import CLASS_OF, Body, Grade, RecordClass
@@ -32,6 +32,18 @@ ROOM_WITHIN_S: Final = 5.0
 ADOPT_AGAIN_S: Final = 60.0
 
 
+class OldRecords(Protocol):
+    """Records that an earlier version of the agent left in another place than the outbox."""
+
+    async def oldest(self) -> Sequence[tuple[int, Body]]:
+        """A few of those that are left, with their times; empty when none is."""
+        ...
+
+    async def forget(self, count: int) -> None:
+        """Delete the first `count` of those that `oldest` gave."""
+        ...
+
+
 class Records:
     """Puts records into the outbox and wakes the pump."""
 
@@ -41,7 +53,7 @@ class Records:
         self._outbox = outbox
         self._newest: dict[RecordClass, Ticket] = {}
         self._watched: set[RecordClass] = set()
-        self._disk_refuses = False
+        self._refused: set[RecordClass] = set()
 
     async def keep(self, body: Body) -> int:
         """Put a record and return its number once it is durable; raises StorageError, InvalidValue."""
@@ -151,9 +163,11 @@ class Records:
             self._watched.discard(klass)
 
     def _note_disk(self, klass: RecordClass, why: str) -> None:
-        if bool(why) is not self._disk_refuses:
-            self._disk_refuses = bool(why)
-            if why:
-                logger.error("records are not kept", extra={"class": klass.name.lower(), "why": why})
-            else:
-                logger.info("records are kept again")
+        """Log that the disk takes none of a class, and that it does again, once each."""
+        about = {"class": klass.name.lower()}
+        if why and klass not in self._refused:
+            self._refused.add(klass)
+            logger.error("records are not kept", extra={**about, "why": why})
+        elif not why and klass in self._refused:
+            self._refused.discard(klass)
+            logger.info("records are kept again", extra=about)

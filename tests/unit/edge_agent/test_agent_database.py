@@ -11,10 +11,8 @@ import pytest
 
 from edge_agent.adapters.database import Connection, Database
 from edge_agent.adapters.ledger import SqliteLedger
-from edge_agent.adapters.outbox import SqliteOutbox
 from shared.errors import StorageError
 from shared.release import Floors
-from shared.telemetry import Reading, RecordClass
 from tests.fakes.clock import FakeClock
 
 
@@ -69,30 +67,24 @@ def test_work_that_fails_undoes_only_itself(tmp_path: Path) -> None:
 
 def test_waiting_work_shares_commits(tmp_path: Path) -> None:
     async def act(database: Database) -> None:
-        outbox = await SqliteOutbox.open(database, limit_bytes=10**6)
         commits: list[str] = []
         await database.write(lambda connection: connection.set_trace_callback(commits.append))
-        await asyncio.gather(*(outbox.put(at_ms=1, body=Reading(name="x", value=i)) for i in range(200)))
+        await asyncio.gather(*(database.write(insert(f"family-{number}")) for number in range(200)))
         await database.write(lambda connection: connection.set_trace_callback(None))
         assert 1 <= sum(line == "COMMIT" for line in commits) < 100
 
     in_database(tmp_path, act)
 
 
-def test_a_cancelled_caller_leaves_the_depth_exact(tmp_path: Path) -> None:
+def test_a_cancelled_caller_leaves_memory_in_step_with_the_disk(tmp_path: Path) -> None:
     async def act(database: Database) -> None:
-        outbox = await SqliteOutbox.open(database, limit_bytes=10**6)
+        counted: list[int] = []
         async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(outbox.put(at_ms=1, body=Reading(name="x", value=1)))
+            task = tasks.create_task(database.write(insert("a"), after=counted.append))
             await asyncio.sleep(0)
             task.cancel()
         await database.write(lambda _: None)
-        assert outbox.depth().records[RecordClass.TELEMETRY] == 1
-        await outbox.put(at_ms=2, body=Reading(name="x", value=2))
-        batch = await outbox.next_batch(RecordClass.TELEMETRY)
-        assert batch is not None
-        assert batch.batch.last == 2
-        assert outbox.depth().records[RecordClass.TELEMETRY] == 2
+        assert counted == [1]
 
     in_database(tmp_path, act)
 
@@ -132,8 +124,7 @@ def test_the_floors_survive_damage_elsewhere_in_the_file(tmp_path: Path, name: s
 
     async def fill(database: Database) -> None:
         await SqliteLedger(database).raise_floors(floors)
-        outbox = await SqliteOutbox.open(database, limit_bytes=10**7)
-        await asyncio.gather(*(outbox.put(at_ms=1, body=Reading(name="n" * 300, value=i)) for i in range(500)))
+        await asyncio.gather(*(database.write(insert(f"{number:03}" * 100)) for number in range(500)))
 
     in_database(tmp_path, fill)
     path = tmp_path / "agent.db"
