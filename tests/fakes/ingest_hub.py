@@ -48,7 +48,13 @@ async def serve(folder: Path, name: str, port: int, url: str) -> None:
     courier = HubCourier(settings, on_messages=deliver, metrics=metrics)
     post = Post(publish=courier.publish, clock=clock)
 
+    is_new = True
+
     async def send_ack(device: DeviceId, ack: Ack) -> None:
+        nonlocal is_new
+        if is_new:
+            is_new = False
+            print("took", flush=True)
         await post.send(device, ack, leaf="ack", qos=0)
 
     async def ignore(_device: DeviceId, _envelope: Envelope, _message: Message) -> None:
