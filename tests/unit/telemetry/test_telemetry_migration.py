@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import sqlalchemy as sa
 from alembic import command
+from alembic.config import Config
 
 from cloud_hub.ground import migrate
 from cloud_hub.ground.database import Database
@@ -36,10 +37,10 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
     made.close()
 
 
-def _to(conn: sa.Connection, revision: str) -> None:
+def _to(conn: sa.Connection, revision: str, move: Callable[[Config, str], None] = command.upgrade) -> None:
     config = migrate._config()
     config.attributes["connection"] = conn
-    command.upgrade(config, revision)
+    move(config, revision)
 
 
 def fill(conn: sa.Connection, rows: list[Row]) -> None:
@@ -92,6 +93,20 @@ def test_all_records_are_carried_over(database: Database) -> None:
     assert sorted(carried, key=repr) == sorted(rows, key=repr)
     assert all(row.records <= limits.MAX_BATCH_RECORDS and row.last - row.first + 1 == row.records for row in stored)
     assert all(len(row.columns) <= limits.MAX_BATCH_BYTES for row in stored)
+
+
+def test_the_way_back_loses_no_record_either(database: Database) -> None:
+    rows: list[Row] = [
+        (PI, EPOCH, 2, Record(seq=n, at_ms=n, body=Reading(name="t", value=n / 7)), 5) for n in range(1, 600)
+    ]
+    database.write_now(lambda conn: fill(conn, rows))
+    migrate.upgrade(database)
+    database.write_now(lambda conn: _to(conn, BEFORE, command.downgrade))
+    count = sa.text("SELECT count(*), count(DISTINCT seq) FROM telemetry_records")
+    assert tuple(database.read_now(lambda conn: conn.execute(count).one())) == (599, 599)
+    migrate.upgrade(database)
+    stored = database.read_now(lambda conn: conn.execute(sa.select(tables.batches)).all())
+    assert [record for row in stored for record in explode(bytes(row.columns))] == [row[3] for row in rows]
 
 
 def test_what_is_known_of_a_stream_is_kept_and_records_that_come_again_are_duplicates(database: Database) -> None:
