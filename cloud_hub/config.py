@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -66,6 +67,17 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True):
     binary: str = "mosquitto"
 
 
+class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Where everything but files is kept.
+
+    Attributes:
+        url: empty for SQLite in the data directory; `postgresql+psycopg://USER@HOST/NAME` for PostgreSQL, whose
+            password lies where its client library looks for it (`~/.pgpass`).
+    """
+
+    url: str = ""
+
+
 class Certificates(msgspec.Struct, frozen=True, kw_only=True):
     """How long certificates live."""
 
@@ -99,6 +111,7 @@ class HubConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen: Listen = Listen()
     public: Public = Public()
     broker: BrokerConfig = BrokerConfig()
+    database: DatabaseConfig = DatabaseConfig()
     certificates: Certificates = Certificates()
     tokens: Tokens = Tokens()
     metrics: MetricsConfig = MetricsConfig()
@@ -108,6 +121,15 @@ class HubConfig(msgspec.Struct, frozen=True, kw_only=True):
     def folder(self) -> DataFolder:
         """The data directory."""
         return DataFolder(Path(self.data_dir))
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy's URL of the database."""
+        return self.database.url or self.folder.database_url
+
+    def require(self) -> None:
+        """Raise ConfigError unless a hub was made here."""
+        self.folder.require(has_database=not self.database.url)
 
     @property
     def hub_url(self) -> str:
@@ -280,6 +302,9 @@ def _faults(config: HubConfig) -> list[str]:
     faults += [f"{key}: {host!r} is not a host name or address" for key, host in hosts if not check_host(host)]
     if config.public.url and not re.fullmatch(r"https://[^/?#@\s]+/?", config.public.url):
         faults.append(f"public.url: {config.public.url!r} is not https://HOST[:PORT]")
+    if config.database.url and not _is_database(config.database.url):
+        # Not shown: it may hold a password.
+        faults.append("database.url: it is not postgresql+psycopg://USER@HOST/NAME, without a password")
     for key, number, most in (
         ("certificates.device_days", config.certificates.device_days, 825),
         ("certificates.server_days", config.certificates.server_days, 825),
@@ -289,6 +314,16 @@ def _faults(config: HubConfig) -> list[str]:
         if not 1 <= number <= most:
             faults.append(f"{key}: {number} is not between 1 and {most}")
     return faults
+
+
+def _is_database(url: str) -> bool:
+    """Whether this is the URL of a PostgreSQL database, without a secret in it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    has_secret = parts.password is not None or "password" in parts.query
+    return parts.scheme == "postgresql+psycopg" and len(parts.path) > 1 and not has_secret and '"' not in url
 
 
 def _nearest(key: str, keys: Mapping[str, Any]) -> str:

@@ -108,11 +108,11 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
         OutriderError: it could not start, or could not go on.
     """
     require_own_packages()
-    config.folder.require()
+    config.require()
     raise_file_limit()
     take_turns_sooner()
     clock = SystemClock()
-    with config.folder.alone(), closing(Database(config.folder.database_url)) as database:
+    with config.folder.alone(), closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         authority = transport.load_authority(config.folder)
         renew_certificates(config, authority, clock=clock)

@@ -13,6 +13,8 @@ def main() -> int:
     # msgspec prefers typing_extensions wherever another package happens to have brought it, for names that typing
     # has; for a device that is 0.4 MB too much. None makes that import fail, which msgspec provides for.
     sys.modules["typing_extensions"] = None  # type: ignore[assignment]
+    # shutil, which comes with urllib, loads both for archives that nobody here makes, and provides for their absence.
+    sys.modules["bz2"] = sys.modules["lzma"] = None  # type: ignore[assignment]
     from edge_agent.logs import configure_logging
     from edge_agent.main import run
     from edge_agent.settings import decode_launch

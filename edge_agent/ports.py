@@ -160,18 +160,6 @@ class Outbox(Protocol):
         ...
 
 
-class OldRecords(Protocol):
-    """Records that an earlier version of the agent left in another place than the outbox."""
-
-    async def oldest(self) -> Sequence[tuple[int, Body]]:
-        """A few of those that are left, with their times; empty when none is."""
-        ...
-
-    async def forget(self, count: int) -> None:
-        """Delete the first `count` of those that `oldest` gave."""
-        ...
-
-
 class Disk(Protocol):
     """One directory of files, as the journal needs it. Every call raises OSError as the system gives it.
 

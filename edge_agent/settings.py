@@ -97,7 +97,7 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How records wait for the hub; how many bytes they may take is the profile's `disk.queue_bytes`.
 
     Attributes:
-        flush_ms: how long a result may wait in memory for its commit; a power cut takes what waits there.
+        flush_ms: how long a result may wait in memory for its commit; a crash takes what waits there.
         min_free_bytes: what the outbox leaves free on its file system, at most a twentieth of that; other programs
             live there too.
         outcome_ttl_h, result_ttl_h, reading_ttl_h: hours after which a record that could not be sent is given up; 0

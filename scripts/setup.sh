@@ -1,4 +1,4 @@
-# Set-up, sourced by the scripts beside it: `outrider_setup [--no-broker|--broker-optional] [extra …]`.
+# Set-up, sourced by the scripts beside it: `outrider_setup [--no-broker|--broker-optional] [--postgres] [extra …]`.
 #
 # Makes `.venv` from requirements.lock (uv if it is on the PATH, else pip) and sees to the system packages. A second
 # run finds the stamp and returns at once. Rules: nothing is written outside the project's folder except by apt; two
@@ -39,6 +39,16 @@ _outrider_find_python() {
 # Where mosquitto is; its folder is often not on a user's PATH.
 _outrider_find_broker() { PATH="$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitto; }
 
+# Where PostgreSQL's server programs are: Debian keeps them out of the PATH.
+_outrider_find_postgres() {
+    local folder
+    command -v initdb && return 0
+    for folder in /usr/lib/postgresql/*/bin; do
+        if [ -x "$folder/initdb" ]; then printf '%s\n' "$folder/initdb"; return 0; fi
+    done
+    return 1
+}
+
 # Installs system packages, or fails without a word when that is not permitted here.
 _outrider_apt() {
     local sudo=()
@@ -60,6 +70,13 @@ if [ ! -e "$policy" ]; then
     trap 'rm -f "$policy"' EXIT
     printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"
 fi
+# Debian would make a database cluster of the machine's own, which nobody asked for.
+cluster=/etc/postgresql-common/createcluster.d/outrider.conf
+case " $* " in
+*" postgresql "*)
+    mkdir -p "${cluster%/*}" && printf 'create_main_cluster = false\n' >"$cluster"
+    ;;
+esac
 install() {
     timeout 300 apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=60 "$@" </dev/null
 }
@@ -74,6 +91,16 @@ case " $* " in
     fi
     if command -v update-rc.d >/dev/null; then update-rc.d mosquitto disable; fi
     ;;
+*" postgresql "*)
+    if [ -d /run/systemd/system ]; then
+        systemctl disable postgresql.service
+    elif command -v deb-systemd-helper >/dev/null; then
+        deb-systemd-helper disable postgresql.service
+    fi
+    if command -v update-rc.d >/dev/null; then update-rc.d postgresql disable; fi
+    rm -f "$cluster"
+    rmdir "${cluster%/*}" 2>/dev/null
+    ;;
 esac
 exit "$status"
 INSTALL
@@ -82,6 +109,11 @@ INSTALL
 _outrider_broker() {
     [ -z "$(_outrider_find_broker)" ] || return 0
     _outrider_apt mosquitto && [ -n "$(_outrider_find_broker)" ]
+}
+
+_outrider_postgres() {
+    [ -z "$(_outrider_find_postgres)" ] || return 0
+    _outrider_apt postgresql && [ -n "$(_outrider_find_postgres)" ]
 }
 
 # Makes an empty .venv with the interpreter "$1"; with uv it needs neither ensurepip nor pip.
@@ -162,12 +194,13 @@ _outrider_venv() {
 }
 
 outrider_setup() {
-    local broker=required status=0 lock
+    local broker=required postgres=no status=0 lock
     local extras=()
     while [ "$#" -gt 0 ]; do
         case "$1" in
         --no-broker) broker=no ;;
         --broker-optional) broker=optional ;;
+        --postgres) postgres=optional ;;
         *) extras+=("$1") ;;
         esac
         shift
@@ -182,6 +215,9 @@ outrider_setup() {
     if [ "$status" -eq 0 ] && [ "$broker" != no ] && ! _outrider_broker; then
         _outrider_say "mosquitto, the MQTT broker, is missing; install it: apt-get install mosquitto"
         if [ "$broker" = required ]; then status=1; fi
+    fi
+    if [ "$status" -eq 0 ] && [ "$postgres" != no ] && ! _outrider_postgres; then
+        _outrider_say "PostgreSQL is missing, and tests that need one are skipped; install it: apt-get install postgresql"
     fi
     exec {lock}>&-
     return "$status"

@@ -11,8 +11,9 @@ from cloud_hub.ground import transport
 
 def show(arguments: argparse.Namespace) -> int:
     """Print the CA's fingerprint, or the certificate itself."""
-    folder = settings.load(arguments).config.folder
-    folder.require()
+    config = settings.load(arguments).config
+    config.require()
+    folder = config.folder
     authority = transport.load_authority(folder)
     if arguments.json:
         screen.show_json(

@@ -82,7 +82,7 @@ def _check(name: str, look: Callable[[HubConfig], str], config: HubConfig) -> Fi
 
 
 def _data(config: HubConfig) -> str:
-    config.folder.require()
+    config.require()
     mode = stat.S_IMODE(config.folder.root.stat().st_mode)
     if mode & 0o077:
         raise ConfigError(
@@ -101,15 +101,15 @@ def _disk(config: HubConfig) -> str:
 
 
 def _database(config: HubConfig) -> str:
-    config.folder.require()
-    with closing(Database(config.folder.database_url)) as database:
+    config.require()
+    with closing(Database(config.database_url)) as database:
         migrate.require_current(database)
     return f"at revision {migrate.head()}"
 
 
 def _audit(config: HubConfig) -> str:
-    config.folder.require()
-    with closing(Database(config.folder.database_url)) as database:
+    config.require()
+    with closing(Database(config.database_url)) as database:
         verdict = database.read_now(audit.verify)
     if verdict.broken_at is not None:
         raise ConfigError(

@@ -165,7 +165,13 @@ def _furnish(config: HubConfig, folder: DataFolder, keys: Path, *, now_ms: int) 
     online.create(*ONLINE)
     root = repository.sign(repository.new_root(root_keys(offline, online), now_ms=now_ms), offline.signer("root"))
     targets = repository.sign(repository.new_targets(now_ms=now_ms), offline.signer("targets"))
-    with closing(Database(folder.database_url)) as database:
+    with closing(Database(config.database.url or folder.database_url)) as database:
+        if database.read_now(migrate.current) is not None:
+            raise Conflict(
+                "the database holds a hub already; nothing was changed in it",
+                code="conflict.exists",
+                hint="name an empty one in database.url; an init that was cut short leaves one that is not",
+            )
         migrate.upgrade(database)
         database.write_now(
             lambda conn: audit.record(conn, at_ms=now_ms, actor=actor(), action="hub.created", subject="hub")
@@ -179,11 +185,12 @@ def _furnish(config: HubConfig, folder: DataFolder, keys: Path, *, now_ms: int) 
             now_ms=now_ms,
             actor=actor(),
         )
-    folder.database.chmod(0o600)
+        if database.is_sqlite:
+            folder.database.chmod(0o600)
 
 
 def _first_token(config: HubConfig, *, now_ms: int) -> IssuedToken:
-    with closing(Database(config.folder.database_url)) as database:
+    with closing(Database(config.database_url)) as database:
         return database.write_now(
             lambda conn: issue_api_token(
                 conn,
@@ -212,6 +219,7 @@ def _toml(config: HubConfig) -> str:
         f'[listen]\nhost = "{config.listen.host}"\nport = {config.listen.port}\n\n'
         f"[public]\nnames = [{names}]\n\n"
         f'[broker]\nhost = "{config.listen.host}"\nport = {config.broker.port}\n'
+        + (f'\n[database]\nurl = "{config.database.url}"\n' if config.database.url else "")
     )
 
 

@@ -12,9 +12,9 @@ from cloud_hub.ground.database import Database
 
 def run(arguments: argparse.Namespace) -> int:
     """Apply what is missing, all or nothing."""
-    folder = settings.load(arguments).config.folder
-    folder.require()
-    with folder.alone(), closing(Database(folder.database_url)) as database:
+    config = settings.load(arguments).config
+    config.require()
+    with config.folder.alone(), closing(Database(config.database_url)) as database:
         before, after = migrate.upgrade(database)
     print(f"the database is at {after}" if before == after else f"the database went from {before} to {after}")
     return 0

@@ -25,10 +25,10 @@ def actor() -> str:
 def create(arguments: argparse.Namespace) -> int:
     """Make a token and print its text, which is nowhere stored."""
     config = settings.load(arguments).config
-    config.folder.require()
+    config.require()
     _check(arguments)
     now_ms = SystemClock().wall_ms()
-    with closing(Database(config.folder.database_url)) as database:
+    with closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         if arguments.kind == "join":
             authority = transport.load_authority(config.folder)

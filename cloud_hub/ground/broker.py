@@ -76,7 +76,7 @@ def configuration(settings: BrokerSettings, *, user: str | None) -> str:
             f"acl_file {folder / 'acl'}",
             "set_tcp_nodelay true",
             f"max_packet_size {limits.MAX_MQTT_PACKET_BYTES}",
-            "max_inflight_messages 200",
+            "max_inflight_messages 1000",
             "max_queued_messages 10000",
             "persistence false",
             "sys_interval 0",

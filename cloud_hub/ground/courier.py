@@ -36,7 +36,7 @@ from shared.wire import topics
 
 logger = logging.getLogger(__name__)
 
-WINDOW: Final = 200
+WINDOW: Final = 1000
 READ_AT_ONCE: Final = 64
 """Packets that are read before others have their turn."""
 LOOK_S: Final = 1.0

@@ -33,6 +33,8 @@ from shared.errors import ConfigError, Conflict, StorageError, StorageFull
 T = TypeVar("T")
 
 BUSY_TIMEOUT_MS: Final = 5000
+CHECKPOINT_PAGES: Final = 4000
+"""Of the log, 4 KiB each, until they are written to their place: a page that many commits touch is written once."""
 MAX_TRIES: Final = 5
 """Of a transaction that PostgreSQL ended because another one stood in its way."""
 _READERS: Final = 4
@@ -153,6 +155,7 @@ def _sqlite_engine(url: str, *, begin: str, read_only: bool) -> Engine:
         for pragma in (
             f"busy_timeout={BUSY_TIMEOUT_MS}",
             "journal_mode=WAL",
+            f"wal_autocheckpoint={CHECKPOINT_PAGES}",
             "synchronous=FULL",
             "foreign_keys=ON",
             f"query_only={'ON' if read_only else 'OFF'}",

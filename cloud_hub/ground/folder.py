@@ -1,7 +1,7 @@
 """The hub's data directory: which file is where, and how files with secrets are written.
 
 hub.toml              configuration
-hub.db                everything but files
+hub.db                everything but files, unless that is on PostgreSQL
 hub.lock              held by the one hub that runs here
 ca/ca.pem, ca.key     the certificate authority
 tls/server.pem, .key  the HTTPS port
@@ -53,9 +53,9 @@ class DataFolder:
                     f"{folder} cannot be made: {error.strerror}", hint="choose a directory that you may write to"
                 ) from error
 
-    def require(self) -> None:
-        """Raise ConfigError unless a hub was made here."""
-        if not self.database.is_file() or not self.ca_certificate.is_file():
+    def require(self, *, has_database: bool = True) -> None:
+        """Raise ConfigError unless a hub was made here, with its database unless that is elsewhere."""
+        if (has_database and not self.database.is_file()) or not self.ca_certificate.is_file():
             raise ConfigError(
                 f"there is no hub in {self.root}",
                 code="config.no_hub",

@@ -223,7 +223,7 @@ class Journal:
     # Room
 
     def _files(self) -> int:
-        used = sum(len(chain.segments) for chain in self._chains.values())
+        used = sum(len(chain.segments) + (chain.failed is not None) for chain in self._chains.values())
         return used + len(self._spares) + int(self._has_reserve)
 
     def _add_segment(self, chain: Chain, moment: Moment) -> None:
@@ -326,13 +326,28 @@ class Journal:
         return losses
 
     def _give_back(self, name: SegmentName) -> None:
-        if name in self._foreign or len(self._spares) >= self._bounds.spares:
+        if name in self._foreign:
             self._foreign.discard(name)
             self._disk.remove(str(name))
             return
+        if len(self._spares) >= self._bounds.spares:
+            self._remove(str(name))
+            return
         spare = self._spare_name()
-        self._disk.rename(str(name), spare)
+        try:
+            self._disk.rename(str(name), spare)
+        except OSError:
+            self._spares.append(str(name))
+            raise
         self._spares.append(spare)
+
+    def _remove(self, name: str) -> None:
+        """Take a file away; where the disk refuses, it still counts, and is the next to be used."""
+        try:
+            self._disk.remove(name)
+        except OSError:
+            self._spares.append(name)
+            raise
 
     def _spare_name(self) -> str:
         return f"spare-{self._draw(4).hex()}.seg"
@@ -342,7 +357,8 @@ class Journal:
         if self._has_reserve:
             return
         if self._spares:
-            self._disk.rename(self._spares.pop(), frames.RESERVE_NAME)
+            self._disk.rename(self._spares[-1], frames.RESERVE_NAME)
+            self._spares.pop()
             self._has_reserve = True
             return
         size = self._bounds.segment_bytes

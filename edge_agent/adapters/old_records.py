@@ -1,4 +1,4 @@
-"""Records that an agent before the journal left in the SQLite file, as `edge_agent.ports.OldRecords`.
+"""Records that an agent before the journal left in the SQLite file, as the driver's `OldRecords`.
 
 Rules of this file:
 1. A sealed batch becomes single records again, in one transaction; then all go class by class, oldest first.

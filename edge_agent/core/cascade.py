@@ -27,7 +27,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from edge_agent.core.link import wait_ms
+from edge_agent.core.backoff import doubled_ms, drawn_ms
 from shared.limits import MAX_ESCALATED_BYTES
 from shared.machine import Decision, Row, Table
 
@@ -36,7 +36,11 @@ Escalated = Literal["answered", "late", "refused", "offline", "budget", "breaker
 
 MINUTE_MS: Final = 60_000
 FAILURES_TO_OPEN: Final = 3
+FIRST_REST_MS: Final = 500
+LONGEST_REST_MS: Final = 60_000
+SHORTEST_REST_MS: Final = 50
 LONGEST_OPEN_MS: Final = 300_000
+"""What Retry-After may ask for."""
 TRIAL_MS: Final = 30_000
 """A trial of which nothing was heard by then is forgotten."""
 MOST_ON_THE_WAY: Final = 4
@@ -142,7 +146,9 @@ def _count(breaker: Breaker, event: Failed) -> _Step:
 
 def _open(breaker: Breaker, event: Failed) -> _Step:
     opened = breaker.opened + 1
-    delay_ms = max(wait_ms(opened, jitter=event.jitter), min(event.retry_after_ms or 0, LONGEST_OPEN_MS))
+    window_ms = doubled_ms(FIRST_REST_MS, times=opened - 1, longest_ms=LONGEST_REST_MS)
+    rest_ms = drawn_ms(window_ms, jitter=event.jitter, shortest_ms=SHORTEST_REST_MS)
+    delay_ms = max(rest_ms, min(event.retry_after_ms or 0, LONGEST_OPEN_MS))
     return Decision(Breaker(phase=BreakerPhase.OPEN, opened=opened, until_ms=event.at_ms + delay_ms))
 
 

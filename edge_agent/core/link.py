@@ -3,12 +3,13 @@
     decision = decide(link, event)         nothing is saved: a link starts anew with the process
 
 Rules of this file:
-1. Waiting is exponential with full jitter (0.75 s doubling to 60 s); the driver draws the jitter and hands it in.
-2. A link that is lost begins at 6 s, because its whole fleet may have lost it in the same moment. Each first try then
-   falls into any second of six with the same chance, and the second window is twice as wide: however long the broker
-   was away, no second brings back more than a quarter of the fleet (tests/machines/test_link_fleet.py). A device that
-   was merely cut off is back within six seconds, three on average. One that never had a link is likely alone, and
-   begins at 0.75 s.
+1. A wait is drawn from the whole of a window (full jitter); the driver draws and hands it in. Windows widen with each
+   failure up to a minute.
+2. A link that is lost begins with a window of 6 s, because its whole fleet may have lost it in the same moment. The
+   first tries fall into any second of the six with the same chance, and the next windows are so much wider that however
+   long the broker was away, no second brings back more than a quarter of the fleet (tests/machines/test_link_fleet.py).
+   They stay at 15 s for a while: a device that was merely cut off is back within 6 s, three on average, and one whose
+   hub restarts in some seconds is back within 15 s of that, mostly within five.
 3. Only a link that held for 30 s counts as good again; one that is lost at once keeps waiting longer.
 
 There is one timer. Not here: the courier, presence, what is sent.
@@ -22,12 +23,16 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from edge_agent.core.backoff import drawn_ms
 from shared.machine import Decision, Row, Table
 
-FIRST_WINDOW_MS: Final = 750
+WINDOWS_MS: Final = (
+    750, 1_500, 3_000, 6_000, 15_000, 15_000, 15_000, 15_000, 15_000, 20_000, 20_000, 30_000, 45_000, 60_000,
+)  # fmt: skip
+"""By the number of failures. One that never had a link is likely alone, and begins at the first."""
 LOST_FAILURES: Final = 4
-"""A lost link counts like so many failures: its window is 750 ms, doubled three times."""
-LONGEST_WINDOW_MS: Final = 60_000
+"""A lost link counts like so many failures."""
+LONGEST_WINDOW_MS: Final = WINDOWS_MS[-1]
 SHORTEST_WAIT_MS: Final = 50
 STEADY_MS: Final = 30_000
 
@@ -115,9 +120,9 @@ def decide(link: Link, event: LinkEvent) -> _Step:
 
 
 def wait_ms(failures: int, *, jitter: float) -> int:
-    """Full jitter over a window that doubles with each failure (AWS Architecture Blog, "Exponential Backoff")."""
-    window_ms = min(LONGEST_WINDOW_MS, FIRST_WINDOW_MS << min(max(failures, 1) - 1, 20))
-    return max(SHORTEST_WAIT_MS, int(window_ms * min(max(jitter, 0.0), 1.0)))
+    """Any moment of the window that belongs to so many failures."""
+    window_ms = WINDOWS_MS[min(max(failures, 1), len(WINDOWS_MS)) - 1]
+    return drawn_ms(window_ms, jitter=jitter, shortest_ms=SHORTEST_WAIT_MS)
 
 
 def _connect(link: Link, _: StartLink) -> _Step:

@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from edge_agent.core.backoff import doubled_ms, drawn_ms
 from edge_agent.core.slot_values import Note
 from shared.machine import Decision, Row, Table
 from shared.telemetry import BatchId, RecordClass
@@ -319,8 +320,8 @@ def _publish_refused(pump: Pump, event: PublishRefused) -> _Step:
 
 def rest_ms(rests: int, *, jitter: float) -> int:
     """Full jitter over a window that doubles with each rest in a row."""
-    window_ms = min(LONGEST_REST_MS, FIRST_REST_MS << min(rests, 20))
-    return max(SHORTEST_REST_MS, int(window_ms * min(max(jitter, 0.0), 1.0)))
+    window_ms = doubled_ms(FIRST_REST_MS, times=rests, longest_ms=LONGEST_REST_MS)
+    return drawn_ms(window_ms, jitter=jitter, shortest_ms=SHORTEST_REST_MS)
 
 
 def _acked(pump: Pump, event: AckArrived) -> _Step:
@@ -434,7 +435,7 @@ def _ack_timer(klass: RecordClass, before: Lane, after: Lane) -> tuple[PumpEffec
         return ()
     if not after.sent:
         return (StopAckTimer(klass),)
-    delay_ms = min(LONGEST_ACK_MS, FIRST_ACK_MS << min(after.resends, 10))
+    delay_ms = doubled_ms(FIRST_ACK_MS, times=after.resends, longest_ms=LONGEST_ACK_MS)
     return (StartAckTimer(klass, after.sent[0].digest, delay_ms),)
 
 

@@ -3,7 +3,7 @@
 Rules of this file:
 1. A request is answered by its deadline or refused by it; a refusal says why and whether to try again. An answer of
    which the hub was to say something waits for it until a margin before the deadline, and then leaves as it is.
-2. An answer does not wait for the disk: its result is buffered and on the disk within the flush interval; a power cut
+2. An answer does not wait for the disk: its result is buffered and on the disk within the flush interval; a crash
    takes the results of that interval with it. When results pile up faster than the disk takes them, answers wait
    rather than results being lost.
 3. Identical requests that are in the air together are run once, where the cache is on.

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from edge_agent.core.pump import Hurried, RecordsWaiting
 from edge_agent.driver.events import ForPump
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Depth, OldRecords, Outbox, Ticket
+from edge_agent.ports import Depth, Outbox, Ticket
 from shared.clock import Clock
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.telemetry import CLASS_OF, Body, Grade, RecordClass
@@ -30,6 +30,18 @@ ROOM_WITHIN_S: Final = 5.0
 """How long a record that nobody waits for waits for a disk that is behind, and at the end for the disk at all."""
 
 ADOPT_AGAIN_S: Final = 60.0
+
+
+class OldRecords(Protocol):
+    """Records that an earlier version of the agent left in another place than the outbox."""
+
+    async def oldest(self) -> Sequence[tuple[int, Body]]:
+        """A few of those that are left, with their times; empty when none is."""
+        ...
+
+    async def forget(self, count: int) -> None:
+        """Delete the first `count` of those that `oldest` gave."""
+        ...
 
 
 class Records:

@@ -30,6 +30,7 @@ SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
     "uvicorn": ("cloud_hub.*",),
     "sqlalchemy": ("cloud_hub.*",),
     "alembic": ("cloud_hub.ground.*",),
+    "psycopg": (),  # SQLAlchemy's, where it is installed
     "prometheus_client": ("cloud_hub.ground.metrics",),
     "cryptography": (
         "shared.trust.*",
@@ -50,7 +51,9 @@ SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Who may import a heavy library; `x.*` is x and everything below it."""
 
-OPTIONAL: Final = frozenset({"onnxruntime", "ai_edge_litert", "tflite_runtime", "onnx", "flwr", "ray", "sklearn"})
+OPTIONAL: Final = frozenset(
+    {"onnxruntime", "ai_edge_litert", "tflite_runtime", "onnx", "psycopg", "flwr", "ray", "sklearn"}
+)
 """Libraries of extras that may be missing: imported inside the function that needs them."""
 
 MAX_FILE_LINES: Final = 500

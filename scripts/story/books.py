@@ -51,7 +51,7 @@ def wait_settled(house: House, *, seconds: float = SETTLED_S) -> None:
 
 def compare(house: House, device: Device) -> Counted:
     """Hold our list of requests against the hub's records of this device; raises NotTrue when they disagree."""
-    results = _requests(house, device, "telemetry", kind="result")
+    results = _requests(house, device, "result", kind="result")
     outcomes = _requests(house, device, "outcome", kind="outcome")
     must = set(device.answered) - device.unsure
     missing = [request for request in sorted(must) if results[request] == 0]

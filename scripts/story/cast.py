@@ -36,7 +36,7 @@ duration_ms = 1500
 MAX_SOCKET_PATH_CHARS: Final = 100
 HUB_UP_S: Final = 30.0
 AGENT_UP_S: Final = 20.0
-ONLINE_S: Final = 20.0
+ONLINE_S: Final = 30.0
 BROKER_PROGRAM: Final = "mosquitto"
 
 

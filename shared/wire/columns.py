@@ -146,7 +146,7 @@ class Columns:
 class _Group:
     """The columns of one kind; `columns` holds them as they were decoded, each of the right type and length."""
 
-    __slots__ = ("_columns", "_differences", "_kind", "count", "runs")
+    __slots__ = ("_columns", "_kind", "count", "runs")
 
     def __init__(self, kind: str, columns: _Numbered, *, version: int) -> None:
         self._kind = kind
@@ -155,7 +155,7 @@ class _Group:
         self.count = sum(last - first + 1 for first, last in self.runs)
         if self.count > limits.MAX_BATCH_RECORDS:
             raise ProtocolViolation(f"batch of {self.count} records", code="protocol.too_large")
-        self._differences = _differences(columns.at, self.count)
+        _check_times(columns.at, self.count)
         for field in _FIELDS[kind]:
             _check(getattr(columns, field), self.count, letters="d" if field in _FLOATS else "bhiq")
 
@@ -169,7 +169,8 @@ class _Group:
         kind = _KINDS[self._kind]
         fields = {field: values for field in _FIELDS[self._kind] if (values := self.values(field)) is not None}
         numbers = (number for first, last in self.runs for number in range(first, last + 1))
-        rows = zip(numbers, accumulate(self._differences), *fields.values(), strict=True)
+        times = accumulate(_differences(self._columns.at, self.count))
+        rows = zip(numbers, times, *fields.values(), strict=True)
         return [
             Record(seq=seq, at_ms=at_ms, body=kind(**dict(zip(fields, row, strict=True)))) for seq, at_ms, *row in rows
         ]
@@ -286,6 +287,9 @@ def _size_of(values: list[int]) -> str:
 
 
 def _runs(column: list[int]) -> Runs:
+    # What nearly every batch is: one run.
+    if len(column) == 2 and column[0] >= 0 and 0 < column[1] <= _MAX - column[0]:
+        return ((column[0], column[0] + column[1] - 1),)
     runs = tuple((first, first + many - 1) for first, many in zip(column[::2], column[1::2], strict=False) if many > 0)
     if not column or 2 * len(runs) != len(column) or runs[0][0] < 0 or runs[-1][1] >= _MAX:
         raise ProtocolViolation("a numbering column leaves its range", code="protocol.columns")
@@ -302,25 +306,32 @@ def _runs_of_differences(column: list[int]) -> Runs:
     return _runs(_encode_runs(list(accumulate(column)))) if column else _runs([])
 
 
-def _differences(column: _Ints, count: int) -> _Values:
-    """A column of times as differences, the first from 0; raises ProtocolViolation when a time leaves its range."""
+def _check_times(column: _Ints, count: int) -> None:
+    """Raise ProtocolViolation unless the column has a time for each record, and none leaves its range."""
     if isinstance(column, bytes):
         letter = _letter(column, letters="bhiq")
-        if len(column) != 9 + (count - 1) * _SIZES[letter]:
+        size = _SIZES[letter]
+        if len(column) != 9 + (count - 1) * size:
             raise ProtocolViolation("columns of different lengths", code="protocol.columns")
-        differences: _Values = struct.unpack(f"<xq{count - 1}{letter}", column)
-    else:
-        differences = column
-        if len(differences) != count:
-            raise ProtocolViolation("columns of different lengths", code="protocol.columns")
-    if min(differences) >= 0:
-        inside = sum(differences) < _MAX
-    else:
+        # So far from both ends that no differences of this size reach them: nothing has to be unpacked.
+        reach = (count - 1) << (8 * size - 1)
+        if reach <= int.from_bytes(column[1:9], "little") < _MAX - reach:
+            return
+    elif len(column) != count:
+        raise ProtocolViolation("columns of different lengths", code="protocol.columns")
+    differences = _differences(column, count)
+    lowest, highest = min(differences), max(differences)
+    if differences[0] + count * min(lowest, 0) < 0 or differences[0] + count * max(highest, 0) >= _MAX:
         times = list(accumulate(differences))
-        inside = min(times) >= 0 and max(times) < _MAX
-    if not inside:
-        raise ProtocolViolation("a numbering column leaves its range", code="protocol.columns")
-    return differences
+        if min(times) < 0 or max(times) >= _MAX:
+            raise ProtocolViolation("a numbering column leaves its range", code="protocol.columns")
+
+
+def _differences(column: _Ints, count: int) -> _Values:
+    """A checked column of times as differences, the first from 0."""
+    if isinstance(column, bytes):
+        return struct.unpack(f"<xq{count - 1}{_LETTERS[column[0]]}", column)
+    return column
 
 
 def _check(column: Any, count: int, *, letters: str) -> None:

@@ -49,6 +49,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 _KNOWN: Final = frozenset(Envelope.__struct_fields__) - {"extra"}
+_REQUIRED: Final = len(_KNOWN) - 3
 _encoder = msgspec.msgpack.Encoder()
 _as_map = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _as_envelope = msgspec.msgpack.Decoder(Envelope)
@@ -72,13 +73,26 @@ def decode_envelope(data: bytes) -> Envelope:
     if len(data) > limits.MAX_MQTT_PACKET_BYTES:
         raise ProtocolViolation(f"message of {len(data)} bytes", code="protocol.too_large")
     try:
-        fields = _as_map.decode(data)
-        extra = {key: msgspec.Raw(bytes(value)) for key, value in fields.items() if key not in _KNOWN}
-        envelope = _as_envelope.decode(_encoder.encode({k: v for k, v in fields.items() if k in _KNOWN}))
+        envelope = _as_envelope.decode(data)
+        if data[0] != _map_of(envelope):
+            envelope = _decode_with_extra(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolViolation(f"not an envelope: {error}", code="protocol.envelope") from error
     if not 1 <= envelope.v <= WIRE_VERSION:
         raise ProtocolViolation(f"wire version {envelope.v} is not spoken here", code="protocol.version")
     if not 0 < len(envelope.id) <= limits.MAX_ENVELOPE_ID_CHARS or len(envelope.kind) > limits.MAX_ENVELOPE_ID_CHARS:
         raise ProtocolViolation("envelope id or kind has an unusable length", code="protocol.envelope")
+    return envelope
+
+
+def _map_of(envelope: Envelope) -> int:
+    """The first byte of a MessagePack map with just the keys that the envelope has, none of them unknown."""
+    optional = (envelope.deadline_ms is not None) + (envelope.correlation is not None) + (envelope.trace is not None)
+    return 0x80 + _REQUIRED + optional
+
+
+def _decode_with_extra(data: bytes) -> Envelope:
+    fields = _as_map.decode(data)
+    extra = {key: msgspec.Raw(bytes(value)) for key, value in fields.items() if key not in _KNOWN}
+    envelope = _as_envelope.decode(_encoder.encode({k: v for k, v in fields.items() if k in _KNOWN}))
     return msgspec.structs.replace(envelope, extra=extra)

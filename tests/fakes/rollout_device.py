@@ -56,7 +56,7 @@ class ObedientDevice:
         self._manifest = ""
         self._assignment = 0
         self._session = self._revision = 0
-        self._next = {RecordClass.OUTCOME: 1, RecordClass.TELEMETRY: 1}
+        self._next = {RecordClass.OUTCOME: 1, RecordClass.RESULT: 1}
         self._unsent: dict[BatchId, tuple[Batch, topics.UpLeaf]] = {}
         self._lock = threading.RLock()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=device.name, protocol=mqtt.MQTTv5)
@@ -92,7 +92,8 @@ class ObedientDevice:
         with self._lock:
             envelope = decode_envelope(bytes(message.payload))
             if envelope.kind == "ack":
-                self._unsent.pop(expect(envelope, Ack).batch, None)
+                for verdict in expect(envelope, Ack).verdicts:
+                    self._unsent.pop(verdict.batch, None)
             elif envelope.kind == "assign":
                 self._obey(json.loads(expect(envelope, Assign).document)["signed"])
 

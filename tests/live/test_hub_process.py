@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from shared.ids import DeviceId
 from shared.wire import topics
 from shared.wire.envelope import encode_envelope
 from shared.wire.messages import Birth
+from tests.fakes.batches import batch_of, readings
 from tests.fakes.hub_parts import envelope_of
 from tests.fakes.hub_process import HubProcess, Line, is_alive, run_command, wait_until
 
@@ -208,3 +210,47 @@ def test_an_old_database_names_the_command(hub: HubProcess) -> None:
     done = run_command("serve", "--data", str(hub.data))
     assert done.returncode == 78
     assert "outrider-hub migrate" in done.stderr
+
+
+def told(hub: HubProcess) -> dict[str, Any]:
+    """What the hub says of the device's telemetry."""
+    answer = hub.call("GET", f"/v1/telemetry/{A}/summary", token=hub.admin)
+    assert answer.status == 200, answer
+    summary: dict[str, Any] = answer.body
+    return summary
+
+
+def test_a_hub_keeps_everything_in_postgresql(
+    tmp_path: Path, mosquitto_path: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTRIDER_HUB_DATABASE__URL", postgres_url)
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    hub = HubProcess(tmp_path, port=ports[0], broker_port=ports[1])
+    hub.init()
+    monkeypatch.delenv("OUTRIDER_HUB_DATABASE__URL")
+    assert not (hub.data / "hub.db").exists()
+    assert postgres_url in (hub.data / "hub.toml").read_text()
+    try:
+        hub.start()
+        device = hub.enrol(A)
+        line = Line(device)
+        batches = [batch_of(readings(1, 2, 3)), batch_of(readings(1, 2, 3)), batch_of(readings(4))]
+        for batch in batches:
+            line.publish(topics.up(A, "telemetry"), encode_envelope(envelope_of(batch, device=A)))
+        wait_until(lambda: told(hub)["records"] == 4, "four records")
+        assert told(hub)["streams"][0]["duplicates"] == 3
+        line.close()
+        assert run_command("doctor", "--data", str(hub.data)).returncode == 0
+        assert hub.stop(signal.SIGTERM) == 0
+        # A second hub in the same database would not have the first one's keys.
+        again = run_command(
+            "init", "--data", str(tmp_path / "second"), "--offline", str(tmp_path / "second-offline"),
+            env={"OUTRIDER_HUB_DATABASE__URL": postgres_url},
+        )  # fmt: skip
+        assert (again.returncode, "conflict.exists" in again.stderr) == (6, True)
+    finally:
+        if hub.process is not None:
+            hub.stop(signal.SIGKILL)

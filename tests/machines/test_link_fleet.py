@@ -41,11 +41,19 @@ def busiest_second(moments: list[int]) -> int:
     return max(bisect_right(ordered, moment + 999) - index for index, moment in enumerate(ordered))
 
 
-@pytest.mark.parametrize("away_ms", [0, 2_500, 5_000, 11_000, 90_000])
+@pytest.mark.parametrize("away_ms", [0, 2_500, 5_000, 6_500, 11_000, 90_000])
 def test_no_second_brings_back_more_than_a_quarter_of_the_fleet(away_ms: int) -> None:
     moments = [returns(seed, away_ms=away_ms) for seed in range(DEVICES)]
     assert busiest_second(moments) <= DEVICES // 4
     assert max(moments) <= away_ms + link.LONGEST_WINDOW_MS
+
+
+@pytest.mark.parametrize("away_ms", [1_000, 3_000, 10_000, 20_000])
+def test_a_hub_that_restarts_in_some_seconds_has_its_devices_back_soon(away_ms: int) -> None:
+    waits = sorted(returns(seed, away_ms=away_ms) - away_ms for seed in range(1_000))
+    assert waits[500] <= 5_000
+    assert waits[990] <= 15_000
+    assert waits[-1] <= 20_000
 
 
 def test_whoever_was_merely_cut_off_is_back_within_six_seconds() -> None:

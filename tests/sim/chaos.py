@@ -7,6 +7,8 @@ disarmed when the faults stop.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from edge_agent.core.journal import JournalBounds
 from shared.telemetry import RecordClass
 from tests.sim.device import Machine
@@ -48,6 +50,8 @@ class Chaos:
                     machine.kill()
                 else:
                     machine.disk.arm(Strike.KILL, calls_ahead=random.randrange(1, 12))
+            case Trouble.STOP:
+                machine.stop()
             case Trouble.POWER:
                 machine.disk.arm(Strike.POWER, calls_ahead=random.randrange(1, 12))
             case Trouble.OUTAGE:
@@ -73,6 +77,12 @@ class Chaos:
     def _change(self, trouble: Trouble, machine: Machine) -> None:
         random = self._world.random
         match trouble:
+            case Trouble.RESIZE:
+                machine.stop()
+                machine.bounds = resized(self._plan.bounds, random.choice((1, 2, 4)))
+                machine.was_resized = True
+            case Trouble.DROP:
+                machine.drop(random.choice((RecordClass.OUTCOME, RecordClass.RESULT, RecordClass.READING)))
             case Trouble.CROWD:
                 spare = max(0, machine.disk.capacity - machine.disk.used)
                 machine.disk.others = random.choice((0, spare // 2, spare))
@@ -95,7 +105,7 @@ class Chaos:
                 machine.truth.taken_away(machine.name)
                 self._world.say(machine.name, "has a new disk")
             case Trouble.BURST:
-                for _ in range(random.randrange(10, 60)):
+                for _ in range(random.randrange(10, 40)):
                     machine.put(RecordClass(random.randrange(4)), random.randrange(200))
             case _:
                 raise AssertionError(trouble)
@@ -121,6 +131,11 @@ class Chaos:
             machine.disk.others = 0
             machine.disk.capacity = max(machine.disk.capacity, room(self._plan.bounds))
             machine.synchronised = True
+
+
+def resized(bounds: JournalBounds, times: int) -> JournalBounds:
+    """The same budget, in files so many times as large."""
+    return replace(bounds, segment_bytes=bounds.segment_bytes * times)
 
 
 def room(bounds: JournalBounds) -> int:

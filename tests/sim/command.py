@@ -15,7 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.sim.faults import FAULTS, parts_with
+from tests.sim.faults import FAULTS
+from tests.sim.parts import Parts
 from tests.sim.profiles import PROFILES
 from tests.sim.run import HONEST, Outcome, run
 
@@ -23,10 +24,19 @@ from tests.sim.run import HONEST, Outcome, run
 def main(arguments: list[str]) -> int:
     """Run; 0 when every property held in every seed, 1 otherwise, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
-    parts = parts_with(options.fault, HONEST) if options.fault else HONEST
+    if not options.fault:
+        return _run(options, HONEST)
+    with FAULTS[options.fault].planted(HONEST) as parts:
+        return _run(options, parts)
+
+
+def _run(options: argparse.Namespace, parts: Parts) -> int:
     began, failed, total = time.process_time(), [], Counter[str]()
-    for seed in options.seeds:
+    seeds: range = options.seeds
+    ran = 0
+    for seed in seeds:
         outcome = run(options.profile, seed, parts=parts, traced=options.trace)
+        ran += 1
         total.update(outcome.figures)
         if options.trace:
             print("\n".join(outcome.trace))
@@ -37,7 +47,6 @@ def main(arguments: list[str]) -> int:
             if len(failed) >= options.most:
                 break
     took_s = max(time.process_time() - began, 1e-9)
-    ran = seed - options.seeds.start + 1
     print(f"{ran} seeds of {options.profile}, {len(failed)} failed, {ran / took_s:.0f} a second of processor time")
     if options.json is not None:
         options.json.write_text(json.dumps(report(options.profile, ran, took_s, failed, total), indent=1) + "\n")

@@ -37,7 +37,7 @@ WALL_START_MS: Final = 1_760_000_000_000
 TICK_MS: Final = 1_000
 RESTART_MS: Final = 2_000
 MAX_COMMIT_RECORDS: Final = 8
-BURIED_BYTES: Final = 64 * 1024
+BURIED_BYTES: Final = 1024 * 1024
 FACTORY_WALL_MS: Final = -300 * 24 * 3_600_000
 """What a machine without a clock battery believes after a start: the day it was built."""
 
@@ -73,6 +73,8 @@ class Machine:
         self.releases = releases
         self.slot_disk = SlotDisk()
         self.aside = SimDisk(random=world.random, tearing=plan.tearing)
+        self.bounds = plan.bounds
+        self.was_resized = False
         self.process: Process | None = None
         self.is_powered = False
         self.counted_ms = 0
@@ -138,6 +140,22 @@ class Machine:
             self.world.say(self.name, "is killed")
             self._end()
             self.world.after(self.world.span(RESTART_MS), self.start)
+
+    def stop(self) -> None:
+        """The agent is stopped: it closes its journal. Something starts it again."""
+        process = self.process
+        if process is not None and process.is_open:
+            self.world.say(self.name, "is stopped")
+            process.guarded(process.close)
+            if self.process is process:
+                self._end()
+                self.world.after(self.world.span(RESTART_MS), self.start)
+
+    def drop(self, klass: RecordClass) -> None:
+        """A person drops what waits of this class."""
+        process = self.process
+        if process is not None and process.is_open:
+            process.guarded(process.drop, klass)
 
     def ended(self, why: str) -> None:
         """The agent has ended by itself, because it cannot go on."""
@@ -205,7 +223,7 @@ class Machine:
         """What must hold at every step; asked after each that may have written."""
         if self.disk.syncs != self._syncs:
             self._syncs, self._wrote_ms = self.disk.syncs, self.world.now
-        if self.disk.most_used > self.plan.bounds.total_bytes:
+        if self.disk.most_used > self.bounds.total_bytes and not self.was_resized:
             raise Violation("quota", f"{self.name} has used {self.disk.most_used} of {self.plan.bounds.total_bytes}")
 
 
@@ -236,7 +254,7 @@ class Process:
         machine = self.machine
         try:
             self.journal = machine.parts.journal.open(
-                machine.disk, machine.plan.bounds, moment=machine.moment(), draw=self.world.random.randbytes
+                machine.disk, machine.bounds, moment=machine.moment(), draw=self.world.random.randbytes
             )
         except StorageError as error:
             machine.ended(f"journal: {error.message}")
@@ -256,6 +274,24 @@ class Process:
         self._is_alive = False
         if self._line is not None:
             self.machine.broker.hang_up(self._line)
+
+    def close(self) -> None:
+        """Leave as one should."""
+        try:
+            self.store.close(self.machine.moment())
+        except StorageError as error:
+            self.world.say(self.machine.name, "cannot close", error.message)
+
+    def drop(self, klass: RecordClass) -> None:
+        """Drop what waits of this class."""
+        try:
+            dropped = self.store.drop(klass, moment=self.machine.moment())
+        except StorageError as error:
+            self.world.say(self.machine.name, "cannot drop", klass.name, error.message)
+        else:
+            self.world.say(self.machine.name, "drops", klass.name, dropped)
+        self._on_pump(pump.RecordsWaiting(klass))
+        self.machine.check()
 
     def guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Carry something out in this life, if it still goes on."""
@@ -312,7 +348,7 @@ class Process:
             mine = [(token, data) for known, token, data in waiting if known is klass]
             while mine:
                 fits, size = 0, 0
-                while fits < min(len(mine), MAX_COMMIT_RECORDS) and size <= self.machine.plan.bounds.segment_bytes // 2:
+                while fits < min(len(mine), MAX_COMMIT_RECORDS) and size <= self.machine.bounds.segment_bytes // 2:
                     size += len(mine[fits][1])
                     fits += 1
                 some, mine = mine[:fits], mine[fits:]

@@ -25,7 +25,6 @@ from tests.sim.truth import Truth, Violation
 
 MAX_GROUP: Final = 16
 GATHER_MS: Final = 5
-RETRY_MS: Final = 3
 RESTART_MS: Final = 4_000
 
 
@@ -34,7 +33,7 @@ class Site:
 
     Attributes:
         store: the database.
-        locked: which process has a device's rows.
+        locked: which process has a device's rows; `waiting` are those that want some of them.
     """
 
     def __init__(self, *, world: World, plan: Plan, broker: Broker, truth: Truth) -> None:
@@ -44,6 +43,7 @@ class Site:
         self.truth = truth
         self.store = MemoryTelemetry()
         self.locked: dict[str, Hub] = {}
+        self.waiting: list[Hub] = []
 
 
 class Hub:
@@ -107,7 +107,7 @@ class Hub:
     def _begin(self) -> None:
         group = self._inbox[:MAX_GROUP]
         if not self.lock({message.device for message in group}):
-            self._later(RETRY_MS, self._begin)
+            self.site.waiting.append(self)
             return
         del self._inbox[:MAX_GROUP]
         transaction = MemoryTransaction(self.site.store)
@@ -123,7 +123,16 @@ class Hub:
         return True
 
     def _unlock(self) -> None:
-        self.site.locked = {device: hub for device, hub in self.site.locked.items() if hub is not self}
+        site = self.site
+        site.locked = {device: hub for device, hub in site.locked.items() if hub is not self}
+        waiting, site.waiting = site.waiting, []
+        for hub in waiting:
+            if hub is not self:
+                hub.try_again()
+
+    def try_again(self) -> None:
+        """Rows that this process waits for may have become free."""
+        self._later(0, self._begin)
 
     def take(self, transaction: MemoryTransaction, group: list[Carried]) -> list[Verdict]:
         """What becomes of these messages, if the transaction is committed."""

@@ -22,8 +22,8 @@ from tests.sim.heap import World
 
 MAX_HELD: Final = 200
 """Messages the broker keeps for a hub that is away."""
-QUOTA_EXCEEDED: Final = 0x97
-PACKET_TOO_LARGE: Final = 0x95
+REFUSALS: Final = (0x97, 0x97, 0x97, 0x83, 0x87, 0x95, 0x99)
+"""PUBACK reasons: quota exceeded, implementation specific, not authorized, packet too large, payload format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Weather:
         delay_ms: of one message, on average.
         notice_ms: until an end hears of a cut, on average.
         loss, repeat, overtake: chances of a single message; all zero where lines are plain TCP.
-        refuse: the chance that the broker answers a publish with a reason code that says no for now.
+        refuse: the chance that the broker answers a publish with a reason code that says no, for now or for good.
         holds: the broker keeps messages for an absent hub (a session that does not expire); else they are dropped.
         redeliver: what a hub had not acknowledged to the broker when it died comes again.
     """
@@ -181,7 +181,7 @@ class Broker:
         ref = batch.batch
         if world.chance(self.weather.refuse):
             self.disorder(line.sender.name)
-            self._down(line, line.sender.refused, ref, QUOTA_EXCEEDED)
+            self._down(line, line.sender.refused, ref, world.random.choice(REFUSALS))
             return
         self._down(line, line.sender.puback, ref)
         self._forward(Carried(line.sender.name, batch))

@@ -65,10 +65,16 @@ def token_of(body: Body) -> int:
 
 def check_durable(machine: Machine, batch: Batch) -> None:
     """What is sent must be on the disk: its first and its last record are looked for in what a cut would leave."""
-    records = open_columns(batch.columns).records()
-    for record in (records[0], records[-1]):
-        token = token_of(record.body)
-        if not machine.disk.holds(b"#%d:" % token):
+    claim = batch.batch
+    tokens = machine.truth.of((machine.name, claim.epoch, claim.klass)).tokens
+    for number in (claim.first, claim.last):
+        # A record whose append was interrupted has no known number: only the batch says which it is.
+        token = tokens.get(number) or _token_in(batch, number)
+        if not machine.disk.holds(b"#%d:" % token, prefix=f"{claim.klass}-"):
             raise Violation(
-                "undurable", f"{machine.name} sends {batch.batch.klass}/{record.seq} ({token}), which a cut would take"
+                "undurable", f"{machine.name} sends {claim.klass}/{number} ({token}), which a cut would take"
             )
+
+
+def _token_in(batch: Batch, number: int) -> int:
+    return next(token_of(record.body) for record in open_columns(batch.columns).records() if record.seq == number)

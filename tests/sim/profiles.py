@@ -24,6 +24,9 @@ class Trouble(Enum):
     """What can happen, each at random moments until the faults stop."""
 
     KILL = "the agent is killed"
+    STOP = "the agent is stopped cleanly"
+    RESIZE = "the agent is stopped and started with files of another size"
+    DROP = "a person drops what waits of a class"
     POWER = "the device loses its power inside a call of the disk"
     OUTAGE = "the device loses its power for a while"
     CUT = "a line is cut"
@@ -161,6 +164,7 @@ def _line(random: Random) -> Plan:
 def _crashes(random: Random) -> Plan:
     troubles = {
         Trouble.KILL: 6_000.0,
+        Trouble.STOP: random.choice((10_000.0, 60_000.0)),
         Trouble.HUB: 15_000.0,
         Trouble.HUB_COMMIT: 10_000.0,
         Trouble.CUT: 30_000.0,
@@ -170,6 +174,7 @@ def _crashes(random: Random) -> Plan:
 
 def _power(random: Random) -> Plan:
     troubles = {Trouble.POWER: random.choice((2_000.0, 6_000.0)), Trouble.OUTAGE: 30_000.0, Trouble.CUT: 20_000.0}
+    troubles |= {Trouble.RESIZE: random.choice((20_000.0, 200_000.0)), Trouble.DROP: 60_000.0}
     return replace(_calm(random), profile="power", bounds=_bounds(random, segments=12), troubles=troubles)
 
 
@@ -178,12 +183,15 @@ def _fullness(random: Random) -> Plan:
     free = random.choice((1 << 40, bounds.total_bytes, bounds.total_bytes * 2 // 3))
     troubles = {
         Trouble.CROWD: 10_000.0,
-        Trouble.FULL: 10_000.0,
-        Trouble.BURST: 10_000.0,
+        Trouble.FULL: random.choice((2_000.0, 8_000.0)),
+        Trouble.IO: random.choice((5_000.0, 60_000.0)),
+        Trouble.BURST: 15_000.0,
+        Trouble.DROP: random.choice((15_000.0, 200_000.0)),
+        Trouble.RESIZE: random.choice((20_000.0, 200_000.0)),
         Trouble.POWER: 10_000.0,
         Trouble.BROKER: 20_000.0,
     }
-    load = _load(random, records=150, pause_ms=300.0)
+    load = _load(random, records=80, pause_ms=500.0)
     return replace(_calm(random), profile="fullness", bounds=bounds, capacity=free, troubles=troubles, load=load)
 
 
@@ -207,7 +215,7 @@ def _clocks(random: Random) -> Plan:
         Trouble.SYNC: 10_000.0,
         Trouble.OUTAGE: 25_000.0,
         Trouble.BROKER: 20_000.0,
-        Trouble.KILL: 20_000.0,
+        Trouble.KILL: random.choice((5_000.0, 20_000.0)),
     }
     return replace(
         _calm(random),

@@ -10,7 +10,11 @@ import hashlib
 import traceback
 from dataclasses import dataclass, field
 
+import msgspec
+
+from edge_agent.adapters.buried import BuriedBatch
 from edge_agent.adapters.journal import Journal
+from shared.limits import MIB
 from shared.telemetry import RecordClass
 from tests.sim.chaos import Chaos
 from tests.sim.device import TICK_MS, Machine, Process
@@ -21,7 +25,7 @@ from tests.sim.net import Broker
 from tests.sim.parts import Parts, check_durable, token_of
 from tests.sim.profiles import Plan, plan_of
 from tests.sim.slots import BAD, GOOD, Releases, SlotLife
-from tests.sim.truth import Truth, Violation
+from tests.sim.truth import Stream, Truth, Violation
 
 IDLE_CHECK_MS = 500
 
@@ -106,7 +110,17 @@ class House:
             raise Violation("pending", f"still waiting {plan.heal_ms} ms after the faults stopped: {self._pending()}")
         for machine in self.machines:
             machine.check()
-        self.truth.judge(*what_is_stored(self.site, token_of))
+        stored, gaps = what_is_stored(self.site, token_of)
+        self.truth.judge(stored, gaps, self._aside())
+
+    def _aside(self) -> dict[Stream, set[int]]:
+        found: dict[Stream, set[int]] = {}
+        for machine in self.machines:
+            for name in machine.aside.names():
+                claim = msgspec.msgpack.decode(machine.aside.read(name, 0, MIB), type=BuriedBatch).batch
+                numbers = found.setdefault((machine.name, claim.epoch, claim.klass), set())
+                numbers.update(range(claim.first, claim.last + 1))
+        return found
 
     def _load(self, machine: Machine) -> None:
         world, load = self.world, self.plan.load

@@ -102,10 +102,15 @@ def release(version: int) -> VerifiedModel:
 
 @dataclass(slots=True)
 class SlotDisk:
-    """What survives: the ledger and the shelf, and what the oracle knows of them."""
+    """What survives: the ledger and the shelf, and what the oracle knows of them.
+
+    Attributes:
+        highest: the floors as they were ever saved, each at its highest; not the device's.
+    """
 
     state: bytes = field(default_factory=lambda: encode_state(empty_slot()))
     floors: Floors = field(default_factory=Floors)
+    highest: Floors = field(default_factory=Floors)
     accepted: int = 0
     here: set[str] = field(default_factory=set)
     verified: set[str] = field(default_factory=set)
@@ -144,12 +149,17 @@ class SlotLife:
 
     def begin(self) -> None:
         """Go on from what is on the disk."""
+        self._check_floors()
         self._slot = decode_state(self._disk.state)
-        self._handle(Restarted(PROBATION))
+        self.restart()
         if self._disk.accepted:
             self._offer(self._disk.accepted)
         self._process.later(ASK_MS, self._ask)
         self._process.later(self._world.span(DELIVER_MS), self._deliver)
+
+    def restart(self) -> None:
+        """Tell the slot that nothing of what it knew is under way."""
+        self._handle(Restarted(PROBATION))
 
     def is_at_rest(self) -> bool:
         """Whether the newest release serves, or cannot and has been given up."""
@@ -218,16 +228,16 @@ class SlotLife:
 
     def save_verified(self, version: int, floors: Floors) -> None:
         """Save the accepted assignment and raise the floors, in one transaction."""
-        before = self._disk.floors
-        after = merged_floors(before, floors)
-        if (
-            version < self._disk.accepted
-            or after.assignment_version < before.assignment_version
-            or after.time_ms < before.time_ms
-            or any(after.releases.get(family, 0) < floor for family, floor in before.releases.items())
-        ):
-            raise Violation("floors", f"{self._machine.name} accepts {version} after {self._disk.accepted}: {before}")
-        self._disk.accepted, self._disk.floors = version, after
+        if version < self._disk.accepted:
+            raise Violation("floors", f"{self._machine.name} accepts {version} after {self._disk.accepted}")
+        self._disk.accepted, self._disk.floors = version, merged_floors(self._disk.floors, floors)
+        self._check_floors()
+        self._disk.highest = self._disk.floors
+
+    def _check_floors(self) -> None:
+        highest, now = self._disk.highest, self._disk.floors
+        if merged_floors(highest, now) != now:
+            raise Violation("floors", f"{self._machine.name} goes down from {highest} to {now}")
 
     def _offer(self, version: int) -> None:
         named = release(version)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from random import Random
 
 import pytest
 
 from edge_agent.adapters.journal import Journal
 from edge_agent.core.journal import JournalBounds, Moment
-from shared.errors import StorageFull
+from shared.errors import StorageError, StorageFull
 from shared.limits import KIB
 from shared.telemetry import RecordClass
 from tests.sim.disk import ProcessKilled, SimDisk, Strike
@@ -101,3 +102,18 @@ def test_all_files_together_stay_within_the_budget(size_kib: int) -> None:
         while True:
             journal.append(EVENT, [(1, b"x" * (size // 2))], moment=NOW)
     assert disk.most_used <= small.total_bytes
+
+
+@pytest.mark.parametrize("calls_ahead", range(1, 60))
+def test_files_that_an_error_left_behind_still_count(calls_ahead: int) -> None:
+    # Found as `quota` in "fullness": a new file whose name could not be synced belonged to nobody.
+    disk = SimDisk(random=Random(1))
+    journal = opened(disk, segments=5)
+    later = calls_ahead
+    for turn in range(60):
+        if turn % 8 == 0:
+            disk.arm(Strike.IO, calls_ahead=later)
+            later = later % 7 + 1
+        with contextlib.suppress(StorageError):
+            journal.append(RecordClass(turn % 4), [(1, b"x" * 300)], moment=NOW)
+        assert disk.most_used <= bounds(5).total_bytes

@@ -21,7 +21,8 @@ The properties, each with the name under which a failing seed reports it:
 - `early`: no gap says that a record expired before its time, by true time; `late`: no record is loaded to be sent that
   is older than its time, counted while the machine was up, as far as its disk can know: to its last write before each
   power cut.
-- `quota`: the files of the outbox never take more bytes than it was given.
+- `quota`: the files of the outbox never take more bytes than it was given; nothing is promised once the files were
+  given another size, because those of the old size count like those of the new.
 - `epoch`: a store keeps its epoch until its disk is taken away.
 - `pending`: some time after the faults have stopped, nothing waits on any device.
 - `floors`, `unverified`, `quarantined`, `provisional`, `stuck`: the slots' (tests/sim/slots.py).
@@ -147,7 +148,7 @@ class Truth:
             if claim.klass == RecordClass.EVENT and batch.gap.reason in ("evicted", "expired"):
                 raise Violation("precious", f"{device} tells that events {claim.first}-{claim.last} {batch.gap.reason}")
             if batch.gap.reason == "damaged" and device not in self.rotten:
-                spoiled = [n for n in range(claim.first, claim.last + 1) if n in truth.tokens.keys() - truth.committed]
+                spoiled = [number for number in range(claim.first, claim.last + 1) if number in truth.tokens]
                 if spoiled:
                     raise Violation("spoiled", f"{_text(device, claim)} is told as damaged, and {spoiled[0]} was durable")
             return False
@@ -228,12 +229,18 @@ class Truth:
 
     # The end
 
-    def judge(self, stored: dict[Stream, list[tuple[int, int]]], gaps: dict[Stream, list[tuple[int, int]]]) -> None:
+    def judge(
+        self,
+        stored: dict[Stream, list[tuple[int, int]]],
+        gaps: dict[Stream, list[tuple[int, int]]],
+        aside: dict[Stream, set[int]],
+    ) -> None:
         """Compare with what the hub has in the end.
 
         Args:
             stored: number and token of every record, as often as it is there.
             gaps: what the hub counts as lost.
+            aside: what the devices have buried, with a reason.
         """
         seen: set[int] = set()
         for stream, records in stored.items():
@@ -262,7 +269,7 @@ class Truth:
             here = {number for number, _ in stored.get(stream, ())}
             if truth.is_gone:
                 continue
-            lost = sorted(truth.tokens.keys() - here - told - truth.refused)
+            lost = sorted(truth.tokens.keys() - here - told - (truth.refused & aside.get(stream, set())))
             if lost:
                 raise Violation("lost", f"{stream} {lost[:8]} ({len(lost)}) are neither at the hub nor told as a gap")
 

@@ -9,7 +9,9 @@ import pytest
 
 from edge_agent.commands.init import template
 from edge_agent.config import load_config
+from edge_agent.settings import QueueConfig
 from shared.errors import ConfigError
+from shared.telemetry import RecordClass
 
 
 def write(state: Path, text: str) -> None:
@@ -135,3 +137,27 @@ def test_the_template_is_toml_that_says_the_same(tmp_path: Path) -> None:
 def test_the_port_for_http_is_on_loopback(tmp_path: Path, text: str, address: tuple[str, int] | None) -> None:
     write(tmp_path, f'[door]\nhttp = "{text}"\n')
     assert load_config(state_dir=str(tmp_path), environ={}).config.door.http_address == address
+
+
+def test_what_waits_is_kept_for_the_thirty_days_that_a_device_may_be_away() -> None:
+    kept = QueueConfig().ttl_ms
+    assert RecordClass.EVENT not in kept
+    assert all(kept[klass] > 30 * 86_400_000 for klass in RecordClass if klass is not RecordClass.EVENT)
+    assert QueueConfig(outcome_ttl_h=0, result_ttl_h=1).ttl_ms == {
+        RecordClass.RESULT: 3_600_000,
+        RecordClass.READING: kept[RecordClass.READING],
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("flush_ms = 20000", "queue.flush_ms"),
+        ("reading_ttl_h = -1", "queue.reading_ttl_h"),
+        ("event_ttl_h = 1", "unknown key 'queue.event_ttl_h'"),
+    ],
+)
+def test_a_queue_that_makes_no_sense_is_told(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "agent.toml").write_text(f"[queue]\n{line}\n")
+    with pytest.raises(ConfigError, match=problem):
+        load_config(state_dir=str(tmp_path), environ={})

@@ -307,9 +307,9 @@ def test_the_use_of_a_token_is_noted_once_a_minute(hub: Calls) -> None:
     writes: list[int] = []
     write = hub.database.write
 
-    async def counted(work: Any) -> Any:
+    async def counted(work: Any, *, beside: bool = False) -> Any:
         writes.append(1)
-        return await write(work)
+        return await write(work, beside=beside)
 
     hub.database.write = counted  # type: ignore[method-assign]
     for _ in range(5):

@@ -102,3 +102,26 @@ def test_the_command_checks_and_prints(tmp_path: Path, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert "did you mean 'listen.port'?" in error
     assert "code: config.invalid" in error
+
+
+def test_the_database_is_in_the_data_directory_unless_it_is_named(tmp_path: Path) -> None:
+    assert load(tmp_path).config.database_url == f"sqlite:///{tmp_path}/hub.db"
+    url = "postgresql+psycopg://hub@db.example:5433/outrider?sslmode=verify-full"
+    assert load(tmp_path, f"[database]\nurl = '{url}'").config.database_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://hub:secret@db.example/outrider",
+        "postgresql+psycopg://hub@db.example/outrider?password=secret",
+        "postgresql+psycopg://hub@db.example/",
+        "postgresql://hub@db.example/outrider",
+        "mysql://hub@db.example/secret",
+        "postgresql+psycopg://[secret/outrider",
+    ],
+)
+def test_a_database_that_cannot_be_used_or_holds_a_secret_is_refused_and_not_shown(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"database\.url") as caught:
+        load(tmp_path, variables={"OUTRIDER_HUB_DATABASE__URL": url})
+    assert "secret" not in caught.value.message

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import types
+from typing import Any, Union, get_args, get_origin
 
 import msgspec
 import pytest
@@ -45,11 +46,13 @@ def value_of(hint: Any) -> st.SearchStrategy[Any]:
     }  # fmt: skip
     if hint in simple:
         return simple[hint]
-    if hint == tuple[messages.RunningModel, ...]:
-        return st.lists(st.builds(messages.RunningModel, family=texts, phase=texts, error=texts), max_size=3).map(tuple)
+    if get_origin(hint) is tuple:
+        return st.lists(value_of(get_args(hint)[0]), max_size=3).map(tuple)
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         parts = {field.name: value_of(field.type) for field in msgspec.structs.fields(hint)}
         return st.builds(hint, **parts)
+    if get_origin(hint) in (Union, types.UnionType):
+        return st.one_of([st.none() if part is type(None) else value_of(part) for part in get_args(hint)])
     return st.sampled_from(get_args(hint))
 
 

@@ -14,7 +14,7 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.telemetry import desk as desk_module
 from cloud_hub.telemetry import tables
-from cloud_hub.telemetry.desk import Desk, StreamSummary
+from cloud_hub.telemetry.desk import Desk, StoredEffect, StreamSummary
 from shared.errors import StorageError, StorageFull, Unreachable
 from shared.ids import DeviceId
 from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
@@ -203,7 +203,8 @@ def test_pages_follow_the_order_of_arrival_whatever_their_size(database: Databas
     ]
     event = [Record(seq=seq, at_ms=5, body=DeviceEvent(name="host.lost")) for seq in (1, 2, 3)]
     _, desk = take(database, *sent, batch_of(event))
-    pages, after = [], 0
+    pages: list[StoredEffect] = []
+    after = 0
     while page := asyncio.run(desk.records(PI, after=after, limit=size)):
         assert len(page) <= size
         pages += page

@@ -15,7 +15,7 @@ from alembic import op
 
 from shared import limits
 from shared.telemetry import Body, Record
-from shared.wire.columns import encode_columns
+from shared.wire.columns import decode_columns, encode_columns
 from shared.wire.messages import digest_of
 
 revision = "0008_batches"
@@ -39,7 +39,7 @@ _new = sa.table(
     *(
         sa.column(name)
         for name in (
-            "device", "epoch", "klass", "first", "last", "digest", "received_ms", "records", "gap", "columns",
+            "id", "device", "epoch", "klass", "first", "last", "digest", "received_ms", "records", "gap", "columns",
         )
     ),
 )  # fmt: skip
@@ -76,8 +76,53 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Not possible without losing which batch a record came in: a copy of the database is the way back."""
-    raise NotImplementedError("restore the copy that was made before the upgrade")
+    """Explode the batches into records again; what is declared lost is forgotten."""
+    conn = op.get_bind()
+    op.create_table(
+        "telemetry_records",
+        sa.Column("id", _NUMBER, primary_key=True, autoincrement=True),
+        sa.Column("device", sa.String(63), nullable=False),
+        sa.Column("epoch", sa.String(16), nullable=False),
+        sa.Column("klass", sa.Integer, nullable=False),
+        sa.Column("seq", sa.BigInteger, nullable=False),
+        sa.Column("at_ms", sa.BigInteger, nullable=False),
+        sa.Column("received_ms", sa.BigInteger, nullable=False),
+        sa.Column("kind", sa.String(16), nullable=False),
+        sa.Column("body", sa.LargeBinary, nullable=False),
+        sa.UniqueConstraint("device", "epoch", "klass", "seq", name=op.f("uq_telemetry_records_device")),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("ix_telemetry_records_device", "telemetry_records", ["device", "klass", "id"])
+    last, query = 0, sa.select(_new).where(_new.c.gap.is_(None)).order_by(_new.c.id).limit(1)
+    while (row := conn.execute(query.where(_new.c.id > last)).one_or_none()) is not None:
+        conn.execute(sa.insert(_old), [_exploded(row, record) for record in decode_columns(bytes(row.columns))])
+        last = row.id
+    op.drop_table("telemetry_batches")
+    op.create_table(
+        "telemetry_batches",
+        sa.Column("device", sa.String(63), nullable=False),
+        sa.Column("epoch", sa.String(16), nullable=False),
+        sa.Column("klass", sa.Integer, nullable=False),
+        sa.Column("first", sa.BigInteger, nullable=False),
+        sa.Column("last", sa.BigInteger, nullable=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.PrimaryKeyConstraint("device", "epoch", "klass", "first", "last", name=op.f("pk_telemetry_batches")),
+    )
+    op.drop_column("telemetry_streams", "lost")
+
+
+def _exploded(row: _Row, record: Record) -> dict[str, object]:
+    fields = {name: value for name, value in msgspec.structs.asdict(record.body).items() if value is not None}
+    return {
+        "device": row.device,
+        "epoch": row.epoch,
+        "klass": row.klass,
+        "seq": record.seq,
+        "at_ms": record.at_ms,
+        "received_ms": row.received_ms,
+        "kind": str(record.body.__struct_config__.tag),
+        "body": msgspec.msgpack.encode(fields),
+    }
 
 
 def _batches(conn: sa.Connection) -> Iterator[list[_Row]]:

@@ -1,0 +1,170 @@
+"""The same database on PostgreSQL: one writer at a time unless it says otherwise, retries, errors in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy.engine import Connection
+
+from cloud_hub.devices import tables as _devices
+from cloud_hub.ground import audit, auth, database, migrate
+from cloud_hub.ground.database import Database, Lock, lock
+from cloud_hub.ground.schema import metadata
+from cloud_hub.releases import tables as _releases
+from cloud_hub.rollouts import tables as _rollouts
+from cloud_hub.rounds import tables as _rounds
+from cloud_hub.telemetry import tables as _telemetry
+from shared.errors import ConfigError, Conflict, StorageError
+
+assert all((_devices, _releases, _rollouts, _rounds, _telemetry, auth))
+
+
+@pytest.fixture
+def hub(postgres_url: str) -> Iterator[Database]:
+    made = Database(postgres_url)
+    migrate.upgrade(made)
+    yield made
+    made.close()
+
+
+def add(conn: Connection, name: str) -> None:
+    audit.record(conn, at_ms=1, actor="a", action="b", subject=name)
+
+
+def count(conn: Connection) -> int:
+    return int(conn.execute(sa.select(sa.func.count()).select_from(audit.audit)).scalar_one())
+
+
+def test_a_write_is_there_and_work_that_raises_leaves_nothing(hub: Database) -> None:
+    def work(conn: Connection) -> None:
+        add(conn, "x")
+        raise ValueError("later")
+
+    asyncio.run(hub.write(lambda conn: add(conn, "x")))
+    with pytest.raises(ValueError, match="later"):
+        hub.write_now(work)
+    assert asyncio.run(hub.read(count)) == 1
+
+
+def test_reads_cannot_write_and_see_one_moment(hub: Database) -> None:
+    def look(conn: Connection) -> tuple[int, int]:
+        before = count(conn)
+        hub.write_now(lambda writer: add(writer, "x"))
+        return before, count(conn)
+
+    assert hub.read_now(look) == (0, 0)
+    assert hub.read_now(count) == 1
+    with pytest.raises(StorageError, match="read-only"):
+        hub.read_now(lambda conn: add(conn, "x"))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_audit_chain_holds_whoever_writes_at_the_same_time(hub: Database, *, beside: bool) -> None:
+    others = [hub, Database(hub.url)]
+
+    def write(database: Database) -> None:
+        for _ in range(25):
+            database.write_now(lambda conn: add(conn, "x"), beside=beside)
+
+    threads = [threading.Thread(target=write, args=(database,)) for database in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    others[1].close()
+    assert hub.read_now(count) == 50
+    assert hub.read_now(audit.verify).broken_at is None
+
+
+def test_what_is_locked_waits_and_what_is_beside_does_not(hub: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 200)
+    other = Database(hub.url)
+
+    def work(_conn: Connection) -> str:
+        with pytest.raises(StorageError) as caught:
+            other.write_now(count)
+        assert other.write_now(count, beside=True) == 0
+        return caught.value.code
+
+    try:
+        assert hub.write_now(work) == "storage.busy"
+    finally:
+        other.close()
+
+
+def test_two_who_stand_in_each_others_way_both_get_through(hub: Database) -> None:
+    """Each takes its first lock, then wants the other's: the server ends one, and it is run again."""
+    first_taken = threading.Barrier(2)
+    tries = []
+
+    def work(keys: tuple[str, str]) -> None:
+        def take(conn: Connection) -> None:
+            tries.append(keys)
+            lock(conn, Lock.TELEMETRY, [keys[0]])
+            if len(tries) <= 2:
+                first_taken.wait(10)
+            lock(conn, Lock.TELEMETRY, [keys[1]])
+
+        hub.write_now(take, beside=True)
+
+    threads = [threading.Thread(target=work, args=(keys,)) for keys in (("a", "b"), ("b", "a"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tries) == 3
+
+
+def test_tries_have_an_end(hub: Database) -> None:
+    tries = []
+
+    def work(conn: Connection) -> None:
+        tries.append(1)
+        conn.execute(sa.text("DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '40001'; END $$"))
+
+    with pytest.raises(StorageError) as caught:
+        hub.write_now(work)
+    assert (caught.value.code, caught.value.retry, len(tries)) == ("storage.busy", True, database.MAX_TRIES)
+
+
+def test_constraints_are_conflicts(hub: Database) -> None:
+    insert = auth.api_tokens.insert().values(id="a", name="n", role="viewer", secret_sha256="x", created_ms=1)
+    hub.write_now(lambda conn: conn.execute(insert) and None)
+    with pytest.raises(Conflict):
+        hub.write_now(lambda conn: conn.execute(insert) and None)
+
+
+def test_migrations_make_what_the_tables_declare(hub: Database) -> None:
+    assert hub.read_now(lambda conn: compare_metadata(MigrationContext.configure(conn), metadata)) == []
+    assert migrate.upgrade(hub) == (migrate.head(), migrate.head())
+    migrate.require_current(hub)
+
+
+def test_an_empty_database_says_what_to_do(postgres_url: str) -> None:
+    empty = Database(postgres_url)
+    with pytest.raises(StorageError) as caught:
+        empty.read_now(count)
+    assert caught.value.code == "storage.schema"
+    empty.close()
+
+
+def test_a_server_that_is_not_there_is_told(tmp_path: object) -> None:
+    pytest.importorskip("psycopg")
+    nowhere = Database(f"postgresql+psycopg://hub@/hub?host={tmp_path}")
+    with pytest.raises(StorageError) as caught:
+        nowhere.read_now(count)
+    assert (caught.value.code, caught.value.retry) == ("storage.unreachable", True)
+    nowhere.close()
+
+
+@pytest.mark.parametrize("url", ["mysql://x/y", "postgresql://hub@/hub", "nonsense"])
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Database(url)
+    assert caught.value.code == "config.database"
