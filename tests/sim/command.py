@@ -1,9 +1,9 @@
 """The command line: runs seeds, and says which one failed, how, and how to see it again.
 
-    python -m tests.sim --seeds 0..2000                     the usual profile, in which the seed chooses
-    python -m tests.sim --seeds 0..500 --profile power
-    python -m tests.sim --seeds 17 --profile power --trace  one seed, with what happened
-    python -m tests.sim --seeds 0..2000 --fault no_sync     whether a planted fault is caught, and how soon
+python -m tests.sim --seeds 0..2000                     the usual profile, in which the seed chooses
+python -m tests.sim --seeds 0..500 --profile power
+python -m tests.sim --seeds 17 --profile power --trace  one seed, with what happened
+python -m tests.sim --seeds 0..2000 --fault no_sync     whether a planted fault is caught, and how soon
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def _seeds(text: str) -> range:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="The whole house in one process, by seeds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sim", description="The whole house in one process, by seeds."
+    )
     parser.add_argument("--seeds", type=_seeds, required=True, metavar="FROM..TO", help="TO is not run; or one seed")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="mixed", help="what may go wrong")
     parser.add_argument("--fault", choices=sorted(FAULTS), default="", help="plant this fault")

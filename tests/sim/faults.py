@@ -23,9 +23,7 @@ def _part(**changed: Any) -> Callable[[Parts], Parts]:
     return lambda parts: replace(parts, **changed)
 
 
-def _fault(
-    what: str, profile: str, shows_as: str, patches: tuple[Patch, ...] = (), **parts: Any
-) -> Fault:
+def _fault(what: str, profile: str, shows_as: str, patches: tuple[Patch, ...] = (), **parts: Any) -> Fault:
     return Fault(
         what=what, profile=profile, shows_as=frozenset(shows_as.split()), parts=_part(**parts), patches=patches
     )
