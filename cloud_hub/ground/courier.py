@@ -4,7 +4,8 @@ Rules:
 1. The client has no thread of its own: the event loop reads when there is something and writes what a turn of it has
    brought about, all in one piece. What has come in is handed over together.
 2. A message is acknowledged to the broker after it was dealt with. So the broker never has more than `WINDOW` of them
-   on their way to us, and a slow database slows the senders instead of filling our memory.
+   on their way to us, and we read no more while they hold `MAX_HELD_BYTES`: a slow database slows the senders instead
+   of filling our memory.
 3. An acknowledgement belongs to the connection on which the message came: after a reconnect its number means another
    message, so it is dropped and the broker sends again.
 4. Nothing rests on the broker keeping a message: both sides send again until the other's own answer is there.
@@ -37,6 +38,8 @@ from shared.wire import topics
 logger = logging.getLogger(__name__)
 
 WINDOW: Final = 1000
+"""While some are stored, others have to be on their way (`scripts/bench ingest`)."""
+MAX_HELD_BYTES: Final = 32 * limits.MIB
 READ_AT_ONCE: Final = 64
 """Packets that are read before others have their turn."""
 LOOK_S: Final = 1.0
@@ -62,7 +65,7 @@ class Inbound:
 
     def settle(self) -> None:
         """Acknowledge it to the broker."""
-        self._courier.settle(self._mid, generation=self._generation)
+        self._courier.settle(self._mid, generation=self._generation, held_bytes=len(self.payload))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class HubCourier:
         self._is_write_planned = False
         self._generation = 0
         self._arrived: list[Inbound] = []
+        self._held_bytes = 0
+        self._is_full = False
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=HUB_NAME, protocol=mqtt.MQTTv5, manual_ack=True
         )
@@ -151,8 +156,12 @@ class HubCourier:
         if info.rc not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_NO_CONN):
             raise Unreachable(f"the broker takes no more: {mqtt.error_string(info.rc)}", code="transfer.broker")
 
-    def settle(self, mid: int, *, generation: int) -> None:
+    def settle(self, mid: int, *, generation: int, held_bytes: int) -> None:
         """Acknowledge a message of this connection; of another one it is forgotten."""
+        self._held_bytes -= held_bytes
+        if self._is_full and self._held_bytes < MAX_HELD_BYTES // 2:
+            self._is_full = False
+            self._listen()
         if mid and generation == self._generation and self._socket is not None:
             self._client.ack(mid, 1)
 
@@ -187,10 +196,8 @@ class HubCourier:
 
     async def _attend(self) -> None:
         """Read and write until the link is lost."""
-        loop, link = asyncio.get_running_loop(), self._socket
-        assert link is not None
         self._generation += 1
-        loop.add_reader(link.fileno(), self._readable)
+        self._listen()
         self._write()
         while not self._lost.is_set():
             try:
@@ -199,18 +206,27 @@ class HubCourier:
             except TimeoutError:
                 self._client.loop_misc()
 
+    def _listen(self) -> None:
+        """Read whenever something comes, and what is in the buffer now: that does not make the socket readable."""
+        if self._socket is not None and self._loop is not None:
+            self._loop.add_reader(self._socket.fileno(), self._readable)
+            self._loop.call_soon(self._readable)
+
     def _readable(self) -> None:
-        """Read what has come, but not for so long that others starve."""
-        link = self._socket
-        if link is None:
+        """Read what has come, but not for so long that others starve, nor more than may be held."""
+        link, loop = self._socket, self._loop
+        if link is None or loop is None or self._is_full:
             return
         link.is_dry = False
         for _ in range(READ_AT_ONCE):
             if self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS or link.is_dry:
                 break
+            if self._held_bytes > MAX_HELD_BYTES:
+                self._is_full = True
+                loop.remove_reader(link.fileno())
+                break
         else:
-            # What is in the buffer does not make the socket readable.
-            asyncio.get_running_loop().call_soon(self._readable)
+            loop.call_soon(self._readable)
         if self._arrived:
             arrived, self._arrived = self._arrived, []
             self._on_messages(arrived)
@@ -280,9 +296,9 @@ class HubCourier:
     def _message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         # What needs no acknowledgement has no number.
         mid = message.mid if message.qos else 0
-        self._arrived.append(
-            Inbound(message.topic, bytes(message.payload), courier=self, mid=mid, generation=self._generation)
-        )
+        payload = bytes(message.payload)
+        self._held_bytes += len(payload)
+        self._arrived.append(Inbound(message.topic, payload, courier=self, mid=mid, generation=self._generation))
 
     def _set_link(self, is_up: bool) -> None:
         if is_up and not self._connected.is_set():
