@@ -381,6 +381,7 @@ class Cloud(Protocol):
             within_ms: how long an answer is waited for.
 
         Raises:
+            InputRefused: the payload does not fit its heads; nothing was sent.
             Unreachable: nobody answered in time, or the connection broke.
             TransferRefused: the hub's certificate or this device's is not accepted.
             TransferCorrupt: what came is no answer to this question.

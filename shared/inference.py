@@ -37,7 +37,7 @@ class Infer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
             is enough for answers, unique per device for feedback; empty lets the agent choose.
         model: family.
         inputs: heads of the payload's tensors, in order.
-        deadline_ms: the answer is wanted this many milliseconds after the request was read.
+        deadline_ms: the answer is wanted this many milliseconds after the request was read; an hour at most.
     """
 
     model: str
@@ -239,6 +239,8 @@ def decode_request(data: bytes | bytearray | memoryview) -> Request:
             code="invalid.reading",
             hint="give a finite number; leave out a reading that could not be taken",
         )
+    if isinstance(request, Infer) and request.deadline_ms > limits.MAX_REQUEST_DEADLINE_MS:
+        return msgspec.structs.replace(request, deadline_ms=limits.MAX_REQUEST_DEADLINE_MS)
     return request
 
 
@@ -255,6 +257,24 @@ def decode_reply(data: bytes | bytearray | memoryview) -> Reply:
 def tensor_bytes(head: TensorHead) -> int:
     """How many bytes of the payload belong to this tensor."""
     return math.prod(head.shape) * ITEM_BYTES[head.dtype]
+
+
+def check_heads(inputs: tuple[TensorHead, ...], payload_bytes: int) -> None:
+    """Raise InputRefused unless these are tensors that fill the payload; for a model whose signature is not known."""
+    if not 0 < len(inputs) <= limits.MAX_TENSORS:
+        raise InputRefused(f"{len(inputs)} inputs were sent, 1 to {limits.MAX_TENSORS} are possible")
+    for head in inputs:
+        if len(head.shape) > limits.MAX_TENSOR_RANK or any(size <= 0 for size in head.shape):
+            raise InputRefused(
+                f"input {head.name[:80]!r} has shape {list(head.shape)[: limits.MAX_TENSOR_RANK + 1]}",
+                hint=f"send up to {limits.MAX_TENSOR_RANK} axes, each with at least one element",
+            )
+    total = sum(tensor_bytes(head) for head in inputs)
+    if total != payload_bytes:
+        raise InputRefused(
+            f"the inputs' shapes need {total} bytes, {payload_bytes} were sent",
+            hint="send the elements of every input, row-major, in the header's order and nothing else",
+        )
 
 
 def check_inputs(signature: Signature, inputs: tuple[TensorHead, ...], payload_bytes: int) -> int:

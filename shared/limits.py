@@ -27,6 +27,8 @@ MAX_DOOR_CONNECTIONS: Final = 64
 MAX_WAITING_REQUESTS: Final = 256
 MAX_REQUEST_ID_CHARS: Final = 128
 """A request's id is kept for its feedback and goes into records, so it is a name and not a document."""
+MAX_REQUEST_DEADLINE_MS: Final = 3_600_000
+"""Who gives more time gets an hour: timers and other programs do not take every number."""
 
 # Metadata (TUF) and releases
 MAX_ROOT_BYTES: Final = 512 * KIB

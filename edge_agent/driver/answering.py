@@ -32,7 +32,7 @@ from edge_agent.ports import CloudAnswer, HostAnswer, ModelHost
 from shared.clock import Clock
 from shared.errors import HostLost, InputRefused, ModelError, OutriderError
 from shared.ids import FamilyName
-from shared.inference import Answer, Done, Feedback, Infer, Late, Refusal, Reply, TensorHead, check_inputs
+from shared.inference import Answer, Done, Feedback, Infer, Late, Refusal, Reply, TensorHead, check_heads, check_inputs
 from shared.telemetry import Outcome, Result
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,8 @@ class Answering:
             return await self._answer(asked, route.release, kept, choice)
         why = choice.reason
         if choice.rung == "cloud":
+            if route.release is None:
+                check_heads(request.inputs, len(asked.payload))
             said = await self._escalation.ask(self._doubt(asked, None))
             if isinstance(said, CloudAnswer):
                 took_us = _took_us(asked)

@@ -26,7 +26,7 @@ from edge_agent.driver.loop import Loop
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.clock import Clock
-from shared.errors import StorageError, TransferError, Unreachable
+from shared.errors import OutriderError, StorageError, Unreachable
 from shared.inference import Answer, TensorHead
 from shared.limits import MIB
 from shared.telemetry import Outcome
@@ -129,7 +129,7 @@ class Escalation:
     async def _carry(self, doubt: Doubt, reply: asyncio.Future[CloudAnswer | Stay], within_ms: int) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        said: CloudAnswer | CloudRefusal | TransferError
+        said: CloudAnswer | CloudRefusal | OutriderError
         try:
             said = await self._cloud.ask(
                 self.policy.model,
@@ -138,8 +138,11 @@ class Escalation:
                 deadline_ms=within_ms,
                 within_ms=within_ms + self.policy.late_ms,
             )
-        except TransferError as error:
+        except OutriderError as error:
             said = error
+        except Exception:  # a defect in one question must not take the agent from the others
+            logger.exception("asking the hub failed")
+            said = OutriderError("asking the hub failed; the log says why", code="internal")
         finally:
             self._pending -= Counter((doubt.id,))
         if isinstance(said, CloudAnswer):
@@ -185,12 +188,12 @@ class Escalation:
             logger.error("a late answer is not recorded", extra={"why": error.message})
 
 
-def _refused(said: CloudRefusal | TransferError, *, at_ms: int) -> cascade.Refused:
+def _refused(said: CloudRefusal | OutriderError, *, at_ms: int) -> cascade.Refused:
     retry_after_ms = said.retry_after_ms if isinstance(said, CloudRefusal) else None
     return cascade.Refused(at_ms=at_ms, jitter=random.random(), retry_after_ms=retry_after_ms)
 
 
-def _stay(said: CloudRefusal | TransferError) -> Stay:
+def _stay(said: CloudRefusal | OutriderError) -> Stay:
     if isinstance(said, CloudRefusal):
         return Stay("refused", f"the hub said no ({said.status}): {said.message}")
     return Stay("offline" if isinstance(said, Unreachable) else "refused", said.message)

@@ -19,7 +19,7 @@ from edge_agent.adapters.cloud import CONNECTIONS, HubCloud
 from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.system import SystemClock
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
-from shared.errors import OutriderError, TransferCorrupt, TransferRefused, Unreachable
+from shared.errors import InputRefused, OutriderError, TransferCorrupt, TransferRefused, Unreachable
 from shared.inference import TensorHead
 from shared.limits import MAX_CLOUD_ANSWER_BYTES
 from shared.wire.oip import JSON_LENGTH_HEADER, OipResponse, decode_request, encode_response
@@ -195,6 +195,29 @@ def test_closing_ends_what_is_on_its_way(prepared: Prepared) -> None:
             with pytest.raises(Unreachable):
                 await asking
             cloud.close()
+
+    asyncio.run(main())
+
+
+def test_a_payload_that_does_not_fit_its_heads_is_the_askers_fault(prepared: Prepared) -> None:
+    cloud, _ = prepared
+
+    async def main() -> None:
+        for payload in (PAYLOAD[:-1], PAYLOAD + b"x", b""):
+            with pytest.raises(InputRefused):
+                await cloud.ask("digits-large", HEAD, payload, deadline_ms=100, within_ms=5_000)
+        assert isinstance(await ask(cloud), CloudAnswer)
+
+    asyncio.run(main())
+
+
+def test_a_deadline_beyond_all_measure_is_only_a_long_one(prepared: Prepared) -> None:
+    cloud, _ = prepared
+
+    async def main() -> None:
+        async with asyncio.timeout(10):
+            said = await cloud.ask("digits-large", HEAD, PAYLOAD, deadline_ms=2**63 - 1, within_ms=2**63 + 5_000)
+        assert isinstance(said, CloudAnswer)
 
     asyncio.run(main())
 

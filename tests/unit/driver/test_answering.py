@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from edge_agent.core.cascade import FAILURES_TO_OPEN, MOST_ON_THE_WAY, Policy
+from edge_agent.core.cascade import FAILURES_TO_OPEN, LONGEST_OPEN_MS, MOST_ON_THE_WAY, Policy
 from edge_agent.core.slot_values import Phase
 from edge_agent.ports import CloudRefusal
 from shared.errors import HostLost, InputRefused, StorageFull, TransferCorrupt, TransferError, Unreachable
@@ -136,6 +136,58 @@ def test_the_local_answer_comes_marked_when_the_hub_fails(
         assert answer.deadline_met
 
     tell(story)
+
+
+def test_a_defect_in_asking_the_hub_is_told_and_takes_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.says = OverflowError("a number that fits nowhere")
+        told = [(await infer(world, f"r{number}")).escalated for number in range(MOST_ON_THE_WAY + 2)]
+        assert told == ["refused"] * FAILURES_TO_OPEN + ["breaker"] * (len(told) - FAILURES_TO_OPEN)
+        world.cloud.says = cloud_answer()
+        world.clock.advance(LONGEST_OPEN_MS)
+        assert (await infer(world)).escalated == "answered"
+
+    tell(story)
+    assert "asking the hub failed" in [record.message for record in caplog.records]
+
+
+def test_a_defect_that_comes_late_gives_its_place_back_too() -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.stalls = True
+        world.cloud.says = OverflowError("a number that fits nowhere")
+        for number in range(2):
+            assert (await infer(world, f"r{number}", deadline_ms=50)).escalated == "late"
+        world.cloud.go_on()
+        for number in range(2):
+            while await world.ask(Late(request=f"r{number}", id="q")) != Done(id="q", detail="none"):
+                await asyncio.sleep(0.002)
+        world.cloud.says = cloud_answer()
+        answers = await asyncio.gather(*(infer(world, f"s{number}") for number in range(MOST_ON_THE_WAY)))
+        assert [answer.escalated for answer in answers] == ["answered"] * MOST_ON_THE_WAY
+
+    tell(story)
+
+
+def test_a_request_without_a_release_is_held_against_its_shape_before_the_hub_is_asked() -> None:
+    world = AgentWorld()
+    world.policy = Policy(model="digits-large")
+    world.fetcher.away = True
+    head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: world.models.slot("digits") is not None and world.uplink.online, "assigned, not here")
+        for wrong in (head, *(TensorHead(name="x", dtype="fp32", shape=shape) for shape in ((1, -4), (1,) * 9))):
+            with pytest.raises(InputRefused):
+                await world.ask(Infer(model="digits", inputs=(wrong,), id="bad"), bytes(15))
+        with pytest.raises(InputRefused):
+            await world.ask(Infer(model="digits", inputs=(head,) * 65, id="bad"), bytes(16 * 65))
+        assert world.cloud.asked == []
+        answer = await world.ask(Infer(model="digits", inputs=(head,), id="good"), bytes(16))
+        assert isinstance(answer, Answer)
+        assert answer.rung == "cloud"
+
+    world.life(story)
 
 
 def test_retry_after_is_heard() -> None:
