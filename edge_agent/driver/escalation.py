@@ -26,7 +26,7 @@ from edge_agent.driver.loop import Loop
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.clock import Clock
-from shared.errors import OutriderError, StorageError, Unreachable
+from shared.errors import InputRefused, OutriderError, StorageError, Unreachable
 from shared.inference import Answer, TensorHead
 from shared.limits import MIB
 from shared.telemetry import Outcome
@@ -39,6 +39,8 @@ MAX_LATE_ANSWERS: Final = 1_024
 MAX_LATE_BYTES: Final = 8 * MIB
 _LATE_OVERHEAD_BYTES: Final = 1_024
 """What an answer takes beside its outputs."""
+_NOT_THE_QUESTIONS: Final = frozenset({408, 429})
+"""Statuses from 400 to 499 that speak of the hub's time and load."""
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,10 +159,10 @@ class Escalation:
         elif reply.cancelled():
             self._settle(cascade.GaveUp())
         else:
-            self._settle(_refused(said, at_ms=self._clock.mono_ms()))
+            self._settle(_no(said, at_ms=self._clock.mono_ms()))
             reply.set_result(_stay(said))
 
-    def _settle(self, event: cascade.Came | cascade.Missed | cascade.Refused | cascade.GaveUp) -> None:
+    def _settle(self, event: cascade.Settled) -> None:
         before = self._state.breaker.phase
         self._state = cascade.settle(self._state, self.policy, event)
         after = self._state.breaker.phase
@@ -188,7 +190,12 @@ class Escalation:
             logger.error("a late answer is not recorded", extra={"why": error.message})
 
 
-def _refused(said: CloudRefusal | OutriderError, *, at_ms: int) -> cascade.Refused:
+def _no(said: CloudRefusal | OutriderError, *, at_ms: int) -> cascade.Settled:
+    """What a no in time says of the hub: nothing, where it is the question's own fault."""
+    if isinstance(said, InputRefused):
+        return cascade.GaveUp()
+    if isinstance(said, CloudRefusal) and 400 <= said.status < 500 and said.status not in _NOT_THE_QUESTIONS:
+        return cascade.Declined()
     retry_after_ms = said.retry_after_ms if isinstance(said, CloudRefusal) else None
     return cascade.Refused(at_ms=at_ms, jitter=random.random(), retry_after_ms=retry_after_ms)
 

@@ -190,6 +190,19 @@ def test_a_request_without_a_release_is_held_against_its_shape_before_the_hub_is
     world.life(story)
 
 
+@pytest.mark.parametrize(
+    ("status", "escalated"), [(400, "refused"), (413, "refused"), (408, "breaker"), (429, "breaker"), (503, "breaker")]
+)
+def test_a_no_to_one_request_is_not_held_against_the_hub(status: int, escalated: str) -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.says = CloudRefusal(status=status, message="no")
+        for number in range(FAILURES_TO_OPEN):
+            assert (await infer(world, f"r{number}")).escalated == "refused"
+        assert (await infer(world)).escalated == escalated
+
+    tell(story)
+
+
 def test_retry_after_is_heard() -> None:
     async def story(world: AgentWorld) -> None:
         world.cloud.says = CloudRefusal(status=429, message="queue full", retry_after_ms=2_000)
