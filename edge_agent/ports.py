@@ -336,7 +336,7 @@ class CloudAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What the hub's larger model says to one row; `payload` holds one buffer for each of `outputs`.
 
     Attributes:
-        model, version, variant, digest: what answered; empty where the hub does not say.
+        model, version, variant, digest: what answered, in 128 characters each; empty where the hub does not say.
         size_bytes: of the response's body.
         took_ms: from the question being sent on a connection that was open to the answer being read.
     """

@@ -40,6 +40,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 CONNECTIONS: Final = 4
 MAX_LABEL_CHARS: Final = 1 * KIB
+MAX_NAME_CHARS: Final = 128
+"""Of model, version, variant and digest: they go into records and are held with late answers."""
 MAX_RETRY_AFTER_S: Final = 86_400
 _LONGEST_MS: Final = 2 * MAX_REQUEST_DEADLINE_MS
 """No question is waited for longer, whoever asks: sockets and timers do not take every number."""
@@ -287,6 +289,8 @@ def _understand(response: http.client.HTTPResponse, body: bytearray, *, took_ms:
     label, confidence = said_by.labels[0], said_by.confidences[0]
     if len(label) > MAX_LABEL_CHARS or not (math.isfinite(confidence) and 0 <= confidence <= _ONE):
         raise TransferCorrupt("the hub's answer says a label or a confidence that is none")
+    if any(len(name) > MAX_NAME_CHARS for name in (answer.model, answer.version, said_by.variant, said_by.digest)):
+        raise TransferCorrupt(f"the hub's answer says a name of more than {MAX_NAME_CHARS} characters")
     return CloudAnswer(
         model=answer.model,
         version=answer.version,

@@ -35,13 +35,21 @@ PAYLOAD = struct.pack("<4f", 1, 2, 3, 4)
 
 
 def tell(
-    handler: BaseHTTPRequestHandler, *, labels: tuple[str, ...] = ("7",), confidence: float = 0.99, keep: bool = True
+    handler: BaseHTTPRequestHandler,
+    *,
+    labels: tuple[str, ...] = ("7",),
+    confidence: float = 0.99,
+    model: str = "digits-large",
+    version: str = "3.0.0",
+    variant: str = "fp32",
+    digest: str = "c" * 64,
+    keep: bool = True,
 ) -> None:
     """A whole answer of the larger model."""
-    said = Provenance(rung="full", digest="c" * 64, variant="fp32", labels=labels, confidences=(confidence,))
+    said = Provenance(rung="full", digest=digest, variant=variant, labels=labels, confidences=(confidence,))
     response = OipResponse(
-        model="digits-large",
-        version="3.0.0",
+        model=model,
+        version=version,
         outputs=(TensorHead(name="y", dtype="fp32", shape=(1, 2)),),
         payload=(bytes(range(8)),),
         parameters=write_provenance(said),
@@ -325,6 +333,10 @@ def endless(_: Request, handler: BaseHTTPRequestHandler) -> None:
         (lambda _, handler: tell(handler, labels=("x" * 2_000,)), TransferCorrupt),
         (lambda _, handler: tell(handler, confidence=7.5), TransferCorrupt),
         (lambda _, handler: tell(handler, labels=("1", "2")), TransferCorrupt),
+        (lambda _, handler: tell(handler, model="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, version="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, variant="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, digest="x" * 129), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"{}", headers={JSON_LENGTH_HEADER: "-1"}), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"{}", headers={JSON_LENGTH_HEADER: "9999"}), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"x" * 10, headers={"Content-Length": "100"}), Unreachable),
