@@ -49,16 +49,16 @@ _ENTRY_OVERHEAD_BYTES: Final = 512
 
 
 class _Asked(msgspec.Struct, frozen=True):
-    """A request with its name and the moment when it began, on the event loop's clock."""
+    """A request with its name and the moment when it had been read, on the event loop's clock."""
 
     request: Infer
     payload: Buffer
     id: str
-    began: float
+    arrived: float
 
     @property
     def deadline(self) -> float:
-        return self.began + self.request.deadline_ms / 1000
+        return self.arrived + self.request.deadline_ms / 1000
 
 
 class Answering:
@@ -109,11 +109,20 @@ class Answering:
         answer = _from_cloud(late.said, id=request.id, took_us=late.took_us, deadline_met=False, reason=reason)
         return answer, list(late.said.payload)
 
-    async def infer(self, request: Infer, payload: Buffer) -> Response:
-        """The answer, or the refusal with its reason; raises OutriderError for what the door shall refuse."""
-        asked = _Asked(request, payload, request.id or secrets.token_hex(8), asyncio.get_running_loop().time())
+    async def infer(self, request: Infer, payload: Buffer, *, arrived: float) -> Response:
+        """The answer, or the refusal with its reason; raises OutriderError for what the door shall refuse.
+
+        `arrived` is when the request had been read, on the event loop's clock.
+        """
+        asked = _Asked(request, payload, request.id or secrets.token_hex(8), arrived)
         state = self._step(request.model)
-        admitted = serving.admit(request, routes=self._models.routes(), waiting=self._waiting, limit=state.most_waiting)
+        admitted = serving.admit(
+            request,
+            routes=self._models.routes(),
+            waiting=self._waiting,
+            waited_ms=_took_us(asked) // 1000,
+            limit=state.most_waiting,
+        )
         if isinstance(admitted, Refusal):
             return await self._below_full(asked, state, admitted)
         host = self._models.hosting.get(admitted.key)
@@ -126,7 +135,7 @@ class Answering:
             state,
             hit=kept is not None,
             cloud=False,
-            left_ms=request.deadline_ms,
+            left_ms=_left_ms(asked),
             expected_ms=self._pace(request.model).expected_ms(self._clock.mono_ms()),
         )
         try:
@@ -309,7 +318,11 @@ _HOSTLESS: Final = Ladder(ladder.Step.CACHED)
 
 
 def _took_us(asked: _Asked) -> int:
-    return int((asyncio.get_running_loop().time() - asked.began) * 1_000_000)
+    return int((asyncio.get_running_loop().time() - asked.arrived) * 1_000_000)
+
+
+def _left_ms(asked: _Asked) -> float:
+    return (asked.deadline - asyncio.get_running_loop().time()) * 1000
 
 
 def _is_met(asked: _Asked, took_us: int) -> bool:

@@ -258,6 +258,23 @@ def test_a_short_deadline_is_not_spent_on_the_hub() -> None:
     tell(story)
 
 
+def test_the_time_before_a_requests_turn_is_a_part_of_its_deadline() -> None:
+    async def story(world: AgentWorld) -> None:
+        head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+        request = Infer(model="digits", inputs=(head,), id="r", deadline_ms=500)
+        now = asyncio.get_running_loop().time()
+        reply, _ = await world.service.handle(request, bytes(16), now - 0.5)
+        assert isinstance(reply, Refusal)
+        assert reply.code == "deadline"
+        reply, _ = await world.service.handle(request, bytes(16), now - 0.3)
+        assert isinstance(reply, Answer)
+        assert reply.took_us >= 300_000
+        (question,) = world.cloud.asked
+        assert question.deadline_ms <= 190
+
+    tell(story)
+
+
 # Late answers
 
 
