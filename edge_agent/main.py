@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -105,7 +105,16 @@ async def _compose(
         outbox=outbox,
         models=models.running,
     )
-    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
+    recording = Recording(clock=clock, uplink=uplink)
+    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    answering = Answering(
+        clock=clock,
+        models=models,
+        escalation=Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink),
+        recording=recording,
+        cache_entries=config.cache.entries,
+        cache_bytes=config.cache.bytes,
+    )
     room = _training_room(config, profile, database, fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
@@ -117,6 +126,7 @@ async def _compose(
         uplink=uplink,
         outbox=outbox,
         answering=answering,
+        recording=recording,
         rounds=rounds,
     )
     agent = Agent(
@@ -127,6 +137,7 @@ async def _compose(
         models=models,
         uplink=uplink,
         answering=answering,
+        recording=recording,
         rounds=rounds,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
@@ -157,28 +168,6 @@ def _models(
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
-    )
-
-
-def _answering(
-    config: AgentConfig,
-    identity: Identity,
-    context: ssl.SSLContext,
-    *,
-    clock: SystemClock,
-    loop: Loop,
-    models: Models,
-    uplink: Uplink,
-) -> Answering:
-    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink)
-    return Answering(
-        clock=clock,
-        models=models,
-        uplink=uplink,
-        escalation=escalation,
-        cache_entries=config.cache.entries,
-        cache_bytes=config.cache.bytes,
     )
 
 

@@ -194,6 +194,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         queue: waiting records by class name.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
+        results_lost: results since the start that were never recorded, because the disk was too slow or refused.
     """
 
     id: str
@@ -213,6 +214,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     refused: int = 0
     hosts: dict[str, int] = {}
     escalations: dict[str, int] = {}
+    results_lost: int = 0
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

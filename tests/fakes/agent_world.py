@@ -18,6 +18,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -210,6 +211,7 @@ class AgentWorld:
         self.models: Models
         self.uplink: Uplink
         self.answering: Answering
+        self.recording: Recording
         self.rounds: Rounds
         self.service: Service
         self.agent: Agent
@@ -294,13 +296,14 @@ class AgentWorld:
             outbox=self.outbox,
             models=self.models.running,
         )
+        self.recording = Recording(clock=self.clock, uplink=self.uplink)
         self.answering = Answering(
             clock=self.clock,
             models=self.models,
-            uplink=self.uplink,
             escalation=Escalation(
                 cloud=self.cloud, policy=self.policy, clock=self.clock, loop=loop, uplink=self.uplink
             ),
+            recording=self.recording,
             cache_entries=self.cache_entries,
             cache_bytes=2**20,
         )
@@ -328,6 +331,7 @@ class AgentWorld:
             uplink=self.uplink,
             outbox=self.outbox,
             answering=self.answering,
+            recording=self.recording,
             rounds=self.rounds,
         )
         self.agent = Agent(
@@ -338,6 +342,7 @@ class AgentWorld:
             models=self.models,
             uplink=self.uplink,
             answering=self.answering,
+            recording=self.recording,
             rounds=self.rounds,
             vitals=NoVitals(),
             heartbeat_ms=30_000,

@@ -434,6 +434,11 @@ def test_a_release_switch_forgets_what_was_kept() -> None:
     tell(story, policy=Policy(), cache_entries=8)
 
 
+def joined(world: AgentWorld) -> int:
+    """How many requests wait for an identical one that runs."""
+    return sum(len(flight._callbacks or ()) for flight in world.answering._flights.values())
+
+
 def version(world: AgentWorld) -> str:
     release = world.models.routes()["digits"].release
     return "" if release is None else release.manifest.version
@@ -446,9 +451,7 @@ def test_identical_requests_in_the_air_run_once() -> None:
         running.hang = True
         asking = [asyncio.create_task(infer(world, f"r{number}", deadline_ms=2_000)) for number in range(5)]
         other = asyncio.create_task(infer(world, "other", deadline_ms=2_000, value=9))
-        await until(lambda: len(running._pending) == 2, "on their way")
-        await asyncio.sleep(0.01)
-        assert len(running._pending) == 2
+        await until(lambda: len(running._pending) == 2 and joined(world) == 4, "on their way")
         for waiting in list(running._pending):
             waiting.set_result(None)
         answers = [await task for task in asking]
@@ -485,7 +488,7 @@ def test_a_request_that_was_given_up_leaves_its_work_to_those_who_wait() -> None
         first = asyncio.create_task(infer(world, "first", deadline_ms=5_000))
         await until(lambda: len(running._pending) == 1, "on its way")
         second = asyncio.create_task(infer(world, "second", deadline_ms=5_000))
-        await asyncio.sleep(0.01)
+        await until(lambda: joined(world) == 1, "it waits for the first")
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
