@@ -38,12 +38,16 @@ class Infer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
         model: family.
         inputs: heads of the payload's tensors, in order.
         deadline_ms: the answer is wanted this many milliseconds after the request was read; an hour at most.
+        version: of the release that must answer; empty for whichever serves, or the hub's larger model.
+        outputs: names of outputs without which an answer is of no use; empty for none in particular.
     """
 
     model: str
     inputs: tuple[TensorHead, ...]
     id: RequestId = ""
     deadline_ms: int = 1000
+    version: str = ""
+    outputs: tuple[str, ...] = ()
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback", tag_field="type"):

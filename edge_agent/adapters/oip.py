@@ -135,13 +135,13 @@ class Conversation:
             inputs=asked.inputs,
             id=asked.id,
             deadline_ms=asked.deadline_ms(default_ms=DEFAULT_DEADLINE_MS),
+            version=target.version,
+            outputs=tuple(output.name for output in asked.outputs),
         )
         reply, parts = await self._reply_to(infer, bytearray().join(asked.payload), place.arrived)
         if isinstance(reply, Refusal):
             raise _Refused(reply)
         assert isinstance(reply, Answer)
-        if target.version not in ("", reply.version):
-            raise _no_version(target, reply.version)
         length, pieces = oip.answer_request(asked, _response(reply, parts))
         if length is None:
             return HttpResponse(status=200, parts=pieces)

@@ -63,6 +63,13 @@ def admit(
             hint="allow more time or send fewer requests at once",
             retry=True,
         )
+    if request.version and route.release is not None and route.release.manifest.version != request.version:
+        return Refusal(
+            id=request.id,
+            code="model.unknown",
+            message=f"version {request.version[:80]!r} of {request.model!r} is not served here",
+            hint=f"the version {route.release.manifest.version!r} is",
+        )
     if route.release is None or not route.up:
         return Refusal(
             id=request.id,

@@ -163,7 +163,7 @@ class Answering:
         """Give the local answer, unless the hub gives a better one in time."""
         told = ran.answer
         answer = _from_host(asked, release, told, choice, took_us=_took_us(asked))
-        if not self._escalation.wanted(asked.request.model, told.confidences):
+        if not self._escalation.wanted(asked.request, told.confidences):
             return await self._finish(asked, answer, [told.payload], model_us=ran.model_us)
         said = await self._escalation.ask(self._doubt(asked, answer))
         took_us = _took_us(asked)
@@ -199,7 +199,7 @@ class Answering:
             if not self._cache.is_off:
                 key = key_of(route.release.served.file.digest, request.inputs, asked.payload)
                 kept = self._cache.get(key) if key is not None else None
-        cloud = self._escalation.wanted(request.model, None) and _rows(request.inputs) == 1
+        cloud = self._escalation.wanted(request, None) and _rows(request.inputs) == 1
         choice = ladder.choose(state, hit=kept is not None, cloud=cloud, why=refusal.message)
         if kept is not None and route.release is not None and choice.kept:
             return await self._answer(asked, route.release, _Told(kept), choice)
@@ -250,6 +250,7 @@ class Answering:
             family=asked.request.model,
             inputs=asked.request.inputs,
             payload=asked.payload,
+            outputs=asked.request.outputs,
             local=local,
             until=asked.deadline,
         )

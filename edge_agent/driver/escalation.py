@@ -27,7 +27,7 @@ from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.clock import Clock
 from shared.errors import InputRefused, OutriderError, StorageError, Unreachable
-from shared.inference import Answer, TensorHead
+from shared.inference import Answer, Infer, TensorHead
 from shared.limits import MIB
 from shared.telemetry import Outcome
 
@@ -50,6 +50,7 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
         id: the request's.
         family: the model that was asked.
         inputs, payload: the tensors.
+        outputs: names of those without which an answer is of no use.
         local: what the local model said; None where none could answer.
         until: on the event loop's clock, when the answer must leave.
     """
@@ -58,6 +59,7 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     inputs: tuple[TensorHead, ...]
     payload: Buffer
+    outputs: tuple[str, ...]
     local: Answer | None
     until: float
 
@@ -84,9 +86,9 @@ class Escalation:
         self._late: Store[LateAnswer] = Store(entries=MAX_LATE_ANSWERS, size_bytes=MAX_LATE_BYTES)
         self.told: Counter[str] = Counter()
 
-    def wanted(self, family: str, confidences: tuple[float, ...] | None) -> bool:
-        """Whether the hub should be asked about a local answer, None for none."""
-        return cascade.wanted(self.policy, family=family, confidences=confidences)
+    def wanted(self, request: Infer, confidences: tuple[float, ...] | None) -> bool:
+        """Whether the hub should be asked about a local answer, None for none; never where a version must answer."""
+        return not request.version and cascade.wanted(self.policy, family=request.model, confidences=confidences)
 
     def late(self, request: str) -> LateAnswer | None:
         """The answer that came late to this request."""
@@ -155,7 +157,7 @@ class Escalation:
             if reply.cancelled():
                 await self._join(doubt, LateAnswer(said, int((loop.time() - began) * 1_000_000)))
             else:
-                reply.set_result(said)
+                reply.set_result(_with(doubt.outputs, said))
         elif reply.cancelled():
             self._settle(cascade.GaveUp())
         else:
@@ -188,6 +190,12 @@ class Escalation:
             await self._uplink.keep(outcome)
         except StorageError as error:
             logger.error("a late answer is not recorded", extra={"why": error.message})
+
+
+def _with(outputs: tuple[str, ...], said: CloudAnswer) -> CloudAnswer | Stay:
+    """The answer, unless it lacks an output that it must have."""
+    lacking = set(outputs) - {head.name for head in said.outputs}
+    return Stay("refused", f"the hub's model has no output {min(lacking)[:80]!r}") if lacking else said
 
 
 def _no(said: CloudRefusal | OutriderError, *, at_ms: int) -> cascade.Settled:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
+from edge_agent.adapters.oip import Conversation, HttpRequest
+from edge_agent.adapters.waiting import Place, WaitingRoom
 from edge_agent.core.cascade import FAILURES_TO_OPEN, LONGEST_OPEN_MS, MOST_ON_THE_WAY, Policy
 from edge_agent.core.slot_values import Phase
-from edge_agent.ports import CloudRefusal
+from edge_agent.ports import CloudRefusal, HostAnswer
 from shared.errors import HostLost, InputRefused, StorageFull, TransferCorrupt, TransferError, Unreachable
 from shared.inference import AgentState, Answer, Done, Feedback, Infer, Late, Refusal, Reply, Status, TensorHead
+from shared.model import Manifest, Variant
 from shared.telemetry import Body, Outcome, Result
 from tests.fakes.agent_world import AgentWorld, profile, release, until
+from tests.fakes.agent_world import answer as local_answer
 from tests.fakes.cloud import cloud_answer
 from tests.fakes.hosts import FakeHost
 
@@ -271,6 +277,65 @@ def test_the_time_before_a_requests_turn_is_a_part_of_its_deadline() -> None:
         assert reply.took_us >= 300_000
         (question,) = world.cloud.asked
         assert question.deadline_ms <= 190
+
+    tell(story)
+
+
+@pytest.mark.parametrize(
+    ("path", "outputs", "rung", "escalated"),
+    [
+        ("digits", ["y"], "cloud", "answered"),
+        ("digits", [], "cloud", "answered"),
+        ("digits/versions/1.0.0", ["y"], "full", ""),
+        ("digits", ["h"], "full", "refused"),
+    ],
+)
+def test_a_good_local_answer_never_becomes_an_error_because_the_hub_was_asked(
+    path: str, outputs: list[str], rung: str, escalated: str
+) -> None:
+    body = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}],
+        "outputs": [{"name": name} for name in outputs],
+        "parameters": {"timeout": 5_000_000},
+    }
+
+    def two_outputs(manifest: Manifest, variant: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
+        told = local_answer(manifest, variant, inputs, payload)
+        more = TensorHead(name="h", dtype="fp32", shape=(1, 1))
+        return msgspec.structs.replace(told, outputs=(*told.outputs, more), payload=bytes(12))
+
+    async def story(world: AgentWorld) -> None:
+        running = host(world)
+        assert running is not None
+        running._script = two_outputs
+        asked = HttpRequest(
+            method="POST", target=f"/v2/models/{path}/infer", headers={}, body=bytearray(json.dumps(body).encode())
+        )
+        async with asyncio.TaskGroup() as tasks:
+            room = WaitingRoom(handle=world.service.handle, tasks=tasks)
+            said = await Conversation(reply_to=room.reply_to).respond(asked, Place(room))
+        document = json.loads(b"".join(bytes(part) for part in said.parts))
+        assert said.status == 200, document
+        assert document["parameters"]["rung"] == rung
+        assert document["parameters"].get("escalated", "") == escalated
+        assert outputs in ([], [output["name"] for output in document["outputs"]])
+
+    tell(story)
+
+
+def test_a_version_that_is_not_served_is_nobodys_to_answer() -> None:
+    async def story(world: AgentWorld) -> None:
+        head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+        for _ in range(2):
+            refused = await world.ask(Infer(model="digits", inputs=(head,), id="r", version="2.0.0"), bytes(16))
+            assert isinstance(refused, Refusal)
+            assert (refused.code, refused.retry) == ("model.unknown", False)
+            running = host(world)
+            if running is not None:
+                running.crash()
+        pinned = await world.ask(Infer(model="digits", inputs=(head,), id="r", version="1.0.0"), bytes(16))
+        assert isinstance(pinned, Refusal)  # the hub's model has another version
+        assert world.cloud.asked == []
 
     tell(story)
 
