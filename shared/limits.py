@@ -55,6 +55,8 @@ MAX_ROUND_MESSAGE_BYTES: Final = 32 * MIB
 """A task or its reply; what does not fit into a packet travels over HTTPS."""
 MAX_ROUND_ITEMS: Final = 4096
 MAX_ROUND_LIST: Final = 100_000
+MAX_ROUND_FIELDS: Final = 250_000
+"""Fields and whole numbers of lists of one message together, as often as they are looked at: a fifth of a second."""
 
 # Questions to the hub's larger model
 MAX_ESCALATED_BYTES: Final = 4 * MIB
