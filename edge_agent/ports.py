@@ -141,6 +141,10 @@ class Shelf(Protocol):
         """A read-only descriptor whose content was just hashed again; TransferCorrupt when the disk changed it."""
         ...
 
+    def drop(self, digest: Digest) -> None:
+        """Remove this file, finished or not, if it is there."""
+        ...
+
     def collect(self, keep: frozenset[Digest]) -> int:
         """Remove every file that is not to be kept and return how many bytes that freed."""
         ...
@@ -299,8 +303,8 @@ class Trainer(Protocol):
         """The number of the newest sample that it was fed; 0 for none."""
         ...
 
-    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
-        """Hand over samples, oldest first.
+    async def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+        """Hand over samples, oldest first, no faster than they are taken.
 
         `newest` is the number up to which all that are usable were handed over now; those with a lower number than
         `forget_before` are forgotten.

@@ -86,6 +86,7 @@ class Agent:
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
+        self._rounds.start()
         self._inbox.post(ReconcileDue())
         self._works.start("record", self._recording.run())
         self._inbox.post(ForLink(link.StartLink()))

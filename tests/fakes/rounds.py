@@ -123,7 +123,7 @@ class FakeTrainer:
         """Up to where it was fed."""
         return self._newest
 
-    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+    async def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
         """Take them."""
         self._newest = newest
         self.samples.update({sample.number: sample for sample in samples})
