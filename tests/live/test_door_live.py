@@ -316,7 +316,7 @@ def test_large_payloads_pass_both_ways(short_tmp: Path) -> None:
     async def work(door: Door) -> None:
         def both() -> tuple[Reply, bytearray]:
             with Client(path) as agent:
-                return agent._call(Status(id="a"), (data[:100], data[100:]), 20.0)
+                return agent._call(Status(id="a"), (data[:100], data[100:]), 20_000)
 
         reply, payload = await asyncio.to_thread(both)
         assert reply == Done(id="a")
