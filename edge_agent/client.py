@@ -40,6 +40,7 @@ from edge_agent.replies import (
     prediction,
     signature_of,
 )
+from shared.clock import Clock
 from shared.errors import InputRefused, InvalidValue, OutriderError, Unreachable
 from shared.inference import (
     AgentState,
@@ -176,7 +177,7 @@ class Client:
     def _call(self, request: Request, parts: Sequence[Buffer], timeout_ms: int) -> tuple[Reply, bytearray]:
         """Ask and wait for the answer, all of it by one moment: for the turn, to connect, to send, to receive."""
         frame = build_frame(encode_header(request), parts)
-        ends_ms = self._clock.mono_ms() + timeout_ms
+        end = _End(self._clock, timeout_ms)
         if not self._lock.acquire(timeout=timeout_ms / 1000):
             raise Unreachable(
                 f"another call of this client took all of {timeout_ms / 1000:.1f} s",
@@ -184,20 +185,20 @@ class Client:
                 hint="give each thread a client of its own",
             )
         try:
-            return self._exchange(request, frame, ends_ms)
+            return self._exchange(request, frame, end)
         except TimeoutError as error:
             raise _no_answer(timeout_ms) from error
         finally:
             self._lock.release()
 
-    def _exchange(self, request: Request, frame: Sequence[Buffer], ends_ms: int) -> tuple[Reply, bytearray]:
-        link = self._connected(ends_ms)
+    def _exchange(self, request: Request, frame: Sequence[Buffer], end: _End) -> tuple[Reply, bytearray]:
+        link = self._connected(end)
         done = False
         try:
             for part in frame:
-                link.settimeout(self._left_s(ends_ms))
+                link.settimeout(end.left_s())
                 link.sendall(part)
-            answer = self._receive(link, request.id, ends_ms)
+            answer = self._receive(link, request.id, end)
             done = True
             return answer
         except TimeoutError:
@@ -211,15 +212,9 @@ class Client:
             if not done:  # a request may be half sent, and nobody waits for its answer any more
                 self._drop()
 
-    def _left_s(self, ends_ms: int) -> float:
-        left_ms = ends_ms - self._clock.mono_ms()
-        if left_ms <= 0:
-            raise TimeoutError("the call's time is over")
-        return left_ms / 1000
-
-    def _receive(self, link: socket.socket, request: str, ends_ms: int) -> tuple[Reply, bytearray]:
+    def _receive(self, link: socket.socket, request: str, end: _End) -> tuple[Reply, bytearray]:
         while True:
-            frame = self._next_frame(link, ends_ms)
+            frame = self._next_frame(link, end)
             if frame is None:
                 raise ConnectionResetError("the agent hung up")
             reply = decode_reply(frame[0])
@@ -228,10 +223,10 @@ class Client:
             if isinstance(reply, Refusal) and not reply.id:
                 raise error_of(reply)  # a refusal of the connection, not of one request
 
-    def _next_frame(self, link: socket.socket, ends_ms: int) -> tuple[bytes, bytearray] | None:
+    def _next_frame(self, link: socket.socket, end: _End) -> tuple[bytes, bytearray] | None:
         """The next frame; None when the agent has hung up."""
         while (frame := self._reader.next_frame()) is None:
-            link.settimeout(self._left_s(ends_ms))
+            link.settimeout(end.left_s())
             count = link.recv_into(self._reader.buffer())
             if count == 0:
                 return None
@@ -241,18 +236,18 @@ class Client:
     def _parting_word(self, link: socket.socket) -> Refusal | None:
         """Why the agent hung up, if it said so while we were still sending."""
         with contextlib.suppress(OSError, OutriderError):
-            frame = self._next_frame(link, self._clock.mono_ms() + _PARTING_MS)
+            frame = self._next_frame(link, _End(self._clock, _PARTING_MS))
             reply = decode_reply(frame[0]) if frame is not None else None
             return reply if isinstance(reply, Refusal) else None
         return None
 
-    def _connected(self, ends_ms: int) -> socket.socket:
+    def _connected(self, end: _End) -> socket.socket:
         if self._socket is not None and _has_ended(self._socket):
             self._drop()
         if self._socket is None:
             link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                link.settimeout(min(self._left_s(ends_ms), self._timeout_ms / 1000))
+                link.settimeout(min(end.left_s(), self._timeout_ms / 1000))
                 link.connect(self._path)
             except OSError as error:
                 link.close()
@@ -264,6 +259,21 @@ class Client:
         if self._socket is not None:
             self._socket.close()
         self._socket = None
+
+
+class _End:
+    """The moment by which a call is over."""
+
+    def __init__(self, clock: Clock, timeout_ms: int) -> None:
+        self._clock = clock
+        self._at_ms = clock.mono_ms() + timeout_ms
+
+    def left_s(self) -> float:
+        """The seconds until then; raises TimeoutError when none are left."""
+        left_ms = self._at_ms - self._clock.mono_ms()
+        if left_ms <= 0:
+            raise TimeoutError("the call's time is over")
+        return left_ms / 1000
 
 
 class AsyncClient:

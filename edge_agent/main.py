@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -105,16 +106,7 @@ async def _compose(
         outbox=outbox,
         models=models.running,
     )
-    recording = Recording(clock=clock, uplink=uplink)
-    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    answering = Answering(
-        clock=clock,
-        models=models,
-        escalation=Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink),
-        recording=recording,
-        cache_entries=config.cache.entries,
-        cache_bytes=config.cache.bytes,
-    )
+    answering = _answering(config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink)
     room = _training_room(config, profile, database, fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
@@ -126,7 +118,6 @@ async def _compose(
         uplink=uplink,
         outbox=outbox,
         answering=answering,
-        recording=recording,
         rounds=rounds,
     )
     agent = Agent(
@@ -137,7 +128,6 @@ async def _compose(
         models=models,
         uplink=uplink,
         answering=answering,
-        recording=recording,
         rounds=rounds,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
@@ -168,6 +158,28 @@ def _models(
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
+    )
+
+
+def _answering(
+    config: AgentConfig,
+    identity: Identity,
+    context: ssl.SSLContext,
+    *,
+    clock: SystemClock,
+    loop: Loop,
+    models: Models,
+    uplink: Uplink,
+) -> Answering:
+    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink)
+    return Answering(
+        clock=clock,
+        models=models,
+        escalation=escalation,
+        recording=Recording(clock=clock, uplink=uplink),
+        cache_entries=config.cache.entries,
+        cache_bytes=config.cache.bytes,
     )
 
 

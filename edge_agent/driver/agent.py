@@ -32,7 +32,6 @@ from edge_agent.driver.events import (
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
-from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Verifier, Vitals
@@ -62,7 +61,6 @@ class Agent:
         models: Models,
         uplink: Uplink,
         answering: Answering,
-        recording: Recording,
         rounds: Rounds,
         vitals: Vitals,
         heartbeat_ms: int,
@@ -76,7 +74,6 @@ class Agent:
         self._models = models
         self._uplink = uplink
         self._answering = answering
-        self._recording = recording
         self._rounds = rounds
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
@@ -88,7 +85,7 @@ class Agent:
         await self._models.restore()
         self._rounds.start()
         self._inbox.post(ReconcileDue())
-        self._works.start("record", self._recording.run())
+        self._works.start("record", self._answering.recording.run())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -104,7 +101,7 @@ class Agent:
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
         self._answering.close()
-        await self._recording.finish()
+        await self._answering.recording.finish()
         self._loop.end()
         await self._uplink.say_goodbye()
         await self._rounds.stop()

@@ -68,7 +68,12 @@ class _Told(msgspec.Struct, frozen=True):
 
 
 class Answering:
-    """Answers inference requests and remembers enough of each answer for the feedback on it."""
+    """Answers inference requests and remembers enough of each answer for the feedback on it.
+
+    Attributes:
+        recording: where results go.
+        answered, refused: requests since the start.
+    """
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class Answering:
         self._clock = clock
         self._models = models
         self._escalation = escalation
-        self._recording = recording
+        self.recording = recording
         self._cache: Store[HostAnswer] = Store(entries=cache_entries, size_bytes=cache_bytes)
         self._flights: dict[str, asyncio.Future[_Told]] = {}
         self._ladders: dict[str, Ladder] = {}
@@ -221,7 +226,7 @@ class Answering:
     async def _finish(self, asked: _Asked, answer: Answer, parts: list[Buffer], *, model_us: int) -> Response:
         """Record the answer's result and give it, as late as it is by then."""
         self.answered += 1
-        if await self._recording.keep(_result(answer, model_us=model_us), until=self._latest(asked)):
+        if await self.recording.keep(_result(answer, model_us=model_us), until=self._latest(asked)):
             took_us = _took_us(asked)
             answer = msgspec.structs.replace(answer, took_us=took_us, deadline_met=_is_met(asked, took_us))
         self._recent.remember(answer)
@@ -238,7 +243,7 @@ class Answering:
                 variant=release.variant,
                 rung="refused",
             )
-            await self._recording.keep(result, until=self._latest(asked))
+            await self.recording.keep(result, until=self._latest(asked))
 
     def _latest(self, asked: _Asked) -> float:
         """Until when, on the event loop's clock, an answer may wait for something and still leave in time."""

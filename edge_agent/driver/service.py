@@ -21,7 +21,6 @@ from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
-from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import Outbox
@@ -61,7 +60,6 @@ class Service:
         uplink: Uplink,
         outbox: Outbox,
         answering: Answering,
-        recording: Recording,
         rounds: Rounds,
     ) -> None:
         self._running = running
@@ -71,7 +69,6 @@ class Service:
         self._uplink = uplink
         self._outbox = outbox
         self._answering = answering
-        self._recording = recording
         self._rounds = rounds
         self._started_ms = clock.mono_ms()
 
@@ -145,7 +142,7 @@ class Service:
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
             escalations=self._answering.escalations,
-            results_lost=self._recording.lost,
+            results_lost=self._answering.recording.lost,
         )
 
     async def _control(self, request: Control) -> Reply:

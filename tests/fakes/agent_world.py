@@ -211,7 +211,6 @@ class AgentWorld:
         self.models: Models
         self.uplink: Uplink
         self.answering: Answering
-        self.recording: Recording
         self.rounds: Rounds
         self.service: Service
         self.agent: Agent
@@ -296,14 +295,13 @@ class AgentWorld:
             outbox=self.outbox,
             models=self.models.running,
         )
-        self.recording = Recording(clock=self.clock, uplink=self.uplink)
         self.answering = Answering(
             clock=self.clock,
             models=self.models,
             escalation=Escalation(
                 cloud=self.cloud, policy=self.policy, clock=self.clock, loop=loop, uplink=self.uplink
             ),
-            recording=self.recording,
+            recording=Recording(clock=self.clock, uplink=self.uplink),
             cache_entries=self.cache_entries,
             cache_bytes=2**20,
         )
@@ -331,7 +329,6 @@ class AgentWorld:
             uplink=self.uplink,
             outbox=self.outbox,
             answering=self.answering,
-            recording=self.recording,
             rounds=self.rounds,
         )
         self.agent = Agent(
@@ -342,7 +339,6 @@ class AgentWorld:
             models=self.models,
             uplink=self.uplink,
             answering=self.answering,
-            recording=self.recording,
             rounds=self.rounds,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
