@@ -61,7 +61,7 @@ class Desk:
         figures: the telemetry room.
         bus: tells of births and reports.
         assigner: makes assignments; the releases room's where none is given.
-        link: how the link to the broker stands.
+        link: since when the link to the broker is up.
     """
 
     def __init__(

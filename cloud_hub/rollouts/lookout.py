@@ -84,7 +84,7 @@ class FigureSource(Protocol):
 
 
 Link = Callable[[], int | None]
-"""How often the link to the broker has come up, None while it is down."""
+"""Since when the link to the broker is up, None while it is down."""
 
 
 def always_up() -> int | None:
@@ -107,7 +107,7 @@ class Lookout:
     Args:
         clock: for the time of a look.
         fleet, figures: the other rooms.
-        link: how the link to the broker stands.
+        link: since when the link to the broker is up.
     """
 
     def __init__(self, *, clock: Clock, fleet: Fleet, figures: FigureSource, link: Link = always_up) -> None:
@@ -115,8 +115,7 @@ class Lookout:
         self._fleet = fleet
         self._figures = figures
         self._link = link
-        self._linked = link()
-        self._watching_since_ms = clock.wall_ms()
+        self._started_ms = clock.wall_ms()
         self._pasts: dict[str, _Past] = {}
 
     async def fleet(self) -> dict[DeviceId, Device]:
@@ -190,10 +189,8 @@ class Lookout:
         return past.seen
 
     def _since(self) -> int:
-        linked = self._link()
-        if linked is None or linked != self._linked:
-            self._linked, self._watching_since_ms = linked, self._clock.wall_ms()
-        return self._watching_since_ms
+        up_since_ms = self._link()
+        return self._clock.wall_ms() if up_since_ms is None else max(self._started_ms, up_since_ms)
 
 
 def sighting_of(device: Device, family: str) -> Sighting:

@@ -91,7 +91,7 @@ class RolloutRoom:
         self.database = self.releases.database
         self.figures = FakeFigures({})
         self.power = Power()
-        self.link: int | None = 1
+        self.link: int | None = 0
         self.refusals: list[OutriderError] = []
         self.away: set[str] = set()
         self.manifests: dict[str, str] = {}
