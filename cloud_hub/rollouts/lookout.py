@@ -210,4 +210,5 @@ def sighting_of(device: Device, family: str) -> Sighting:
         candidate=slot.get("candidate", ""),
         error_code=slot.get("error_code", ""),
         error=slot.get("error", ""),
+        failed=slot.get("failed", ""),
     )

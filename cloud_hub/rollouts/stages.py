@@ -115,7 +115,7 @@ def judge(
     if sighting is None:
         return _become(member, Condition.HARMED, "it is no longer in the fleet", at_ms=at_ms)
     has_it = sighting.assignment_version >= member.assignment_version
-    if has_it and (failure := _failure(sighting)):
+    if has_it and (failure := _failure(sighting, rollout.manifest)):
         return _become(member, Condition.HARMED, failure, at_ms=at_ms)
     deadline_ms = rollout.spec.deadline_s * 1000
     since_ms = max(member.offered_ms, watching_since_ms)
@@ -151,9 +151,11 @@ def _runs_it(sighting: Sighting, rollout: Rollout) -> bool:
     return sighting.manifest == rollout.manifest and sighting.phase == COMMITTED
 
 
-def _failure(sighting: Sighting) -> str:
-    """Why the device gave the release up, in its own words; empty while it has not."""
+def _failure(sighting: Sighting, manifest: str) -> str:
+    """Why the device gave the release up, in its own words; empty while it has not, and for another one's failure."""
     code = sighting.error_code
+    if sighting.failed not in ("", manifest):
+        return ""
     if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or code.startswith(NOT_ITS_FAULT):
         return ""
     return f"{code}: {sighting.error[:200]}" if sighting.error else code

@@ -118,7 +118,8 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
         phase: of the slot, empty where there is none.
         version, manifest: what serves now, empty when nothing does.
         candidate: what is on its way in.
-        error_code: why the last attempt ended.
+        error_code: why the last attempt ended; `failed` is the manifest that it was for, empty from a device that does
+            not say.
     """
 
     device: DeviceId
@@ -133,6 +134,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
     candidate: str = ""
     error_code: str = ""
     error: str = ""
+    failed: str = ""
 
 
 class Seen(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from cloud_hub.rollouts.progress import HEARD_WITHIN_MS
 from cloud_hub.rollouts.values import AbortAsked, Member, ResumeAsked
 from shared.ids import DeviceId
 from shared.rollout import Condition, Phase, StagePhase, Verdict, Wish
-from tests.machines.rollout_world import MINUTE_MS, NEW, OLD, RolloutWorld, idles, refuses, well
+from tests.machines.rollout_world import MANIFEST, MINUTE_MS, NEW, OLD, RolloutWorld, idles, refuses, well
 
 
 def restart(world: RolloutWorld) -> None:
@@ -256,3 +256,13 @@ def test_what_is_expected_of_a_device_is_made_once() -> None:
         world.old[name] = world.new[DeviceId(world.touched()[0])]
     world.run(well, minutes=3)
     assert world.state.members[0].expected == before
+
+
+def test_the_failure_of_another_release_is_not_held_against_this_one() -> None:
+    world = RolloutWorld(devices=4, spec_fields={"max_harmed": 0})
+    # The device has the assignment and cannot try it yet; what it tells is what an earlier release came to.
+    world.run(lambda w, n: w.change(n, error_code="model.golden", failed="9" * 64), minutes=3)
+    assert [member.condition for member in world.state.members][:1] == [Condition.OFFERED]
+    world.change(world.touched()[0], failed=MANIFEST[NEW])
+    world.look()
+    assert [member.condition for member in world.state.members][:1] == [Condition.HARMED]
