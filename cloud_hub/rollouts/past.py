@@ -70,7 +70,7 @@ def expect(past: Answers, like: Likeness) -> Expected:
     share = (trusted * like.share + past.wrong) / weight
     spread = share * (1 - share)
     of_mean = (trusted / weight) ** 2 * like.share * (1 - like.share) / max(1.0, like.worth)
-    return Expected(share, spread / (spread / (weight + 1) + of_mean) - 1)
+    return Expected(share, max(1.0, spread / (spread / (weight + 1) + of_mean) - 1))
 
 
 def _not_spoken_against(fits: Mapping[float, float]) -> list[float]:

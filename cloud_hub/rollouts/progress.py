@@ -157,7 +157,7 @@ def _soak(state: Rollout, event: Looked) -> Moved:
         return state, ()
     if not proved:
         return _widen(state, event)
-    state = _move(state, stages.Proved(event.at_ms))
+    state = replace(_move(state, stages.Proved(event.at_ms)), reason="")
     return state, (_stage_note(state, event, "passed", state.readings),)
 
 
@@ -165,7 +165,7 @@ def _widen(state: Rollout, event: Looked) -> Moved:
     """Where only further devices can say more, offer it to one, though never to more than the next stage has."""
     assert state.stage is not None
     if not any(needs_others(reading) for reading in _deciding(state)):
-        return state, ()
+        return replace(state, reason=""), ()
     touched = sum(member.is_touched for member in state.members)
     sizes = state.sizes
     most = sizes[min(state.stage.index + 1, len(sizes) - 1)]
@@ -229,7 +229,7 @@ def _pass(state: Rollout, event: Looked) -> Moved:
         return state, ()
     text = f"completed: {_counted(state.members)}"
     note = Note(at_ms=event.at_ms, actor=HUB, kind="ended", text=text, readings=state.readings)
-    return replace(state, phase=Phase.COMPLETED, ended_ms=event.at_ms), (note,)
+    return replace(state, phase=Phase.COMPLETED, reason="", ended_ms=event.at_ms), (note,)
 
 
 def _unwatched_limit(state: Rollout) -> int:

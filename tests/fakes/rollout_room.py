@@ -19,6 +19,7 @@ from shared.errors import OutriderError
 from shared.ids import DeviceId
 from shared.rollout import ENDED, RolloutView, parse_spec
 from shared.sketch import Sketch, sketch_of
+from tests.fakes.clock import FakeClock
 from tests.fakes.release_room import ReleaseRoom
 
 OLD, NEW = "1.0.0", "1.1.0"
@@ -44,6 +45,8 @@ class FakeFigures:
     kept: dict[tuple[str, str], FakeFigure]
     asked: list[tuple[int, frozenset[DeviceId]]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    takes_ms: int = 0
+    clock: FakeClock | None = None
 
     async def figures(
         self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None
@@ -53,6 +56,8 @@ class FakeFigures:
         self.asked.append((since_ms, frozenset(wanted or ())))
         if self.gate is not None:
             await self.gate.wait()
+        if self.clock is not None:
+            self.clock.advance(self.takes_ms)
         return [figure for figure in self.kept.values() if wanted is None or figure.device in wanted]
 
     def say(self, device: str, version: str, *, right: int, wrong: int, took_us: int = 2000) -> None:

@@ -10,7 +10,7 @@ from cloud_hub.rollouts.progress import HEARD_WITHIN_MS
 from cloud_hub.rollouts.values import AbortAsked, Member, ResumeAsked
 from shared.ids import DeviceId
 from shared.rollout import Condition, Phase, StagePhase, Verdict, Wish
-from tests.machines.rollout_world import MANIFEST, MINUTE_MS, NEW, OLD, RolloutWorld, idles, refuses, well
+from tests.machines.rollout_world import MANIFEST, MINUTE_MS, NEW, OLD, RolloutWorld, answers, idles, refuses, well
 
 
 def restart(world: RolloutWorld) -> None:
@@ -266,3 +266,38 @@ def test_the_failure_of_another_release_is_not_held_against_this_one() -> None:
     world.change(world.touched()[0], failed=MANIFEST[NEW])
     world.look()
     assert [member.condition for member in world.state.members][:1] == [Condition.HARMED]
+
+
+def test_a_stage_whose_devices_have_said_all_they_can_grows_by_one() -> None:
+    """Each device was asked 40 times before; now 6.5 % are wrong: too little for one device, whatever it is asked."""
+
+    def somewhat_worse(inner: RolloutWorld, name: DeviceId) -> None:
+        inner.runs(name, NEW)
+        inner.new[name] = answers(right=935, wrong=65)
+
+    world = RolloutWorld(devices=20, spec_fields={"stages": [1, 4, "100%"]})
+    for name in world.old:
+        world.old[name] = answers(right=39, wrong=1)
+    world.run(somewhat_worse, minutes=11)
+    assert len(world.touched()) == 1
+    world.run(somewhat_worse, minutes=120, until=lambda: world.is_in(Phase.ROLLED_BACK))
+    assert world.is_in(Phase.ROLLED_BACK)
+    assert 1 < len(world.touched()) <= 4
+    assert world.state.reason.startswith("outcomes")
+
+
+def test_a_stage_that_cannot_grow_says_so() -> None:
+    world = RolloutWorld(devices=3, spec_fields={"stages": [1, "100%"]})
+    for name in world.old:
+        world.old[name] = answers(right=38, wrong=2)
+
+    def middling(inner: RolloutWorld, name: DeviceId) -> None:
+        inner.runs(name, NEW)
+        inner.new[name] = answers(right=920, wrong=80)
+        for other in inner.fleet:
+            if other != name and not inner.new.get(other):
+                inner.change(other, online=False)
+
+    world.run(middling, minutes=40)
+    assert world.is_in(Phase.RUNNING)
+    assert "the gates are undecided" in world.state.reason

@@ -317,6 +317,23 @@ def test_of_the_control_only_some_are_asked_for(tmp_path: Path) -> None:
     room.close()
 
 
+def test_what_takes_long_to_read_is_not_read_again_soon(room: RolloutRoom) -> None:
+    room.start()
+    room.figures.takes_ms, room.figures.clock = 1000, room.clock
+    everybody = frozenset(room.releases.fleet.devices)
+
+    def reads() -> int:
+        return sum(devices == everybody for _, devices in room.figures.asked)
+
+    room.look()
+    room.clock.advance(10_000)
+    room.look()
+    assert reads() == 1 + 1  # the past, and once the control, which was everybody before the first offer
+    room.clock.advance(20_000)
+    room.look()
+    assert reads() == 3
+
+
 def test_silence_counts_from_when_the_link_came_up_again(room: RolloutRoom) -> None:
     lookout = room.desk._lookout
     state = asyncio.run(room.desk.controller.load(room.start().id))

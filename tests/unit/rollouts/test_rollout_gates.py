@@ -142,6 +142,13 @@ def test_a_release_that_is_worse_by_the_margin_is_found_in_about_as_many_answers
     assert 0 < clear < 1000
 
 
+def test_next_to_no_past_gives_an_expectation_of_next_to_no_weight() -> None:
+    expected = expect(NOTHING_SEEN, likeness([told(1, 0)]))
+    assert expected.weight == 1.0
+    seen = Evidence(new={A: told(3, 3)}, old={B: told(1, 0)}, expected={A: expected})
+    assert read_outcomes(OutcomeGate(min_baseline=1), seen, touched=[A]).verdict is Verdict.WAIT
+
+
 def test_sharing_alpha_asks_for_more_evidence() -> None:
     seen = evidence({A: told(240, 30)}, {A: told(950, 50)})
     whole = read_outcomes(OutcomeGate(), seen, touched=[A])
