@@ -106,7 +106,7 @@ def can_roll_back(state: Slot) -> bool:
 def _shown(state: Slot) -> tuple[object, ...]:
     """What the hub is told of a slot."""
     active, candidate = state.active, state.candidate
-    return state.phase, active and active.key, candidate and candidate.key, state.error_code, state.error
+    return state.phase, active and active.key, candidate and candidate.key, state.error_code, state.error, state.failed
 
 
 # The table
