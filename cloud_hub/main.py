@@ -35,7 +35,7 @@ from cloud_hub.ground.bounds import Bounds
 from cloud_hub.ground.broker import Broker, BrokerSettings
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
-from cloud_hub.ground.courier import HubCourier, Inbound, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post, Publish
@@ -82,6 +82,7 @@ class Foundation:
     authority: Authority
     metrics: Metrics
     bus: Bus
+    link: Link
     keys: releases_room.OnlineKeys
 
 
@@ -124,6 +125,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 authority=authority,
                 metrics=Metrics(),
                 bus=Bus(),
+                link=Link(clock),
                 keys=online_keys(config),
             )
             try:
@@ -207,7 +209,8 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
                 broker_task = broker_group.create_task(broker.run(ready=broker_up))
                 await broker_up.wait()
             try:
-                reload = broker.reload if settings is not None else _nothing
+                # An external broker's certificates are its owner's affair.
+                reload = broker.reload if settings is not None else lambda: None
                 return await _serve_rooms(
                     foundation, listener=listener, stop=stop, announce=announce, manager=manager, reload_broker=reload
                 )
@@ -233,7 +236,7 @@ async def _serve_rooms(
     def deliver(messages: Sequence[Inbound]) -> None:
         inbox[0].put(messages)
 
-    courier = HubCourier(_link_settings(config), on_messages=deliver, metrics=foundation.metrics)
+    courier = HubCourier(_link_settings(config), on_messages=deliver, metrics=foundation.metrics, link=foundation.link)
     house = compose(foundation, publish=courier.publish, parts=lambda: {"broker": courier.is_connected})
     inbox.append(house.switchboard)
     house.releases.open()
@@ -265,10 +268,6 @@ async def _serve_rooms(
         for task in tasks:
             task.cancel()
     return status
-
-
-def _nothing() -> None:
-    """An external broker's certificates are its owner's affair."""
 
 
 async def _announce(
@@ -365,6 +364,7 @@ def _rollouts(
         releases=releases,
         figures=telemetry,
         bus=foundation.bus,
+        link=foundation.link.up_since_ms,
     )
 
 
