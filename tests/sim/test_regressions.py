@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from edge_agent.adapters.journal import Journal
-from edge_agent.core.journal import JournalBounds, Moment
+from edge_agent.core.frames import ClassCursor, Cursor, encode_slot, newest_slot
+from edge_agent.core.journal import JournalBounds, Moment, store_time
 from shared.errors import StorageError, StorageFull
 from shared.limits import KIB
 from shared.telemetry import RecordClass
@@ -155,3 +156,12 @@ def test_files_that_an_error_left_behind_still_count(calls_ahead: int) -> None:
         with contextlib.suppress(StorageError):
             journal.append(RecordClass(turn % 4), [(1, b"x" * 300)], moment=NOW)
         assert disk.most_used <= bounds(5).total_bytes
+
+
+def test_the_time_since_the_start_counts_for_what_was_written_last_before_it() -> None:
+    # Found as `late` in "mixed": it was added to the cursor's time, and the frames behind the cursor got less of it.
+    cursor = encode_slot(Cursor(1, 49_000, "boot 1", 49_000, 0, False, KIB, (ClassCursor(0, 1, (), ()),) * 4, {}))
+    found = newest_slot(cursor)
+    assert found is not None
+    now = Moment("boot 2", 24_000, 0, False)
+    assert store_time(found[1], newest_ms=56_000, now=now) == 80_000
