@@ -13,20 +13,23 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from tests.sim.faults import FAULTS
 from tests.sim.parts import Parts
 from tests.sim.profiles import PROFILES
 from tests.sim.run import HONEST, Outcome, run
+from tests.sim.truth import Aftermath
 
 
 def main(arguments: list[str]) -> int:
     """Run; 0 when every property held in every seed, 1 otherwise, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
+    honest = replace(HONEST, truth=Aftermath) if options.aftermath else HONEST
     if not options.fault:
-        return _run(options, HONEST)
-    with FAULTS[options.fault].planted(HONEST) as parts:
+        return _run(options, honest)
+    with FAULTS[options.fault].planted(honest) as parts:
         return _run(options, parts)
 
 
@@ -95,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_seeds, required=True, metavar="FROM..TO", help="TO is not run; or one seed")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="mixed", help="what may go wrong")
     parser.add_argument("--fault", choices=sorted(FAULTS), default="", help="plant this fault")
+    parser.add_argument("--aftermath", action="store_true", help="look only at what is at the hub in the end")
     parser.add_argument("--trace", action="store_true", help="say what happens")
     parser.add_argument("--most", type=int, default=1, metavar="N", help="stop after so many seeds have failed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")

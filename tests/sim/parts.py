@@ -15,7 +15,7 @@ from shared.telemetry import Body, DeviceEvent, Outcome, Reading, RecordClass, R
 from shared.wire.columns import open_columns
 from shared.wire.messages import Batch
 from tests.sim.disk import SimDisk
-from tests.sim.truth import Violation
+from tests.sim.truth import Truth, Violation
 
 if TYPE_CHECKING:
     from tests.sim.device import Machine, Process
@@ -30,6 +30,7 @@ class Parts:
     """The classes of a world.
 
     Attributes:
+        truth: what the properties are read from.
         check_durable: asked when a batch is sent for the first time.
     """
 
@@ -38,6 +39,7 @@ class Parts:
     process: Callable[[Machine], Process]
     hub: Callable[[str, Site], Hub]
     slots: Callable[[Process, SlotDisk, Releases], SlotLife]
+    truth: Callable[..., Truth]
     check_durable: Callable[[Machine, Batch], None]
 
 
