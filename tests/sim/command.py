@@ -1,9 +1,9 @@
 """The command line: runs seeds, and says which one failed, how, and how to see it again.
 
-    python -m tests.sim --seeds 0..2000                     the usual profile, in which the seed chooses
-    python -m tests.sim --seeds 0..500 --profile power
-    python -m tests.sim --seeds 17 --profile power --trace  one seed, with what happened
-    python -m tests.sim --seeds 0..2000 --fault no_sync     whether a planted fault is caught, and how soon
+python -m tests.sim --seeds 0..2000                     the usual profile, in which the seed chooses
+python -m tests.sim --seeds 0..500 --profile power
+python -m tests.sim --seeds 17 --profile power --trace  one seed, with what happened
+python -m tests.sim --seeds 0..2000 --fault no_sync     whether a planted fault is caught, and how soon
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace, parts: Parts) -> int:
     took_s = max(time.process_time() - began, 1e-9)
     print(f"{ran} seeds of {options.profile}, {len(failed)} failed, {ran / took_s:.0f} a second of processor time")
     if options.json is not None:
-        options.json.write_text(json.dumps(report(options.profile, ran, took_s, failed, total), indent=1) + "\n")
+        options.json.write_text(json.dumps(report(options, ran, took_s, failed, total), indent=1) + "\n")
     return 1 if failed else 0
 
 
@@ -62,10 +62,12 @@ def command_for(outcome: Outcome, *, fault: str = "") -> str:
     return f"python -m tests.sim --seeds {outcome.seed} --profile {outcome.profile}{planted} --trace"
 
 
-def report(profile: str, seeds: int, took_s: float, failed: list[Outcome], total: Counter[str]) -> dict[str, object]:
+def report(
+    options: argparse.Namespace, seeds: int, took_s: float, failed: list[Outcome], total: Counter[str]
+) -> dict[str, object]:
     """The document that `--json` writes."""
     return {
-        "profile": profile,
+        "profile": options.profile,
         "seeds": seeds,
         "seeds_per_second": round(seeds / took_s, 1),
         "failed": [
@@ -74,7 +76,7 @@ def report(profile: str, seeds: int, took_s: float, failed: list[Outcome], total
                 "profile": outcome.profile,
                 "property": outcome.name,
                 "violation": outcome.violation,
-                "replay": command_for(outcome),
+                "replay": command_for(outcome, fault=options.fault),
             }
             for outcome in failed
         ],
@@ -94,7 +96,9 @@ def _seeds(text: str) -> range:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="The whole house in one process, by seeds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sim", description="The whole house in one process, by seeds."
+    )
     parser.add_argument("--seeds", type=_seeds, required=True, metavar="FROM..TO", help="TO is not run; or one seed")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="mixed", help="what may go wrong")
     parser.add_argument("--fault", choices=sorted(FAULTS), default="", help="plant this fault")

@@ -239,7 +239,9 @@ class SimDisk:
 
     def replace_with(self, other: SimDisk) -> None:
         """Become a copy of another disk's durable state (a cloned card, an older image)."""
-        self._named = {name: SimFile(view=bytearray(f.synced), synced=bytearray(f.synced)) for name, f in other.durable()}
+        self._named = {
+            name: SimFile(view=bytearray(f.synced), synced=bytearray(f.synced)) for name, f in other.durable()
+        }
         self._files = dict(self._named)
         self._changes.clear()
         self.used = sum(len(file.view) for file in self._files.values())

@@ -23,9 +23,7 @@ def _part(**changed: Any) -> Callable[[Parts], Parts]:
     return lambda parts: replace(parts, **changed)
 
 
-def _fault(
-    what: str, profile: str, shows_as: str, patches: tuple[Patch, ...] = (), **parts: Any
-) -> Fault:
+def _fault(what: str, profile: str, shows_as: str, patches: tuple[Patch, ...] = (), **parts: Any) -> Fault:
     return Fault(
         what=what, profile=profile, shows_as=frozenset(shows_as.split()), parts=_part(**parts), patches=patches
     )
@@ -62,10 +60,12 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
         ),
         # Frames
         "no_checksum": _fault(
-            "a torn tail is kept", "power", "crash spoiled lost reused invented refused twice", journal.without_checksum()
+            "a torn tail is kept", "power", "crash spoiled lost reused invented refused twice",
+            journal.without_checksum(),
         ),
         "stale_frames": _fault(
-            "the generation is not in the checksum", "fullness", "invented reused lost refused spoiled boundaries twice",
+            "the generation is not in the checksum", "fullness",
+            "invented reused lost refused spoiled boundaries twice",
             journal.without_generation(),
         ),
         "tail_not_read": _fault(

@@ -1,7 +1,7 @@
 """One seed: build the world, let things go wrong, let it heal, and see what is true.
 
-    outcome = run("mixed", 17)
-    outcome = run("power", 4, parts=…, traced=True)
+outcome = run("mixed", 17)
+outcome = run("power", 4, parts=…, traced=True)
 """
 
 from __future__ import annotations

@@ -35,9 +35,13 @@ def killed(disk: SimDisk, *, calls_ahead: int) -> None:
     """Let an agent open the journal and put records until it is killed in this call."""
     disk.arm(Strike.KILL, calls_ahead=calls_ahead)
     with pytest.raises(ProcessKilled):
-        journal = opened(disk)
-        while True:
-            journal.append(READING, [(1, b"x" * 100)], moment=NOW)
+        fill(opened(disk), READING, b"x" * 100)
+
+
+def fill(journal: Journal, klass: RecordClass, data: bytes) -> None:
+    """Put records until something is raised."""
+    while True:
+        journal.append(klass, [(1, data)], moment=NOW)
 
 
 @pytest.mark.parametrize("calls_ahead", range(1, 40))
@@ -113,16 +117,13 @@ def numbers(journal: Journal, klass: RecordClass = READING) -> list[int]:
 def test_a_new_segment_that_finds_no_room_does_not_send_the_next_records_over_older_ones() -> None:
     # Found as `spoiled` in "fullness": events that were durable were overwritten.
     disk = SimDisk(random=Random(1))
-    journal = opened(disk, segments=3)
-    kept = []
-    with pytest.raises(StorageFull):
-        while True:
-            kept.append(journal.append(EVENT, [(1, b"x" * 600)], moment=NOW))
-            if len(kept) == 2:
-                disk.capacity = disk.used
-                disk.arm(Strike.FULL, calls_ahead=3)
-    with pytest.raises(StorageFull):
-        journal.append(EVENT, [(2, b"y" * 600)], moment=NOW)
+    journal = opened(disk, segments=6)
+    kept = [journal.append(EVENT, [(1, b"x" * 600)], moment=NOW) for _ in range(2)]
+    disk.capacity = disk.used - KIB
+    disk.arm(Strike.FULL, calls_ahead=1)
+    for _ in range(2):
+        with pytest.raises(StorageFull):
+            journal.append(EVENT, [(2, b"y" * 600)], moment=NOW)
     for number in kept:
         portion = journal.load(EVENT, after=number - 1, moment=NOW)
         assert portion is not None
@@ -138,8 +139,7 @@ def test_all_files_together_stay_within_the_budget(size_kib: int) -> None:
     disk = SimDisk(random=Random(1))
     journal = Journal.open(disk, small, moment=NOW, draw=Random(1).randbytes)
     with pytest.raises(StorageFull):
-        while True:
-            journal.append(EVENT, [(1, b"x" * (size // 2))], moment=NOW)
+        fill(journal, EVENT, b"x" * (size // 2))
     assert disk.most_used <= small.total_bytes
 
 

@@ -152,7 +152,9 @@ class Truth:
             if batch.gap.reason == "damaged" and device not in self.rotten:
                 spoiled = [number for number in range(claim.first, claim.last + 1) if number in truth.tokens]
                 if spoiled:
-                    raise Violation("spoiled", f"{_text(device, claim)} is told as damaged, and {spoiled[0]} was durable")
+                    raise Violation(
+                        "spoiled", f"{_text(device, claim)} is told as damaged, and {spoiled[0]} was durable"
+                    )
             return False
         before = truth.batches.get(claim.first)
         if before is not None:
