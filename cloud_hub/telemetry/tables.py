@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -101,20 +101,24 @@ class StoredColumns:
 
 
 class SqlStore:
-    """`taking.Store` on a connection inside a write transaction."""
+    """`taking.Store` on a connection inside a write transaction.
+
+    What ingest does for each batch is said in the drivers' own words, many rows to a statement: SQLAlchemy would pass
+    over every value, and the driver give the interpreter's lock away for every row (`scripts/bench ingest`).
+    """
 
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
+        self._mark = "?" if conn.dialect.name == "sqlite" else "%s"
 
     def read(self, wanted: Collection[Stream]) -> dict[Stream, Received]:
         """What is known of these streams; their devices are locked until the transaction ends."""
         lock(self._conn, Lock.TELEMETRY, {stream.device for stream in wanted})
-        c = streams.c
         found: dict[Stream, Received] = {}
         for some in _portions(sorted(wanted), _PER_QUERY):
-            keys = [(stream.device, stream.epoch, int(stream.klass)) for stream in some]
-            query = sa.select(streams).where(sa.tuple_(c.device, c.epoch, c.klass).in_(keys))
-            found.update(_received(row) for row in self._conn.execute(query))
+            keys = tuple(value for stream in some for value in (stream.device, stream.epoch, int(stream.klass)))
+            rows = self._conn.exec_driver_sql(_select_streams(len(some), self._mark), keys)
+            found.update(_received(row) for row in rows)
         return found
 
     def epochs(self, device: DeviceId) -> frozenset[str]:
@@ -137,7 +141,6 @@ class SqlStore:
 
     def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
         """Add batches."""
-        # Many rows to a statement: the driver gives the interpreter's lock away for each statement, not for each row.
         for some in _portions(rows, _ROWS_AT_ONCE):
             values: list[object] = []
             for row in some:
@@ -146,33 +149,20 @@ class SqlStore:
                     stream.device, stream.epoch, int(stream.klass), row.first, row.last, row.digest,
                     at_ms, row.records, row.gap, row.columns,
                 )  # fmt: skip
-            self._conn.exec_driver_sql(_insert_of(len(some), self._conn.dialect.name), tuple(values))
+            self._conn.exec_driver_sql(_insert_batches(len(some), self._mark), tuple(values))
 
     def write(self, changed: Mapping[Stream, Received]) -> None:
         """Replace what is known of these streams."""
-        if not changed:
-            return
-        statement = upsert(self._conn, streams)
-        excluded = statement.excluded
-        kept = {column.name: excluded[column.name] for column in streams.c if column.name not in _STREAM_KEY}
-        self._conn.execute(
-            statement.on_conflict_do_update(index_elements=_STREAM_KEY, set_=kept),
-            [
-                {
-                    "device": stream.device,
-                    "epoch": stream.epoch,
-                    "klass": int(stream.klass),
-                    "ranges": _encoder.encode(received.here),
-                    "lost": _encoder.encode(received.lost),
-                    "records": received.records,
-                    "duplicates": received.duplicates,
-                    "conflicts": received.conflicts,
-                    "first_received_ms": received.first_received_ms,
-                    "last_received_ms": received.last_received_ms,
-                }
-                for stream, received in changed.items()
-            ],
-        )
+        for some in _portions(sorted(changed), _ROWS_AT_ONCE):
+            values: list[object] = []
+            for stream in some:
+                known = changed[stream]
+                values += (
+                    stream.device, stream.epoch, int(stream.klass), _encoder.encode(known.here),
+                    _encoder.encode(known.lost), known.records, known.duplicates, known.conflicts,
+                    known.first_received_ms, known.last_received_ms,
+                )  # fmt: skip
+            self._conn.exec_driver_sql(_upsert_streams(len(some), self._mark), tuple(values))
 
     def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
         """Add to the minute's figures of the device, which is locked as its streams are."""
@@ -210,17 +200,37 @@ class SqlStore:
         )
 
 
-_STREAM_KEY: Final = ("device", "epoch", "klass")
+def _quoted(table: sa.Table, *, but: tuple[str, ...] = ()) -> list[str]:
+    """The table's columns for a statement: some of their names are words of SQL in some database."""
+    return [f'"{column.name}"' for column in table.c if column.name not in but]
+
+
+def _values(rows: int, columns: int, mark: str) -> str:
+    return ", ".join([f"({', '.join([mark] * columns)})"] * rows)
+
+
+# The texts are made of our own names and marks; values travel beside them.
 
 
 @cache
-def _insert_of(rows: int, dialect: str) -> str:
-    """An insert of so many batches; in the drivers' own words, because they are spared a pass over every row."""
-    names = [column.name for column in batches.c if column.name != "id"]
-    places = ", ".join([("?" if dialect == "sqlite" else "%s")] * len(names))
-    # `first` and `last` are words of SQL in some database.
-    quoted = ", ".join(f'"{name}"' for name in names)
-    return f"INSERT INTO {batches.name} ({quoted}) VALUES {', '.join([f'({places})'] * rows)}"  # noqa: S608 - our names
+def _insert_batches(rows: int, mark: str) -> str:
+    names = _quoted(batches, but=("id",))
+    return f"INSERT INTO telemetry_batches ({', '.join(names)}) VALUES {_values(rows, len(names), mark)}"  # noqa: S608
+
+
+@cache
+def _select_streams(rows: int, mark: str) -> str:
+    names = ", ".join(_quoted(streams))
+    keys = f"(device, epoch, klass) IN (VALUES {_values(rows, 3, mark)})"
+    return f"SELECT {names} FROM telemetry_streams WHERE {keys}"  # noqa: S608
+
+
+@cache
+def _upsert_streams(rows: int, mark: str) -> str:
+    names = _quoted(streams)
+    kept = ", ".join(f"{name} = excluded.{name}" for name in _quoted(streams, but=("device", "epoch", "klass")))
+    insert = f"INSERT INTO telemetry_streams ({', '.join(names)}) VALUES {_values(rows, len(names), mark)}"  # noqa: S608
+    return f"{insert} ON CONFLICT (device, epoch, klass) DO UPDATE SET {kept}"
 
 
 def list_batches(
@@ -294,15 +304,17 @@ def _sum(device: DeviceId, version: str, rows: Sequence[sa.Row[tuple[object, ...
     )
 
 
-def _received(row: sa.Row[tuple[object, ...]]) -> tuple[Stream, Received]:
-    return Stream(DeviceId(row.device), row.epoch, RecordClass(row.klass)), Received(
-        here=_ranges_decoder.decode(row.ranges),
-        lost=_lost_decoder.decode(row.lost),
-        records=row.records,
-        duplicates=row.duplicates,
-        conflicts=row.conflicts,
-        first_received_ms=row.first_received_ms,
-        last_received_ms=row.last_received_ms,
+def _received(row: Sequence[Any]) -> tuple[Stream, Received]:
+    """A row of streams, in the order of the table's columns."""
+    device, epoch, klass, here, lost, records, duplicates, conflicts, first_received_ms, last_received_ms = row
+    return Stream(DeviceId(device), epoch, RecordClass(klass)), Received(
+        here=_ranges_decoder.decode(here),
+        lost=_lost_decoder.decode(lost),
+        records=records,
+        duplicates=duplicates,
+        conflicts=conflicts,
+        first_received_ms=first_received_ms,
+        last_received_ms=last_received_ms,
     )
 
 
