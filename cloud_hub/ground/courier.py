@@ -2,7 +2,8 @@
 
 Rules:
 1. The client has no thread of its own: the event loop reads when there is something and writes what a turn of it has
-   brought about, all in one piece. What has come in is handed over together.
+   brought about, all in one piece. What has come in is handed over together, past the client (`packets.py`), which
+   keeps the connection and sends.
 2. A message is acknowledged to the broker after it was dealt with. So the broker never has more than `WINDOW` of them
    on their way to us, and we read no more while they hold `MAX_HELD_BYTES`: a slow database slows the senders instead
    of filling our memory.
@@ -31,6 +32,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from cloud_hub.ground.ca import HUB_NAME
 from cloud_hub.ground.linesocket import LineSocket
 from cloud_hub.ground.metrics import Metrics
+from cloud_hub.ground.packets import Published
 from shared import limits
 from shared.clock import Clock
 from shared.errors import ConfigError, Unreachable
@@ -42,7 +44,7 @@ WINDOW: Final = 1000
 """While some are stored, others have to be on their way (`scripts/bench ingest`)."""
 MAX_HELD_BYTES: Final = 32 * limits.MIB
 READ_AT_ONCE: Final = 64
-"""Packets that are read before others have their turn."""
+"""Messages that are read before others have their turn."""
 LOOK_S: Final = 1.0
 """How often the client may see to its keepalive."""
 _PAUSES_S: Final = (1.0, 2.0, 5.0, 10.0)
@@ -151,7 +153,6 @@ class HubCourier:
         client.on_connect = self._connect_answered
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
-        client.on_message = self._message
         client.on_socket_register_write = self._plan_write
         client.on_socket_close = self._socket_closes
         failures = 0
@@ -189,8 +190,10 @@ class HubCourier:
         if self._is_full and self._held_bytes < MAX_HELD_BYTES // 2:
             self._is_full = False
             self._listen()
-        if mid and generation == self._generation and self._socket is not None:
-            self._client.ack(mid, 1)
+        link = self._socket
+        if mid and generation == self._generation and link is not None:
+            link.acknowledge(mid)
+            self._plan_write()
 
     # The connection's life.
 
@@ -218,6 +221,7 @@ class HubCourier:
             return False
         link = self._client.socket()
         assert isinstance(link, LineSocket)
+        link.attach(self._published, most=READ_AT_ONCE)
         self._socket = link
         return True
 
@@ -245,18 +249,17 @@ class HubCourier:
         if link is None or loop is None or self._is_full:
             return
         link.is_dry = False
-        for _ in range(READ_AT_ONCE):
-            if self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS or link.is_dry:
-                break
-            if self._held_bytes > MAX_HELD_BYTES:
-                self._is_full = True
-                loop.remove_reader(link.fileno())
-                break
-        else:
-            loop.call_soon(self._readable)
+        is_lost = self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS
         if self._arrived:
             arrived, self._arrived = self._arrived, []
             self._on_messages(arrived)
+        if is_lost or self._socket is None:
+            return
+        if self._held_bytes > MAX_HELD_BYTES:
+            self._is_full = True
+            loop.remove_reader(link.fileno())
+        elif not link.is_dry:
+            loop.call_soon(self._readable)
 
     def _write(self) -> None:
         """Send what this turn of the loop has brought about; the rest when the broker takes it."""
@@ -288,7 +291,7 @@ class HubCourier:
 
     # Called by the client, on the loop except while it connects.
 
-    def _plan_write(self, _client: mqtt.Client, _userdata: Any, _socket: Any) -> None:
+    def _plan_write(self, *_: Any) -> None:
         if self._socket is not None and self._loop is not None and not self._is_write_planned:
             self._is_write_planned = True
             self._loop.call_soon(self._write)
@@ -320,12 +323,10 @@ class HubCourier:
         if reason.value == _TAKEN_OVER:
             logger.error("another client with the hub's certificate took over the link; is a second hub running?")
 
-    def _message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        # What needs no acknowledgement has no number.
-        mid = message.mid if message.qos else 0
-        payload = bytes(message.payload)
-        self._held_bytes += len(payload)
-        self._arrived.append(Inbound(message.topic, payload, courier=self, mid=mid, generation=self._generation))
+    def _published(self, messages: Sequence[Published]) -> None:
+        for topic, payload, mid in messages:
+            self._held_bytes += len(payload)
+            self._arrived.append(Inbound(topic, payload, courier=self, mid=mid, generation=self._generation))
 
     def _set_link(self, is_up: bool) -> None:
         if is_up and not self._connected.is_set():

@@ -1,8 +1,9 @@
 """A TLS socket that reads and writes in large pieces, under a client that asks for single bytes.
 
 The MQTT client reads a packet's first byte, its length byte by byte, then its body, and writes each packet by itself.
-Every such step costs a system call and a turn of the interpreter's lock. Here a read takes what has come, and what is
-written waits until the caller says `flush`: an acknowledgement of four bytes does not travel alone.
+Every such step costs a system call and a turn of the interpreter's lock. Here a read takes what has come, messages are
+handed over without the client (`packets.py`), and what is written waits until the caller says `flush`: an
+acknowledgement of four bytes does not travel alone.
 
 Python's `ssl` makes sockets of this class for a context whose `sslsocket_class` it is.
 """
@@ -10,7 +11,11 @@ Python's `ssl` makes sockets of this class for a context whose `sslsocket_class`
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable, Sequence
 from typing import Any, Final
+
+from cloud_hub.ground.packets import PacketStream, Published, puback
+from shared.errors import ProtocolViolation
 
 READ_BYTES: Final = 64 * 1024
 MAX_WAITING_BYTES: Final = 1024 * 1024
@@ -18,54 +23,79 @@ MAX_WAITING_BYTES: Final = 1024 * 1024
 
 
 class LineSocket(ssl.SSLSocket):
-    """A non-blocking TLS socket with a buffer on each side.
+    """A non-blocking TLS socket with a buffer on each side; of no use before `attach`.
 
     Attributes:
         is_dry: nothing more can be read now: wait until the socket is readable.
-        waiting_bytes: what is written and not yet sent.
     """
 
     is_dry = False
-    _read: bytes = b""
-    _read_to = 0
-    _unsent: bytearray | None = None
+    _packets: PacketStream
+    _unsent: bytearray
+    _on_published: Callable[[Sequence[Published]], None]
+    _most = 0
+
+    def attach(self, on_published: Callable[[Sequence[Published]], None], *, most: int) -> None:
+        """Hand over messages while the client reads, each time at most so many."""
+        self._packets = PacketStream()
+        self._on_published = on_published
+        self._most = most
 
     @property
     def waiting_bytes(self) -> int:
         """What is written and not yet sent."""
-        return len(self._unsent or b"")
+        return len(self._waiting())
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """Up to so many bytes; raises SSLWantReadError when none are here."""
-        begin = self._read_to
-        if begin >= len(self._read):
-            try:
-                self._read = super().recv(READ_BYTES, flags)
-            except ssl.SSLWantReadError:
-                self.is_dry = True
-                raise
-            begin = 0
-        self._read_to = begin + buflen
-        return self._read[begin : self._read_to]
+        """Bytes for the client, up to so many; raises SSLWantReadError when none are here.
+
+        On the way, messages are handed over; after many the client gets nothing in this turn.
+        """
+        packets, found = self._packets, list[Published]()
+        try:
+            while True:
+                found += packets.take(self._most - len(found))
+                if data := packets.read(buflen):
+                    return data
+                if len(found) >= self._most:
+                    raise ssl.SSLWantReadError
+                try:
+                    more = super().recv(READ_BYTES, flags)
+                except ssl.SSLWantReadError:
+                    self.is_dry = True
+                    raise
+                if not more:
+                    return b""
+                packets.feed(more)
+        except ProtocolViolation as error:
+            raise ConnectionError(error.message) from error
+        finally:
+            if found:
+                self._on_published(found)
 
     def send(self, data: Any, flags: int = 0) -> int:  # noqa: ARG002 - as the class has it
         """Keep the bytes for the next `flush`; raises BlockingIOError when too many wait already."""
-        if self._unsent is None:
-            self._unsent = bytearray()
-        if len(self._unsent) > MAX_WAITING_BYTES:
+        unsent = self._waiting()
+        if len(unsent) > MAX_WAITING_BYTES:
             raise BlockingIOError
-        self._unsent += data
+        unsent += data
         return len(data)
+
+    def acknowledge(self, mid: int) -> None:
+        """Keep a message's acknowledgement for the next `flush`."""
+        # Without a bound of its own: there is one for each message, and of those a window.
+        self._waiting().extend(puback(mid))
 
     def flush(self) -> bool:
         """Send what waits, as far as the other side takes it; whether all is sent. Raises OSError."""
-        while self._unsent:
+        unsent = self._waiting()
+        while unsent:
             try:
                 # The same bytes again after it would block, as OpenSSL wants it.
-                sent = super().send(bytes(self._unsent[:READ_BYTES]))
+                sent = super().send(bytes(unsent[:READ_BYTES]))
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 return False
-            del self._unsent[:sent]
+            del unsent[:sent]
         return True
 
     def close(self) -> None:
@@ -73,5 +103,13 @@ class LineSocket(ssl.SSLSocket):
         try:
             self.flush()
         except (OSError, ValueError):
-            self._unsent = None
+            self._waiting().clear()
         super().close()
+
+    def _waiting(self) -> bytearray:
+        """What is written and not sent. Made when it is first needed: `ssl` makes the object without calling us."""
+        try:
+            return self._unsent
+        except AttributeError:
+            self._unsent = bytearray()
+            return self._unsent

@@ -16,7 +16,6 @@ from typing import Final
 
 import msgspec
 
-from cloud_hub.telemetry.ranges import Ranges
 from shared import limits
 from shared.errors import OutriderError, ProtocolViolation
 from shared.ids import DeviceId
@@ -65,11 +64,6 @@ class Opened:
     columns: bytes
     content: Columns | None
     gap: Gap | None
-
-    @property
-    def runs(self) -> Ranges:
-        """The numbers that it speaks of."""
-        return ((self.id.first, self.id.last),) if self.content is None else self.content.runs
 
 
 def class_named(name: str) -> RecordClass | None:

@@ -197,9 +197,11 @@ class _Group:
             known = self._known(batch.stream)
             if batch.content is None:
                 return self._declare_lost(batch, known)
-            if any(meets(known.here, first, last) for first, last in batch.runs):
-                return self._take_overlap(batch, batch.content, known)
-            return self._add(batch, batch.content, known)
+            # Nearly every batch lies behind all that is here.
+            is_behind = not known.here or batch.id.first > known.here[-1][1]
+            if is_behind or not any(meets(known.here, first, last) for first, last in batch.content.runs):
+                return self._add(batch, batch.content, known)
+            return self._take_overlap(batch, batch.content, known)
         except TelemetryRefused as refused:
             return Taken("refused", code=refused.code)
 

@@ -86,8 +86,8 @@ class Journal:
         with _translated():
             state = recovery.recover(disk, bounds, moment=moment, draw=draw)
             journal = cls(disk, bounds, draw=draw, state=state)
-            # Ties the store's clock to this boot; and the first write shows whether the disk takes any.
-            journal._save(moment)
+            # Ties the store's clock to this boot, and gives back what a crash left behind a cursor that was written.
+            journal._checkpoint(moment)
             journal._restock()
         return journal
 

@@ -100,7 +100,12 @@ def _cursor(disk: Disk, names: list[str]) -> tuple[int, Cursor] | None:
         disk.create(frames.CURSOR_NAME, frames.SLOTS * frames.SLOT_BYTES, zeroed=True)
         disk.sync_names()
         return None
-    return frames.newest_slot(disk.read(frames.CURSOR_NAME, 0, frames.SLOTS * frames.SLOT_BYTES))
+    data = disk.read(frames.CURSOR_NAME, 0, frames.SLOTS * frames.SLOT_BYTES)
+    found = frames.newest_slot(data)
+    if found is not None:
+        begin = found[0] * frames.SLOT_BYTES
+        _save_again(disk, frames.CURSOR_NAME, data[begin : begin + frames.SLOT_BYTES], offset=begin)
+    return found
 
 
 def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: Disk) -> int:
@@ -114,15 +119,13 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
     newest_ms = 0
     if own:
         data = disk.read(str(own[-1]), 0, LARGEST_SEGMENT_BYTES)
-        last, newest_ms = _last_frame(data, own[-1])
-        # A process that was killed may have written it and not synced it; what is found is handed out.
-        disk.sync(str(own[-1]))
+        last, commit_at = _last_frame(data, own[-1])
+        if last is not None:
+            newest_ms = last.store_ms
+            _save_again(disk, str(own[-1]), data[commit_at : last.end], offset=commit_at)
         chain.segments = own
         chain.end = last.end if last is not None else 0
         chain.next = max(chain.next, last.last + 1 if last is not None else own[-1].base)
-    # A crash between the cursor's write and the renaming left what was settled.
-    while len(chain.segments) > 1 and chain.stop(0) - 1 <= chain.settled:
-        disk.remove(str(chain.take_oldest()))
     chain.begin_batch()
     return newest_ms
 
@@ -142,23 +145,36 @@ def _without_empty_twins(own: list[SegmentName], disk: Disk) -> list[SegmentName
     return kept
 
 
+def _save_again(disk: Disk, name: str, data: bytes, *, offset: int) -> None:
+    """Write what was found there once more, and sync it.
+
+    It is about to be acted on, and it may not be on the disk: the process before may have been killed before its sync,
+    or the sync may have failed, after which the system takes what it has in memory for saved. The same bytes again
+    cannot tear.
+    """
+    disk.write(name, offset, data)
+    disk.sync(name)
+
+
 def _last_frame(data: bytes, segment: SegmentName) -> tuple[Frame | None, int]:
-    """The last frame that was whole when its commit returned, and its store's time.
+    """The last frame that was whole when its commit returned, and where its commit begins.
 
     A frame behind damage counts, unless it continues a commit whose beginning is the damage: that commit never
     returned.
     """
     last: Frame | None = None
-    offset, is_torn = 0, False
+    offset, commit_at, is_torn = 0, 0, False
     while True:
         frame = frames.read_frame(data, offset, start=0, segment=segment)
         if frame is None:
             frame = frames.find_frame(data, offset, start=0, segment=segment)
             is_torn = True
         if frame is None:
-            return last, last.store_ms if last is not None else 0
+            return last, commit_at
         if is_torn and frame.flags & CONTINUES:
             offset = frame.end
             continue
+        if not frame.flags & CONTINUES:
+            commit_at = frame.offset
         is_torn = False
         last, offset = frame, frame.end

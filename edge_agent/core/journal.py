@@ -124,12 +124,12 @@ def store_time(cursor: Cursor | None, *, newest_ms: int, now: Moment) -> int:
     if cursor is None:
         return newest_ms
     if cursor.boot == now.boot:
-        passed = now.uptime_ms - cursor.uptime_ms
-    elif cursor.synchronised and now.synchronised:
-        passed = max(now.wall_ms - cursor.wall_ms, now.uptime_ms)
-    else:
-        passed = now.uptime_ms
-    return max(cursor.store_ms + max(0, passed), newest_ms)
+        return max(cursor.store_ms + max(0, now.uptime_ms - cursor.uptime_ms), newest_ms)
+    # Nothing that was found is of this boot: opening writes the cursor before anything else.
+    slept_ms = 0
+    if cursor.synchronised and now.synchronised:
+        slept_ms = max(0, now.wall_ms - cursor.wall_ms - now.uptime_ms)
+    return max(cursor.store_ms + slept_ms, newest_ms) + now.uptime_ms
 
 
 def victim(segments: Mapping[RecordClass, int], newcomer: RecordClass) -> RecordClass | None:

@@ -26,7 +26,7 @@ from tests.fakes.ingest_place import IngestPlace, ingest_place
 DEVICES = 50
 BATCHES = 600
 """Of each device in a run."""
-WINDOW = 8
+WINDOW = 4
 ROUNDS = 2
 HUB = "hub"
 

@@ -32,10 +32,12 @@ class IngestPlace:
     Attributes:
         hub_port: for hubs, mutual TLS.
         device_port: for devices.
+        broker_pid: mosquitto's process.
     """
 
-    def __init__(self, folder: Path, hub_port: int, device_port: int) -> None:
+    def __init__(self, folder: Path, hub_port: int, device_port: int, broker_pid: int) -> None:
         self.folder = folder
+        self.broker_pid = broker_pid
         self.hub_port = hub_port
         self.device_port = device_port
         self._children: list[subprocess.Popen[str]] = []
@@ -85,7 +87,7 @@ def ingest_place(mosquitto: str, *, hubs: Sequence[str]) -> Iterator[IngestPlace
             broker = subprocess.Popen(
                 [mosquitto, "-c", str(folder / "mosquitto.conf")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        place = IngestPlace(folder, hub_port, device_port)
+        place = IngestPlace(folder, hub_port, device_port, broker.pid)
         try:
             _await_port(device_port, broker, folder / "mosquitto.log")
             yield place

@@ -13,20 +13,23 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from tests.sim.faults import FAULTS
 from tests.sim.parts import Parts
 from tests.sim.profiles import PROFILES
 from tests.sim.run import HONEST, Outcome, run
+from tests.sim.truth import Aftermath
 
 
 def main(arguments: list[str]) -> int:
     """Run; 0 when every property held in every seed, 1 otherwise, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
+    honest = replace(HONEST, truth=Aftermath) if options.aftermath else HONEST
     if not options.fault:
-        return _run(options, HONEST)
-    with FAULTS[options.fault].planted(HONEST) as parts:
+        return _run(options, honest)
+    with FAULTS[options.fault].planted(honest) as parts:
         return _run(options, parts)
 
 
@@ -49,7 +52,7 @@ def _run(options: argparse.Namespace, parts: Parts) -> int:
     took_s = max(time.process_time() - began, 1e-9)
     print(f"{ran} seeds of {options.profile}, {len(failed)} failed, {ran / took_s:.0f} a second of processor time")
     if options.json is not None:
-        options.json.write_text(json.dumps(report(options.profile, ran, took_s, failed, total), indent=1) + "\n")
+        options.json.write_text(json.dumps(report(options, ran, took_s, failed, total), indent=1) + "\n")
     return 1 if failed else 0
 
 
@@ -59,10 +62,12 @@ def command_for(outcome: Outcome, *, fault: str = "") -> str:
     return f"python -m tests.sim --seeds {outcome.seed} --profile {outcome.profile}{planted} --trace"
 
 
-def report(profile: str, seeds: int, took_s: float, failed: list[Outcome], total: Counter[str]) -> dict[str, object]:
+def report(
+    options: argparse.Namespace, seeds: int, took_s: float, failed: list[Outcome], total: Counter[str]
+) -> dict[str, object]:
     """The document that `--json` writes."""
     return {
-        "profile": profile,
+        "profile": options.profile,
         "seeds": seeds,
         "seeds_per_second": round(seeds / took_s, 1),
         "failed": [
@@ -71,7 +76,7 @@ def report(profile: str, seeds: int, took_s: float, failed: list[Outcome], total
                 "profile": outcome.profile,
                 "property": outcome.name,
                 "violation": outcome.violation,
-                "replay": command_for(outcome),
+                "replay": command_for(outcome, fault=options.fault),
             }
             for outcome in failed
         ],
@@ -97,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_seeds, required=True, metavar="FROM..TO", help="TO is not run; or one seed")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="mixed", help="what may go wrong")
     parser.add_argument("--fault", choices=sorted(FAULTS), default="", help="plant this fault")
+    parser.add_argument("--aftermath", action="store_true", help="look only at what is at the hub in the end")
     parser.add_argument("--trace", action="store_true", help="say what happens")
     parser.add_argument("--most", type=int, default=1, metavar="N", help="stop after so many seeds have failed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")

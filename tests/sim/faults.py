@@ -60,10 +60,12 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
         ),
         # Frames
         "no_checksum": _fault(
-            "a torn tail is kept", "power", "crash spoiled lost reused invented refused", journal.without_checksum()
+            "a torn tail is kept", "power", "crash spoiled lost reused invented refused twice",
+            journal.without_checksum(),
         ),
         "stale_frames": _fault(
-            "the generation is not in the checksum", "fullness", "invented reused lost refused spoiled boundaries",
+            "the generation is not in the checksum", "fullness",
+            "invented reused lost refused spoiled boundaries twice",
             journal.without_generation(),
         ),
         "tail_not_read": _fault(
@@ -116,7 +118,7 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
         # The hub
         "no_dedupe": _fault("what comes again is stored again", "network", "twice", _store(wrong.KnowsNothing)),
         "highest_number": _fault(
-            "all below the highest number counts as received", "network", "lost", _store(wrong.KnowsTheHighest)
+            "all below the highest number counts as received", "network", "lost twice", _store(wrong.KnowsTheHighest)
         ),
         "answers_before_commit": _fault(
             "the hub answers before it commits", "crashes", "settled lost", hub=wrong.AnswersBeforeCommit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import traceback
 from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 
@@ -59,7 +60,15 @@ class Outcome:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-HONEST = Parts(disk=SimDisk, journal=Journal, process=Process, hub=Hub, slots=SlotLife, check_durable=check_durable)
+HONEST: Final = Parts(
+    disk=SimDisk,
+    journal=Journal,
+    process=Process,
+    hub=Hub,
+    slots=SlotLife,
+    truth=Truth,
+    check_durable=check_durable,
+)
 
 
 class House:
@@ -69,7 +78,7 @@ class House:
         self.plan = plan
         self.world = world
         linger_ms = max(plan.load.linger_ms, 0)
-        self.truth = Truth(ttl_ms=dict(plan.bounds.ttl_ms), ttl_slack_ms=2 * TICK_MS + linger_ms)
+        self.truth = parts.truth(ttl_ms=dict(plan.bounds.ttl_ms), ttl_slack_ms=2 * TICK_MS + linger_ms)
         self.broker = Broker(world, plan.weather, disorder=self.truth.disordered)
         self.site = Site(world=world, plan=plan, broker=self.broker, truth=self.truth)
         self.hubs = [parts.hub(f"hub{n}", self.site) for n in range(plan.hubs)]
@@ -172,12 +181,11 @@ def run(profile: str, seed: int, *, parts: Parts = HONEST, traced: bool = False)
     truth = house.truth
     figures = {
         "records": len(truth.accepted),
-        "effects": truth.effects,
-        "gaps": truth.gaps,
         "lives": sum(machine.lives for machine in house.machines),
         "boots": sum(machine.boots for machine in house.machines),
         "events": world.events,
         "virtual_ms": world.now,
         "disk_calls": sum(machine.disk.calls for machine in house.machines),
+        **truth.reached,
     }
     return Outcome(profile, seed, violation, figures, world.trace or [], plan.profile)

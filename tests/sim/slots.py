@@ -1,4 +1,4 @@
-"""A device that takes releases while everything else goes on: the real intake and slot machine, on a ledger and a shelf.
+"""A device that takes releases while everything else goes on: the real intake and slots, on a ledger and a shelf.
 
 Rules of this file:
 1. The ledger is what SQLite promises: a save is on the disk when its call returns, whole or not at all. The power may

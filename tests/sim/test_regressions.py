@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from edge_agent.adapters.journal import Journal
-from edge_agent.core.journal import JournalBounds, Moment
+from edge_agent.core.frames import ClassCursor, Cursor, encode_slot, newest_slot
+from edge_agent.core.journal import JournalBounds, Moment, store_time
 from shared.errors import StorageError, StorageFull
 from shared.limits import KIB
 from shared.telemetry import RecordClass
@@ -34,9 +35,13 @@ def killed(disk: SimDisk, *, calls_ahead: int) -> None:
     """Let an agent open the journal and put records until it is killed in this call."""
     disk.arm(Strike.KILL, calls_ahead=calls_ahead)
     with pytest.raises(ProcessKilled):
-        journal = opened(disk)
-        while True:
-            journal.append(READING, [(1, b"x" * 100)], moment=NOW)
+        fill(opened(disk), READING, b"x" * 100)
+
+
+def fill(journal: Journal, klass: RecordClass, data: bytes) -> None:
+    """Put records until something is raised."""
+    while True:
+        journal.append(klass, [(1, data)], moment=NOW)
 
 
 @pytest.mark.parametrize("calls_ahead", range(1, 40))
@@ -61,11 +66,49 @@ def test_the_names_that_a_killed_process_gave_are_on_the_disk_before_more_is_pro
         assert number in numbers(opened(disk))
 
 
-def numbers(journal: Journal) -> list[int]:
+@pytest.mark.parametrize("calls_ahead", range(1, 40))
+def test_what_a_failed_sync_left_in_memory_is_on_the_disk_before_it_is_handed_out(calls_ahead: int) -> None:
+    # Found as `undurable` in "fullness": the next process found the records, and syncing them saved nothing.
+    for seed in range(4):
+        disk = SimDisk(random=Random(seed), capacity=17 * KIB + 100)
+        disk.arm(Strike.IO, calls_ahead=calls_ahead)
+        with contextlib.suppress(StorageError):
+            journal = opened(disk)
+            while True:
+                journal.append(EVENT, [(1, b"x" * 100)], moment=NOW)
+        disk.disarm()
+        handed = numbers(opened(disk), EVENT)
+        disk.lose_power()
+        assert numbers(opened(disk), EVENT) == handed
+
+
+@pytest.mark.parametrize("calls_ahead", range(1, 30))
+def test_a_cursor_that_is_not_on_the_disk_gives_no_segment_back(calls_ahead: int) -> None:
+    # Found as `spoiled` in "mixed": opening removed what a cursor in memory called settled; the power took that cursor.
+    for seed in range(4):
+        disk = SimDisk(random=Random(seed))
+        journal = opened(disk)
+        for _ in range(5):
+            number = journal.append(READING, [(1, b"x" * 400)], moment=NOW)
+            assert journal.load(READING, after=number - 1, moment=NOW) is not None
+            journal.settle(READING, number, number)
+        disk.arm(Strike.IO, calls_ahead=calls_ahead)
+        with contextlib.suppress(StorageError):
+            journal.close(NOW)
+        for strike in (Strike.FULL, Strike.IO):
+            disk.arm(strike, calls_ahead=1 + calls_ahead % 7)
+            with contextlib.suppress(StorageError):
+                opened(disk)
+        disk.lose_power()
+        portion = opened(disk).load(READING, after=0, moment=NOW)
+        assert portion is None or portion.reason is None
+
+
+def numbers(journal: Journal, klass: RecordClass = READING) -> list[int]:
     """The numbers of all records that the journal hands out."""
     found: list[int] = []
     after = 0
-    while (portion := journal.load(READING, after=after, moment=NOW)) is not None:
+    while (portion := journal.load(klass, after=after, moment=NOW)) is not None:
         found += range(portion.first, portion.first + len(portion.entries))
         after = portion.last
     return found
@@ -74,16 +117,13 @@ def numbers(journal: Journal) -> list[int]:
 def test_a_new_segment_that_finds_no_room_does_not_send_the_next_records_over_older_ones() -> None:
     # Found as `spoiled` in "fullness": events that were durable were overwritten.
     disk = SimDisk(random=Random(1))
-    journal = opened(disk, segments=3)
-    kept = []
-    with pytest.raises(StorageFull):
-        while True:
-            kept.append(journal.append(EVENT, [(1, b"x" * 600)], moment=NOW))
-            if len(kept) == 2:
-                disk.capacity = disk.used
-                disk.arm(Strike.FULL, calls_ahead=3)
-    with pytest.raises(StorageFull):
-        journal.append(EVENT, [(2, b"y" * 600)], moment=NOW)
+    journal = opened(disk, segments=6)
+    kept = [journal.append(EVENT, [(1, b"x" * 600)], moment=NOW) for _ in range(2)]
+    disk.capacity = disk.used - KIB
+    disk.arm(Strike.FULL, calls_ahead=1)
+    for _ in range(2):
+        with pytest.raises(StorageFull):
+            journal.append(EVENT, [(2, b"y" * 600)], moment=NOW)
     for number in kept:
         portion = journal.load(EVENT, after=number - 1, moment=NOW)
         assert portion is not None
@@ -99,8 +139,7 @@ def test_all_files_together_stay_within_the_budget(size_kib: int) -> None:
     disk = SimDisk(random=Random(1))
     journal = Journal.open(disk, small, moment=NOW, draw=Random(1).randbytes)
     with pytest.raises(StorageFull):
-        while True:
-            journal.append(EVENT, [(1, b"x" * (size // 2))], moment=NOW)
+        fill(journal, EVENT, b"x" * (size // 2))
     assert disk.most_used <= small.total_bytes
 
 
@@ -117,3 +156,12 @@ def test_files_that_an_error_left_behind_still_count(calls_ahead: int) -> None:
         with contextlib.suppress(StorageError):
             journal.append(RecordClass(turn % 4), [(1, b"x" * 300)], moment=NOW)
         assert disk.most_used <= bounds(5).total_bytes
+
+
+def test_the_time_since_the_start_counts_for_what_was_written_last_before_it() -> None:
+    # Found as `late` in "mixed": it was added to the cursor's time, and the frames behind the cursor got less of it.
+    cursor = encode_slot(Cursor(1, 49_000, "boot 1", 49_000, 0, False, KIB, (ClassCursor(0, 1, (), ()),) * 4, {}))
+    found = newest_slot(cursor)
+    assert found is not None
+    now = Moment("boot 2", 24_000, 0, False)
+    assert store_time(found[1], newest_ms=56_000, now=now) == 80_000

@@ -33,6 +33,7 @@ Nothing here is known to the system, and nothing here decides what it does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -92,6 +93,7 @@ class Truth:
         unordered: devices of which a message vanished or was overtaken.
         rotten: devices whose disk has rotted.
         doubtful: tokens that were put and whose append did not return, or failed.
+        reached: how often a situation came up that a good world of seeds must reach.
     """
 
     def __init__(self, *, ttl_ms: dict[RecordClass, int], ttl_slack_ms: int) -> None:
@@ -104,8 +106,7 @@ class Truth:
         self.accepted: dict[int, Stream] = {}
         self.epochs: dict[str, str] = {}
         self.tokens = 0
-        self.effects = 0
-        self.gaps = 0
+        self.reached: Counter[str] = Counter()
 
     # The device says
 
@@ -145,6 +146,7 @@ class Truth:
         claim = batch.batch
         truth = self.of((device, claim.epoch, claim.klass))
         if batch.gap is not None:
+            self.reached[f"gap.{batch.gap.reason}"] += 1
             if claim.klass == RecordClass.EVENT and batch.gap.reason in ("evicted", "expired"):
                 raise Violation("precious", f"{device} tells that events {claim.first}-{claim.last} {batch.gap.reason}")
             if batch.gap.reason == "damaged" and device not in self.rotten:
@@ -156,6 +158,7 @@ class Truth:
             return False
         before = truth.batches.get(claim.first)
         if before is not None:
+            self.reached["sent_again"] += 1
             if before != claim and device not in self.rotten:
                 raise Violation("boundaries", f"{_text(device, claim)} was sent before as {before.first}-{before.last}")
             return False
@@ -200,7 +203,9 @@ class Truth:
         truth = self.of(stream)
         numbers = range(claim.first, claim.last + 1)
         truth.committed.update(numbers)
+        self.reached["batches"] += 1
         if not fresh:
+            self.reached["batches_again"] += 1
             return
         new = [number for number in numbers if number not in truth.effects]
         if new and device not in self.unordered and new[0] <= truth.highest:
@@ -212,10 +217,12 @@ class Truth:
         """The hub will never take this batch."""
         if device not in self.rotten:
             raise Violation("refused", f"the hub refuses {_text(device, claim)}: {code}")
+        self.reached["refused"] += 1
         self.buried(device, claim)
 
     def buried(self, device: str, claim: BatchId) -> None:
         """The hub or the broker has refused this batch for good."""
+        self.reached["buried"] += 1
         self.of((device, claim.epoch, claim.klass)).refused.update(range(claim.first, claim.last + 1))
 
     def disordered(self, device: str) -> None:
@@ -260,14 +267,15 @@ class Truth:
                     raise Violation("invented", f"{stream} {number} is record {known}, and the hub has {token}")
                 if known is None and token not in self.doubtful:
                     raise Violation("invented", f"{stream} {number} at the hub was given to nobody ({token})")
-            self.effects += len(numbers)
+            self.reached["effects"] += len(numbers)
+            self.reached["doubtful_effects"] += len(numbers - truth.tokens.keys())
             for first, last in gaps.get(stream, ()):
                 both = next((n for n in range(first, last + 1) if n in numbers), None)
                 if both is not None:
                     raise Violation("twice", f"{stream} {both} has its effect and is counted as lost")
         for stream, truth in self.streams.items():
             told = {n for first, last in gaps.get(stream, ()) for n in range(first, last + 1)}
-            self.gaps += len(told)
+            self.reached["lost"] += len(told)
             here = {number for number, _ in stored.get(stream, ())}
             if truth.is_gone:
                 continue
@@ -278,3 +286,26 @@ class Truth:
 
 def _text(device: str, claim: BatchId) -> str:
     return f"{device} {claim.klass}/{claim.first}-{claim.last}"
+
+
+class Aftermath(Truth):
+    """Looks only at what is at the hub in the end, at quotas and at what stays waiting: a fault must have consequences.
+
+    For measuring how well the worlds bring consequences about; the checks on the way catch most faults earlier.
+    """
+
+    def opened(self, device: str, epoch: str) -> None:
+        """Any epoch will do."""
+
+    def sent(self, device: str, batch: Batch) -> bool:
+        """Anything may be sent."""
+        return False
+
+    def expired(self, stream: Stream, first: int, last: int, *, now_ms: int) -> None:
+        """Anything may expire."""
+
+    def loaded(self, stream: Stream, first: int, last: int, *, up_ms: int) -> None:
+        """Anything may be loaded."""
+
+    def settled(self, device: str, claim: BatchId) -> None:
+        """Anything may be let go."""

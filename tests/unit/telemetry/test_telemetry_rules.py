@@ -29,13 +29,14 @@ def test_a_small_batch_that_unpacks_to_much_is_refused() -> None:
         rules.open_batch(DEVICE, batch_of(blown))
     assert caught.value.code == "telemetry.too_large"
     largest = [Record(seq=1, at_ms=1, body=Reading(name="x" * limits.MAX_RECORD_BYTES, value=1.0))]
-    assert rules.open_batch(DEVICE, batch_of(largest)).runs == ((1, 1),)
+    assert rules.open_batch(DEVICE, batch_of(largest)).id.last == 1
 
 
 def test_an_honest_batch_opens() -> None:
     batch = batch_of(readings(3, 4, 6))
     opened = rules.open_batch(DEVICE, batch)
-    assert opened.runs == ((3, 4), (6, 6))
+    assert opened.content is not None
+    assert opened.content.runs == ((3, 4), (6, 6))
     assert opened.stream == rules.Stream(DEVICE, EPOCH, RecordClass.READING)
     assert opened.columns == batch.columns
     assert rules.explode(opened.columns) == readings(3, 4, 6)
@@ -43,7 +44,7 @@ def test_an_honest_batch_opens() -> None:
 
 def test_an_honest_gap_opens() -> None:
     opened = rules.open_batch(DEVICE, gap_of(1, 2_000_000, records=5))
-    assert (opened.runs, opened.columns) == (((1, 2_000_000),), b"")
+    assert (opened.id.last, opened.columns, opened.content) == (2_000_000, b"", None)
     assert opened.gap == Gap(reason="evicted", records=5)
 
 
