@@ -25,7 +25,7 @@ Place = tuple[int, int]
 """Class and number."""
 
 HOUR_MS = 3_600_000
-STEPS = 80
+STEPS = 60
 MOST_LOADS = 10_000
 EVENT, OUTCOME, RESULT, READING = RecordClass
 BOUNDS = JournalBounds(
@@ -174,7 +174,8 @@ class Story:
         if batch.gap is not None:
             self.told |= dict.fromkeys(((name.klass, n) for n in range(name.first, name.last + 1)), batch.gap.reason)
         else:
-            self.handed.setdefault((name.klass, name.first), (self.at(), name.last, name.digest))
+            _, *known = self.handed.setdefault((name.klass, name.first), (self.at(), name.last, name.digest))
+            assert known == [name.last, name.digest], f"{name} was {known}"
 
     def _tick(self, chance: random.Random) -> None:
         self.uptime_ms += chance.choice((1, 1_000))
@@ -238,6 +239,7 @@ def judge(
         assert all(story.settling.get(hole, at + 1) <= at for hole in holes), f"class {klass} has holes: {holes}"
         values = [value for (one, _), value in answer.found.items() if one == klass]
         assert values == sorted(set(values)), f"class {klass} is out of order"
+    assert may_be_damaged or "damaged" not in answer.gaps.values()
     for place, (promised_at, value) in story.promised.items():
         if promised_at > at:
             continue

@@ -357,6 +357,19 @@ def test_without_any_cursor_everything_is_sent_again_under_the_same_epoch() -> N
     assert bench.put(READING, 10) == 2
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_numbers_go_on_though_the_last_file_was_taken_and_a_cursor_slot_is_damaged(place: int) -> None:
+    bench = Bench()
+    bench.put(READING, 10, 10)
+    bench.disk.size = sum(map(len, bench.disk.files.values()))
+    while bench.segments(READING):
+        bench.put(EVENT, 30_000)
+    bench.disk.size *= 2
+    bench.disk.files["cursor"][place * frames.SLOT_BYTES + 10] ^= 1
+    bench.crash()
+    assert bench.put(READING, 10) == 3
+
+
 def test_a_torn_tail_is_written_over() -> None:
     bench = Bench()
     bench.put(READING, 100)

@@ -36,7 +36,7 @@ def told(seed: int, *, calls: Calls | None = None, disk: MemoryDisk | None = Non
 
 @pytest.mark.parametrize("size", [2**30, NO_ROOM])
 def test_the_stories_cover_what_they_are_about(size: int) -> None:
-    stories = [told(seed, disk=MemoryDisk(size=size)) for seed in range(12)]
+    stories = [told(seed, disk=MemoryDisk(size=size)) for seed in range(30)]
     for story in stories:
         judge(story, story.open(), at=story.at())
         assert all(isinstance(error, StorageFull) for error in story.errors)
@@ -65,13 +65,13 @@ FAULTS: dict[str, Callable[[int], Fault]] = {
     "any call from then on": lambda n: from_on(n, errno.EIO, *ANY),
     "syncs from then on": lambda n: from_on(n, errno.EIO, "sync", "sync_names"),
     "no room once": lambda n: once(n, errno.ENOSPC, *WRITING),
-    "no room from then on": lambda n: from_on(n, errno.ENOSPC, *WRITING),
-    "quota from then on": lambda n: from_on(n, errno.EDQUOT, "create", "write"),
+    "no room from then on": lambda n: from_on(n, errno.EDQUOT, *WRITING),
 }
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "seed"), [*((fault, 6) for fault in FAULTS), ("any call once", 5), ("syncs from then on", 5)]
+)
 def test_an_error_at_any_call_loses_nothing(fault: str, seed: int) -> None:
     n, failed = 1, 0
     while True:
