@@ -26,9 +26,15 @@ def ranges_of(numbers: Iterable[int]) -> Ranges:
 
 def union(ranges: Ranges, more: Ranges) -> Ranges:
     """All numbers of both."""
-    for first, last in more:
-        ranges = _add(ranges, first, last)
-    return ranges
+    if len(more) == 1:
+        return _add(ranges, *more[0])
+    found: list[Range] = []
+    for first, last in sorted((*ranges, *more)):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return tuple(found)
 
 
 def overlap(ranges: Ranges, first: int, last: int) -> Ranges:
