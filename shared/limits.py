@@ -53,6 +53,8 @@ MAX_ROUND_MESSAGE_BYTES: Final = 32 * MIB
 """A task or its reply; what does not fit into a packet travels over HTTPS."""
 MAX_ROUND_ITEMS: Final = 4096
 MAX_ROUND_LIST: Final = 100_000
+MAX_ROUND_SAMPLES: Final = 2_000
+"""Of one family on one device. Averages are weighted by them, so a device that claims more is refused."""
 
 # Questions to the hub's larger model
 MAX_ESCALATED_BYTES: Final = 4 * MIB
