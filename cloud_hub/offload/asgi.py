@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from cloud_hub.ground import problems
-from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal
+from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal, Role
 from cloud_hub.ground.problems import NotAllowed, Throttled
 from cloud_hub.ground.rates import Buckets
 from cloud_hub.offload.desk import Answered, Ask, Desk, Overload
@@ -124,7 +124,7 @@ class OffloadApp:
             return await self._infer(scope, receive, target, principal, arrived_us)
         if target.ask == "server":
             return _json(oip_terms.encode_server(name="outrider-hub", version=version("outrider")))
-        release = await self._desk.describe(target.model, target.version)
+        release = await self._desk.describe(target.model, target.version, candidates=_may_ask_candidates(principal))
         if target.ask == "model_ready":
             return Reply(200)
         return _json(
@@ -157,6 +157,7 @@ class OffloadApp:
                     payload=request.payload,
                     arrived_us=arrived_us,
                     deadline_us=arrived_us + deadline_ms * 1000,
+                    candidates=_may_ask_candidates(principal),
                 )
             )
             return _answer_reply(request, answered)
@@ -221,6 +222,11 @@ class _Held:
         """Hold nothing."""
         self._app.hold(self._actor, -self._bytes)
         self._bytes = 0
+
+
+def _may_ask_candidates(principal: Principal) -> bool:
+    """People try out what is built; devices get what was published (registry.py says why)."""
+    return principal.role is not Role.DEVICE
 
 
 async def _read_body(receive: Receive, headers: dict[bytes, bytes], held: _Held) -> bytes:

@@ -47,8 +47,8 @@ TIMER_US: Final = 2_000
 class Releases(Protocol):
     """Where models come from (`registry.Registry`)."""
 
-    async def find(self, family: str, version: str) -> Release:
-        """The release of this name; raises ModelError `model.unknown`."""
+    async def find(self, family: str, version: str, *, candidates: bool) -> Release:
+        """The release of this name, published unless candidates may be meant; raises ModelError `model.unknown`."""
         ...
 
     def files(self, manifest: Manifest) -> Files:
@@ -123,9 +123,9 @@ class Desk:
             await asyncio.sleep(LAG_EVERY_US / 1e6)
             self._lag_us = max(0, self._now_us() - began_us - LAG_EVERY_US - TIMER_US)
 
-    async def describe(self, model: str, version: str) -> Release:
-        """The release behind a name; raises ModelError `model.unknown`."""
-        return await self._releases.find(model, version)
+    async def describe(self, model: str, version: str, *, candidates: bool) -> Release:
+        """The release behind a name, published unless candidates may be meant; raises ModelError `model.unknown`."""
+        return await self._releases.find(model, version, candidates=candidates)
 
     async def infer(self, ask: Ask) -> Answered:
         """Answer.
@@ -135,7 +135,7 @@ class Desk:
             ModelError: there is no such model, or it cannot be loaded or run.
             Overload: the answer could not be in time, or too much waits.
         """
-        release = await self._releases.find(ask.model, ask.version)
+        release = await self._releases.find(ask.model, ask.version, candidates=ask.candidates)
         signature = release.manifest.signature
         rows = check_inputs(signature, ask.inputs, sum(len(data) for data in ask.payload))
         if rows > MAX_REQUEST_ROWS:

@@ -47,6 +47,7 @@ class Ask:
         model, version: a family and a version of it, empty for the one that is served.
         inputs, payload: heads and their elements, one buffer each.
         arrived_us, deadline_us: on the desk's clock.
+        candidates: whether a release that is built and not published may answer.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Ask:
     payload: tuple[Buffer, ...]
     arrived_us: int
     deadline_us: int
+    candidates: bool = False
 
 
 class Figures:

@@ -393,6 +393,28 @@ def test_only_who_is_known_gets_in_and_is_not_looked_up_each_time() -> None:
     story(work, gate=gate)
 
 
+def test_devices_get_answers_of_published_releases_only_and_people_of_candidates_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(app: OffloadApp, desk: Desk) -> None:
+        found: list[bool] = []
+        inner = Shelf.find
+
+        async def find(shelf: Shelf, family: str, version: str, *, candidates: bool) -> Any:
+            found.append(candidates)
+            return await inner(shelf, family, version, candidates=candidates)
+
+        monkeypatch.setattr(Shelf, "find", find)
+        body = json.dumps(JSON_BODY).encode()
+        for given in ({"headers": {"authorization": "Bearer good"}}, {"certificate": b"der"}):
+            assert (await call(app, "POST", INFER, body, **given)).status == 200
+            for path in ("/v2/models/sign", "/v2/models/sign/ready"):
+                assert (await call(app, "GET", path, **given)).status == 200
+        assert found == [True] * 3 + [False] * 3
+
+    story(work, gate=StrictGate())
+
+
 def test_other_paths_are_the_other_applications() -> None:
     async def other(scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 299, "headers": []})
