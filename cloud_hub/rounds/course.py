@@ -89,11 +89,16 @@ class Course:
             session.replied(message)
 
     def open(self, active: set[str]) -> None:
-        """Make the room's folder and remove those of runs that have ended; blocks, once, before anything else."""
+        """Make the room's folder; blocks, once, before anything else.
+
+        Folders of runs that have ended are removed, and what uploads left that a killed hub was taking.
+        """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in self._root.iterdir():
             if folder.name not in active and folder.name not in self._looking:
                 shutil.rmtree(folder, ignore_errors=True)
+        for unfinished in self._root.glob("*/*.part"):
+            unfinished.unlink(missing_ok=True)
 
     async def hold(self, run: str) -> None:
         """See one run to its end, however often its worker has to be started, and whatever fails meanwhile."""

@@ -80,22 +80,28 @@ def releases_without_the_base() -> Any:
     return SimpleNamespace(blobs=None, catalogue=SimpleNamespace(get=get))
 
 
-def hold(database: Moody, folder: Path) -> RunRow:
-    """Hold the run to its end; returns how it ended."""
+def make_course(database: Moody, folder: Path) -> Course:
+    """The way of runs in a fleet without devices."""
 
     async def present(_spec: Any) -> Any:
         return ()
 
+    return Course(
+        folder,
+        database=database,
+        clock=SystemClock(),
+        counts=Counts(Metrics()),
+        post=None,  # type: ignore[arg-type]
+        releases=releases_without_the_base(),
+        present=present,
+    )
+
+
+def hold(database: Moody, folder: Path) -> RunRow:
+    """Hold the run to its end; returns how it ended."""
+
     async def go() -> RunRow:
-        made = Course(
-            folder,
-            database=database,
-            clock=SystemClock(),
-            counts=Counts(Metrics()),
-            post=None,  # type: ignore[arg-type]
-            releases=releases_without_the_base(),
-            present=present,
-        )
+        made = make_course(database, folder)
         made.open({RUN})
         async with asyncio.timeout(20):
             await made.hold(RUN)
@@ -150,3 +156,12 @@ def test_a_database_that_refuses_at_the_start_is_asked_again(database: Moody, tm
 
     assert asyncio.run(go()).state == "failed"
     assert database.refused == ["read", "read"]
+
+
+def test_a_start_removes_what_ended_runs_and_broken_uploads_left(database: Moody, tmp_path: Path) -> None:
+    for name in (f"{RUN}/a.part", f"{RUN}/a.reply", f"{RUN}/round-1.checkpoint", "r-ended/a.reply"):
+        (tmp_path / "rounds" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rounds" / name).touch()
+    make_course(database, tmp_path / "rounds").open({RUN})
+    left = {str(path.relative_to(tmp_path / "rounds")) for path in (tmp_path / "rounds").rglob("*")}
+    assert left == {RUN, f"{RUN}/a.reply", f"{RUN}/round-1.checkpoint"}
