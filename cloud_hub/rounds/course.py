@@ -281,7 +281,7 @@ class Course:
         def work(conn: Connection) -> bool:
             moved = tables.set_state(conn, run, state, at_ms=at_ms, code=code, reason=reason, hint=hint)
             if moved:
-                tables.close_tasks(conn, run)
+                tables.drop_tasks(conn, run)
                 audit.record(
                     conn,
                     at_ms=at_ms,

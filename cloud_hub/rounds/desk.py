@@ -188,7 +188,7 @@ class Desk:
                 conn, run, "stopped", at_ms=at_ms, code="rounds.stopped", reason=f"stopped by {actor}"
             )
             if moved:
-                tables.close_tasks(conn, run)
+                tables.drop_tasks(conn, run)
                 audit.record(conn, at_ms=at_ms, actor=actor, action="round.stopped", subject=f"round:{run}")
             return moved
 

@@ -23,7 +23,7 @@ from cloud_hub.ground import arrivals
 from cloud_hub.ground.arrivals import Arrival
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.refusals import NotFound, Throttled
-from cloud_hub.rounds import tables
+from cloud_hub.rounds import rules, tables
 from cloud_hub.rounds.counts import Counts
 from cloud_hub.rounds.tables import TaskRow
 from shared import limits
@@ -61,6 +61,9 @@ class Inbox:
         """Take an answer from a message; raises ProtocolViolation for one that nobody asked for."""
         task = await self._task(device, run=reply.run, message=reply.message)
         if task is None:
+            if await self._is_past(device, run=reply.run, message=reply.message):
+                self._counts.replies.labels("late").inc()
+                return
             self._counts.replies.labels("unknown").inc()
             raise ProtocolViolation("an answer to what was not asked", code="protocol.unexpected")
         if reply.blob:
@@ -86,6 +89,9 @@ class Inbox:
         """
         task = await self._task(device, run=run, message=message)
         if task is None:
+            if await self._is_past(device, run=run, message=message):
+                self._counts.replies.labels("late").inc()
+                raise Conflict("the round is over", code="conflict.round_over")
             self._counts.replies.labels("unknown").inc()
             raise NotFound("there is no such task for this device", code="not_found.round_task")
         if not 0 < length <= limits.MAX_ROUND_MESSAGE_BYTES:
@@ -145,6 +151,14 @@ class Inbox:
             return None
         task = await self._database.read(lambda conn: tables.find_task(conn, message))
         return task if task is not None and task.device == device and task.run == run else None
+
+    async def _is_past(self, device: DeviceId, *, run: str, message: str) -> bool:
+        """Whether this was the device's task in a round that is so long over that its row is gone."""
+        number = rules.round_of(message, run=run, node=rules.node_of(device))
+        if number is None:
+            return False
+        row = await self._database.read(lambda conn: tables.find_run(conn, run))
+        return row is not None and (number <= row.round or row.state not in rules.ACTIVE)
 
     async def _keep(self, task: TaskRow, *, content: bytes | None, file: str, length: int) -> bool:
         at_ms = self._clock.wall_ms()

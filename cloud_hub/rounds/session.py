@@ -246,9 +246,12 @@ class Session:
         at_ms = self._around.clock.wall_ms()
 
         def work(conn: Connection) -> None:
+            row = tables.find_run(conn, self._run)
+            if row is None or row.state != "running":
+                raise RunFailed("the run has ended meanwhile", code="rounds.ended")
             devices = tables.devices_of(conn, nodes.values())
             tasks = {message: (node, devices[node]) for message, node in nodes.items()}
-            tables.add_tasks(conn, self._run, group, tasks, at_ms=at_ms)
+            tables.add_tasks(conn, self._run, group, tasks, number=frame.round, at_ms=at_ms)
 
         await self._around.database.write(work)
         return letters

@@ -22,6 +22,7 @@ from cloud_hub.rounds.course import Course
 from cloud_hub.rounds.rules import Head
 from cloud_hub.rounds.tables import RunRow
 from shared.errors import StorageError
+from shared.ids import DeviceId
 from tests.fakes.hub_parts import hub_database
 from tests.fakes.round_room import spec
 
@@ -165,3 +166,10 @@ def test_a_start_removes_what_ended_runs_and_broken_uploads_left(database: Moody
     make_course(database, tmp_path / "rounds").open({RUN})
     left = {str(path.relative_to(tmp_path / "rounds")) for path in (tmp_path / "rounds").rglob("*")}
     assert left == {RUN, f"{RUN}/a.reply", f"{RUN}/round-1.checkpoint"}
+
+
+def test_a_run_that_ends_takes_its_tasks_along(database: Moody, tmp_path: Path) -> None:
+    task = {f"{RUN}-1t1-0000000000000001": (1, DeviceId("dev-1"))}
+    database.real.write_now(lambda conn: tables.add_tasks(conn, RUN, "1t1", task, number=1, at_ms=1))
+    assert hold(database, tmp_path / "rounds").state == "failed"
+    assert database.real.read_now(lambda conn: tables.tasks_of(conn, RUN, "1t1")) == []

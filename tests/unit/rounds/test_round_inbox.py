@@ -15,7 +15,7 @@ from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import Throttled
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.rounds import inbox as inbox_room
-from cloud_hub.rounds import tables
+from cloud_hub.rounds import rules, tables
 from cloud_hub.rounds.counts import Counts
 from cloud_hub.rounds.inbox import Inbox
 from cloud_hub.rounds.rules import Head
@@ -77,7 +77,7 @@ class Place:
 
         def work(conn: Any) -> None:
             tables.add_run(conn, RUN, spec=spec(), head=Head(features="r", width=2, classes=2), at_ms=1, actor="test")
-            tables.add_tasks(conn, RUN, "1t1", {m: (n, DEVICE) for n, m in enumerate(MESSAGES)}, at_ms=1)
+            tables.add_tasks(conn, RUN, "1t1", {m: (n, DEVICE) for n, m in enumerate(MESSAGES)}, number=1, at_ms=1)
 
         database.write_now(work)
 
@@ -222,5 +222,40 @@ def test_a_run_that_has_ended_meanwhile_takes_nothing(place: Place) -> None:
         assert place.files() == {}
         with pytest.raises(Conflict):
             await place.inbox.upload(DEVICE, run=RUN, message=MESSAGES[0], length=2, pieces=Pieces())
+
+    story(work)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["rounds later", "after the run"])
+def test_an_answer_to_a_task_that_is_forgotten_is_late_and_no_violation(place: Place, ended: bool) -> None:
+    """Its row is gone: its name, its device and how far the run has come say what it was."""
+    mine = rules.message_of(RUN, number=2, phase="train", attempt=1, node=rules.node_of(DEVICE))
+    future = rules.message_of(RUN, number=4, phase="train", attempt=1, node=rules.node_of(DEVICE))
+    others = rules.message_of(RUN, number=2, phase="train", attempt=1, node=rules.node_of(DeviceId("dev-2")))
+
+    async def answer(message: str) -> str:
+        reply = RoundReply(run=RUN, message=message, content=b"x")
+        try:
+            await place.inbox.replied(DEVICE, envelope_of(reply, device=DEVICE), reply)
+        except OutriderError as error:
+            return error.code
+        return "taken or late"
+
+    async def work(_group: asyncio.TaskGroup) -> None:
+        def go_on(conn: Any) -> None:
+            conn.execute(tables.round_runs.update().values(round=3))
+            tables.drop_tasks(conn, RUN)
+            if ended:
+                tables.set_state(conn, RUN, "stopped", at_ms=2)
+
+        await place.database.write(go_on)
+        assert await answer(mine) == "taken or late"
+        assert await answer(others) == "protocol.unexpected"
+        assert await answer(future) == ("taken or late" if ended else "protocol.unexpected")
+        for nonsense in (f"{RUN}-", f"{RUN}-2t1-xyz", f"{RUN}-2q1-{rules.node_of(DEVICE):016x}", "", "r-other-1t1-1"):
+            assert await answer(nonsense) == "protocol.unexpected"
+        assert await place.upload(Pieces(), length=1, message=mine) == "conflict.round_over"
+        assert await place.upload(Pieces(), length=1, message=others) == "not_found.round_task"
+        assert place.told == []
 
     story(work)

@@ -147,7 +147,7 @@ async def serving(one: Session) -> AsyncIterator[asyncio.Task[Any]]:
 async def _outcome(one: Session) -> Any:
     try:
         return await one.serve()
-    except (WorkerLost, ProtocolViolation) as error:
+    except (WorkerLost, ProtocolViolation, session.RunFailed) as error:
         return error
 
 
@@ -231,6 +231,17 @@ def test_a_worker_that_asks_while_it_is_to_wait_has_lost_its_place(place: Place)
             await place.until_sent(3)
             place.ask()
             assert isinstance(await task, ProtocolViolation)
+
+    asyncio.run(work())
+
+
+def test_a_run_that_was_stopped_meanwhile_asks_nobody(place: Place) -> None:
+    async def work() -> None:
+        await place.database.write(lambda conn: tables.set_state(conn, RUN, "stopped", at_ms=2))
+        place.ask()
+        async with serving(place.session) as task:
+            assert isinstance(await task, session.RunFailed)
+        assert place.post.sent == []
 
     asyncio.run(work())
 
