@@ -16,7 +16,7 @@ from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from cloud_hub.ground.folder import sync
+from cloud_hub.files import sync
 from shared.errors import InvalidValue, StorageError, StorageFull, TransferCorrupt
 from shared.ids import Digest
 

@@ -16,9 +16,9 @@ from collections.abc import AsyncIterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloud_hub.files import sync
 from cloud_hub.ground import arrivals
 from cloud_hub.ground.arrivals import BUFFER_BYTES, Arrival
-from cloud_hub.ground.folder import sync
 from shared import limits
 from shared.errors import InvalidValue, StorageError, TransferCorrupt
 from shared.ids import Digest

@@ -340,7 +340,7 @@ class Session:
         await self._worker.send(frames.Stored())
 
     def _tidy(self, kept: str) -> None:
-        """Remove older checkpoints and the answers of the round that is over."""
-        for file in (*self._folder.glob("*.checkpoint"), *self._folder.glob("*.reply")):
+        """Remove older checkpoints, what killed workers left of others, and the answers of the round that is over."""
+        for file in (file for ending in ("checkpoint", "new", "reply") for file in self._folder.glob(f"*.{ending}")):
             if file.name != kept:
                 file.unlink(missing_ok=True)
