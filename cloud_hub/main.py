@@ -29,7 +29,7 @@ from cloud_hub.ground import migrate, tlsport, transport
 from cloud_hub.ground.broker import Broker, BrokerSettings
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
-from cloud_hub.ground.courier import HubCourier, Inbound, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.readiness import notify
@@ -75,6 +75,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 authority=authority,
                 metrics=Metrics(),
                 bus=Bus(),
+                link=Link(clock),
                 keys=online_keys(config),
             )
             try:
@@ -158,7 +159,8 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
                 broker_task = broker_group.create_task(broker.run(ready=broker_up))
                 await broker_up.wait()
             try:
-                reload = broker.reload if settings is not None else _nothing
+                # An external broker's certificates are its owner's affair.
+                reload = broker.reload if settings is not None else lambda: None
                 return await _serve_rooms(
                     foundation, listener=listener, stop=stop, announce=announce, manager=manager, reload_broker=reload
                 )
@@ -184,7 +186,7 @@ async def _serve_rooms(
     def deliver(message: Inbound) -> None:
         inbox[0].put(message)
 
-    courier = HubCourier(_link_settings(config), on_message=deliver, metrics=foundation.metrics)
+    courier = HubCourier(_link_settings(config), on_message=deliver, metrics=foundation.metrics, link=foundation.link)
     house = compose(foundation, publish=courier.publish, parts=lambda: {"broker": courier.is_connected})
     inbox.append(house.switchboard)
     house.releases.open()
@@ -216,10 +218,6 @@ async def _serve_rooms(
         for task in tasks:
             task.cancel()
     return status
-
-
-def _nothing() -> None:
-    """An external broker's certificates are its owner's affair."""
 
 
 async def _announce(

@@ -38,6 +38,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -175,8 +176,8 @@ def _answering(
     return Answering(
         clock=clock,
         models=models,
-        uplink=uplink,
         escalation=escalation,
+        recording=Recording(clock=clock, uplink=uplink),
         cache_entries=config.cache.entries,
         cache_bytes=config.cache.bytes,
     )

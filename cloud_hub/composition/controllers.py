@@ -38,6 +38,7 @@ def rollouts(
         releases=releases,
         figures=telemetry,
         bus=foundation.bus,
+        link=foundation.link.up_since_ms,
     )
 
 

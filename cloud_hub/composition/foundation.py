@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cloud_hub.config import HubConfig
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
+from cloud_hub.ground.courier import Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.releases.desk import OnlineKeys
@@ -23,4 +24,5 @@ class Foundation:
     authority: Authority
     metrics: Metrics
     bus: Bus
+    link: Link
     keys: OnlineKeys

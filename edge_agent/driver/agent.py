@@ -83,8 +83,9 @@ class Agent:
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
+        self._rounds.start()
         self._inbox.post(ReconcileDue())
-        self._works.start("record", self._answering.record())
+        self._works.start("record", self._answering.recording.run())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -99,7 +100,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
-        await self._answering.record_rest()
+        self._answering.close()
+        await self._answering.recording.finish()
         self._loop.end()
         await self._uplink.say_goodbye()
         await self._rounds.stop()

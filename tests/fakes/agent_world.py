@@ -18,6 +18,7 @@ from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
+from edge_agent.driver.recording import Recording
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -297,10 +298,10 @@ class AgentWorld:
         self.answering = Answering(
             clock=self.clock,
             models=self.models,
-            uplink=self.uplink,
             escalation=Escalation(
                 cloud=self.cloud, policy=self.policy, clock=self.clock, loop=loop, uplink=self.uplink
             ),
+            recording=Recording(clock=self.clock, uplink=self.uplink),
             cache_entries=self.cache_entries,
             cache_bytes=2**20,
         )
@@ -346,7 +347,7 @@ class AgentWorld:
 
     async def ask(self, request: Request, payload: bytes = b"") -> Reply:
         """One request through the door's handler."""
-        reply, _ = await self.service.handle(request, payload)
+        reply, _ = await self.service.handle(request, payload, asyncio.get_running_loop().time())
         return reply
 
     async def infer(self, request_id: str = "", *, rows: int = 1) -> Reply:

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0009_round_tasks"
-down_revision = "0007_rounds"
+down_revision = "0008_rollout_cohorts"
 branch_labels = None
 depends_on = None
 
