@@ -57,6 +57,8 @@ MAX_ROUND_ITEMS: Final = 4096
 MAX_ROUND_LIST: Final = 100_000
 MAX_ROUND_FIELDS: Final = 250_000
 """Fields and whole numbers of lists of one message together, as often as they are looked at: a fifth of a second."""
+MAX_ROUND_SAMPLES: Final = 2_000
+"""Of one family on one device. Averages are weighted by them, so a device that claims more is refused."""
 
 # Questions to the hub's larger model
 MAX_ESCALATED_BYTES: Final = 4 * MIB

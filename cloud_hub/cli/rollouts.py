@@ -19,10 +19,11 @@ from cloud_hub.cli import screen
 from cloud_hub.cli.answers import parse_release, read
 from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
-from cloud_hub.cli.hub import Document, Hub, HubRefused
+from cloud_hub.cli.following import follow
+from cloud_hub.cli.hub import Document, Hub
 from cloud_hub.cli.listing import moment, watch
 from cloud_hub.cli.system import SystemClock
-from shared.errors import InvalidValue, Unreachable
+from shared.errors import InvalidValue
 from shared.rollout import ENDED, UNHEALTHY, Condition, Phase, Reading, parse_spec
 
 POLL_MS: Final = 1000
@@ -252,34 +253,29 @@ def _told(document: Document, arguments: argparse.Namespace, done: str) -> Exit:
 
 
 def _follow(hub: Hub, document: Document, arguments: argparse.Namespace) -> Exit:
-    """Look until it has ended; a hub that is away for a while (a restart) is waited for."""
-    clock = SystemClock()
+    """Look until it has ended, and tell of what changes."""
     timeout_s: int = arguments.timeout or A_DAY_S
-    until_ms = clock.mono_ms() + timeout_s * 1000
     said = ""
-    while True:
-        rollout = read(document, Rollout, what="rollout")
+
+    def look(seen: Document) -> bool:
+        nonlocal said
+        rollout = read(seen, Rollout, what="rollout")
         line = _line(rollout)
         if line != said:
             screen.note(line)
             said = line
-        if rollout.phase in ENDED:
-            break
-        if clock.mono_ms() >= until_ms:
-            raise CommandFailed(
-                f"{rollout.id} is still {rollout.phase.value} after {timeout_s} s",
-                status=Exit.STILL_RUNNING,
-                code="timeout.rollout",
-                hint=f"outrider rollout status {rollout.id} --wait",
-            )
-        clock.wait_ms(POLL_MS)
-        try:
-            document = hub.get(f"/v1/rollouts/{_id(rollout.id)}", Document)
-        except Unreachable:
-            continue
-        except HubRefused as error:
-            if error.status is not Exit.UNREACHABLE:
-                raise
+        return rollout.phase in ENDED
+
+    path = f"/v1/rollouts/{_id(read(document, Rollout, what='rollout').id)}"
+    document = follow(hub, path, document, ended=look, wait_s=timeout_s, poll_ms=POLL_MS)
+    rollout = read(document, Rollout, what="rollout")
+    if rollout.phase not in ENDED:
+        raise CommandFailed(
+            f"{rollout.id} is still {rollout.phase.value} after {timeout_s} s",
+            status=Exit.STILL_RUNNING,
+            code="timeout.rollout",
+            hint=f"outrider rollout status {rollout.id} --wait",
+        )
     if arguments.json:
         screen.show_json(document)
     else:

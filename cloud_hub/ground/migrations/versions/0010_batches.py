@@ -19,7 +19,7 @@ from shared.wire.columns import decode_columns, encode_columns
 from shared.wire.messages import digest_of
 
 revision = "0010_batches"
-down_revision = "0008_rollout_cohorts"
+down_revision = "0009_round_tasks"
 branch_labels = None
 depends_on = None
 
