@@ -15,8 +15,10 @@ def upgrade() -> None:
     """Add the column, filled from the attempts' names (`12t1` is of round 12), and its index."""
     op.add_column("round_tasks", sa.Column("round", sa.Integer, nullable=False, server_default="0"))
     # SQLite takes the digits that a text begins with by itself, PostgreSQL wants to be asked for them.
-    number = "grouping" if op.get_bind().dialect.name == "sqlite" else "substring(grouping from '^[0-9]+')"
-    op.execute(f"UPDATE round_tasks SET round = CAST({number} AS INTEGER)")
+    if op.get_bind().dialect.name == "sqlite":
+        op.execute("UPDATE round_tasks SET round = CAST(grouping AS INTEGER)")
+    else:
+        op.execute("UPDATE round_tasks SET round = CAST(substring(grouping from '^[0-9]+') AS INTEGER)")
     op.create_index("ix_round_tasks_newest", "round_tasks", ["run", "round", "asked_ms"])
 
 
