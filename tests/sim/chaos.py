@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from edge_agent.core.journal import JournalBounds
 from shared.telemetry import RecordClass
 from tests.sim.device import Machine
-from tests.sim.disk import Strike
+from tests.sim.disk import SimDisk, Strike
 from tests.sim.heap import World
 from tests.sim.hub import Hub
 from tests.sim.net import Broker
@@ -30,6 +30,7 @@ class Chaos:
         self._machines = machines
         self._hubs = hubs
         self._broker = broker
+        self._images: dict[str, SimDisk] = {}
 
     def begin(self) -> None:
         """Plan the first of each kind."""
@@ -103,12 +104,29 @@ class Chaos:
                 machine.power_off(for_ms=2_000)
                 machine.disk.wipe()
                 machine.truth.taken_away(machine.name)
+                self._images.pop(machine.name, None)
                 self._world.say(machine.name, "has a new disk")
+            case Trouble.OLD_DISK:
+                self._set_back(machine)
             case Trouble.BURST:
                 for _ in range(random.randrange(10, 40)):
                     machine.put(RecordClass(random.randrange(4)), random.randrange(200))
             case _:
                 raise AssertionError(trouble)
+
+    def _set_back(self, machine: Machine) -> None:
+        """Take an image; the next time, write it back."""
+        image = self._images.pop(machine.name, None)
+        if image is None:
+            image = SimDisk(random=self._world.random)
+            image.replace_with(machine.disk)
+            if any(name.startswith("epoch-") for name in image.names()):
+                self._images[machine.name] = image
+            return
+        machine.power_off(for_ms=2_000)
+        machine.disk.replace_with(image)
+        machine.truth.was_set_back(machine.name)
+        self._world.say(machine.name, "is set back to an older image of its disk")
 
     def _kill_broker(self) -> None:
         if self._broker.up:

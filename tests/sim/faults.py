@@ -11,7 +11,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from cloud_hub.telemetry import taking
 from cloud_hub.telemetry.taking import Received
+from tests.fakes.telemetry_store import MemoryTransaction
 from tests.sim import faulty_journal as journal
 from tests.sim import faulty_parts as wrong
 from tests.sim import hub as hub_module
@@ -37,6 +39,16 @@ def _gaps_over_records() -> tuple[Patch, ...]:
     """What is here is not looked at when a gap is taken."""
     lost = property(lambda self: tuple((one.first, one.last) for one in self.lost))
     return (Patch(Received, "settled", lambda _: lost),)
+
+
+def _conflicts_dropped() -> tuple[Patch, ...]:
+    """What is stored under a number is not compared."""
+    return (Patch(taking, "_records_of", lambda _: lambda rows: {}),)
+
+
+def _epochs_untold() -> tuple[Patch, ...]:
+    """Notes are written of nothing."""
+    return (Patch(MemoryTransaction, "note", lambda _: lambda self, note, *, at_ms: None),)
 
 
 FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
@@ -132,6 +144,11 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
         "gap_over_records": _fault(
             "a gap counts records that are here", "fullness", "twice", _gaps_over_records()
         ),
+        "conflict_dropped": _fault(
+            "a record that differs under a known number counts as a duplicate", "copies", "lost reported",
+            _conflicts_dropped(),
+        ),
+        "epoch_untold": _fault("a lost store is not told", "copies", "reported", _epochs_untold()),
         # Releases
         "any_version": _fault(
             "an older assignment is accepted", "slots", "floors", slots=wrong.TrustsAnyVersion

@@ -10,11 +10,12 @@ The store is the fake that passes the same contract suite as SQLite and PostgreS
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
 from cloud_hub.telemetry.rules import TelemetryRefused, open_batch
-from cloud_hub.telemetry.taking import take_all
+from cloud_hub.telemetry.taking import CONFLICT, NEW_EPOCH, take_all
 from shared.ids import DeviceId
 from shared.wire.messages import Ack, Verdict
 from tests.fakes.telemetry_store import MemoryTelemetry, MemoryTransaction
@@ -201,3 +202,20 @@ def what_is_stored(site: Site, token_of: Callable[[Any], int]) -> tuple[Any, Any
         if numbers != {number for number, _ in stored.get(name, ())} or known.records != len(numbers):
             raise Violation("twice", f"the hub's account of {name} is not what its rows hold")
     return stored, gaps
+
+
+def check_reports(site: Site) -> None:
+    """Another epoch of a device, and a conflict, each is told once; raises Violation."""
+    told = Counter((note.device, note.action) for note in site.store.notes)
+    epochs: dict[str, set[str]] = {}
+    conflicts: Counter[str] = Counter()
+    for stream, known in site.store.received.items():
+        epochs.setdefault(stream.device, set()).add(stream.epoch)
+        conflicts[stream.device] += known.conflicts > 0
+    for device, mine in epochs.items():
+        if told[DeviceId(device), NEW_EPOCH] != len(mine) - 1:
+            raise Violation("reported", f"{device} had {len(mine)} epochs: {told}")
+        if told[DeviceId(device), CONFLICT] != conflicts[device]:
+            raise Violation("reported", f"{device} had conflicts in {conflicts[device]} streams: {told}")
+        site.truth.reached["epochs"] += len(mine) - 1
+        site.truth.reached["conflicts"] += conflicts[device]

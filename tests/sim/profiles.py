@@ -40,6 +40,7 @@ class Trouble(Enum):
     SYNC = "the wall clock is put right, or is no longer known to be"
     ROT = "a bit on the disk changes"
     NEW_DISK = "the disk is replaced by an empty one"
+    OLD_DISK = "the disk is set back to an older image of itself"
     BURST = "many records come at once"
 
 
@@ -207,6 +208,13 @@ def _rot(random: Random) -> Plan:
     return replace(_calm(random), profile="rot", bounds=_bounds(random, segments=20), troubles=troubles)
 
 
+def _copies(random: Random) -> Plan:
+    """Disks that are replaced, and cards that are written back from an image."""
+    troubles = {Trouble.OLD_DISK: random.choice((5_000.0, 15_000.0)), Trouble.NEW_DISK: 60_000.0, Trouble.CUT: 15_000.0}
+    troubles |= {Trouble.POWER: 20_000.0, Trouble.KILL: 20_000.0}
+    return replace(_calm(random), profile="copies", bounds=_bounds(random, segments=20), troubles=troubles)
+
+
 def _clocks(random: Random) -> Plan:
     ttl_ms = random.choice((20_000, 60_000, 200_000))
     classes = random.sample([RecordClass.OUTCOME, RecordClass.RESULT, RecordClass.READING], 2)
@@ -278,6 +286,7 @@ PROFILES: Final[Mapping[str, Callable[[Random], Plan]]] = MappingProxyType(
         "fullness": _fullness,
         "io_errors": _io_errors,
         "rot": _rot,
+        "copies": _copies,
         "clocks": _clocks,
         "fleet": _fleet,
         "slots": _slots,

@@ -21,7 +21,7 @@ from tests.sim.chaos import Chaos
 from tests.sim.device import TICK_MS, Machine, Process
 from tests.sim.disk import SimDisk
 from tests.sim.heap import World
-from tests.sim.hub import Hub, Site, what_is_stored
+from tests.sim.hub import Hub, Site, check_reports, what_is_stored
 from tests.sim.net import Broker
 from tests.sim.parts import Parts, check_durable, token_of
 from tests.sim.profiles import Plan, plan_of
@@ -121,6 +121,7 @@ class House:
             machine.check()
         stored, gaps = what_is_stored(self.site, token_of)
         self.truth.judge(stored, gaps, self._aside())
+        check_reports(self.site)
 
     def _aside(self) -> dict[Stream, set[int]]:
         found: dict[Stream, set[int]] = {}

@@ -18,7 +18,7 @@ SEEDS = 2_000
 PART = 100
 REACHED = (
     "effects", "doubtful_effects", "lost", "sent_again", "batches_again", "buried",
-    "gap.evicted", "gap.expired", "gap.dropped", "gap.damaged",
+    "refused", "conflicts", "epochs", "gap.evicted", "gap.expired", "gap.dropped", "gap.damaged",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def test_every_property_holds_in_each_profile(profile: str) -> None:
 
 def test_the_worlds_reach_what_they_are_made_for() -> None:
     total = Counter[str]()
-    for profile in ("power", "fullness", "network", "clocks", "rot"):
+    for profile in ("power", "fullness", "network", "clocks", "rot", "copies"):
         for seed in range(30):
             total.update(run(profile, seed).figures)
     assert [name for name in REACHED if not total[name]] == []

@@ -12,7 +12,7 @@ The properties, each with the name under which a failing seed reports it:
 - `undurable`: nothing is sent that a power cut at that moment could take back.
 - `boundaries`: a batch that is sent again has the same numbers and digest; batches that were sent do not overlap.
 - `settled`: nothing is let go before the hub has committed it, or refused it.
-- `refused`: the hub refuses nothing, unless a disk has rotted.
+- `refused`: the hub refuses nothing, unless a disk has rotted, or was set back so that numbers were given twice.
 - `order`: first effects of an epoch and class come in ascending order. This is promised as long as no message of the
   device vanished or was overtaken between its line and the hub's commit: a line that is cut loses only what comes last,
   and the device goes back to the oldest. With two hubs, a hub that dies with messages in its hands, or a publish that
@@ -23,6 +23,7 @@ The properties, each with the name under which a failing seed reports it:
   power cut.
 - `quota`: the files of the outbox never take more bytes than it was given; nothing is promised once the files were
   given another size, because those of the old size count like those of the new.
+- `reported`: the hub has told that a device's store is another one, and that two records have one number.
 - `epoch`: a store keeps its epoch until its disk is taken away.
 - `pending`: some time after the faults have stopped, nothing waits on any device.
 - `floors`, `unverified`, `quarantined`, `provisional`, `stuck`: the slots' (tests/sim/slots.py).
@@ -69,8 +70,10 @@ class StreamTruth:
         births: the same, when.
         batches: the batches that were sent, by first number.
         committed: numbers that the hub has, as effects or in gaps.
+        gapped: numbers of which the device told that they will not come.
         refused: numbers that the hub or the broker will never take, and that were buried.
         effects: numbers that had their effect; `highest` is the highest.
+        former: tokens that a number had before its disk was set back.
         is_gone: the disk was taken away, with whatever was on it.
     """
 
@@ -78,9 +81,11 @@ class StreamTruth:
     births: dict[int, Birth] = field(default_factory=dict)
     batches: dict[int, BatchId] = field(default_factory=dict)
     committed: set[int] = field(default_factory=set)
+    gapped: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
     effects: set[int] = field(default_factory=set)
     highest: int = 0
+    former: dict[int, set[int]] = field(default_factory=dict)
     is_gone: bool = False
 
 
@@ -92,6 +97,7 @@ class Truth:
         ttl_slack_ms: how much later than its time a record may still be loaded.
         unordered: devices of which a message vanished or was overtaken.
         rotten: devices whose disk has rotted.
+        set_back: devices whose disk was set back to an older image of it: they give numbers a second time.
         doubtful: tokens that were put and whose append did not return, or failed.
         reached: how often a situation came up that a good world of seeds must reach.
     """
@@ -102,6 +108,7 @@ class Truth:
         self.ttl_slack_ms = ttl_slack_ms
         self.unordered: set[str] = set()
         self.rotten: set[str] = set()
+        self.set_back: set[str] = set()
         self.doubtful: set[int] = set()
         self.accepted: dict[int, Stream] = {}
         self.epochs: dict[str, str] = {}
@@ -130,6 +137,18 @@ class Truth:
             if name == device:
                 stream.is_gone = True
 
+    def was_set_back(self, device: str) -> None:
+        """The device's disk is an older image of itself: what was on it is gone, and numbers are given again."""
+        self.set_back.add(device)
+        self.unordered.add(device)
+        for (name, _, _), stream in self.streams.items():
+            if name == device:
+                for number, token in stream.tokens.items():
+                    stream.former.setdefault(number, set()).add(token)
+                stream.tokens.clear()
+                stream.batches.clear()
+                stream.births.clear()
+
     def accepted_at(self, stream: Stream, first: int, tokens: Sequence[int], birth: Birth) -> None:
         """An append returned: these records are durable under these numbers."""
         truth = self.of(stream)
@@ -147,6 +166,7 @@ class Truth:
         truth = self.of((device, claim.epoch, claim.klass))
         if batch.gap is not None:
             self.reached[f"gap.{batch.gap.reason}"] += 1
+            truth.gapped.update(range(claim.first, claim.last + 1))
             if claim.klass == RecordClass.EVENT and batch.gap.reason in ("evicted", "expired"):
                 raise Violation("precious", f"{device} tells that events {claim.first}-{claim.last} {batch.gap.reason}")
             if batch.gap.reason == "damaged" and device not in self.rotten:
@@ -215,7 +235,7 @@ class Truth:
 
     def refused_by_hub(self, device: str, claim: BatchId, code: str) -> None:
         """The hub will never take this batch."""
-        if device not in self.rotten:
+        if device not in self.rotten and device not in self.set_back:
             raise Violation("refused", f"the hub refuses {_text(device, claim)}: {code}")
         self.reached["refused"] += 1
         self.buried(device, claim)
@@ -263,9 +283,11 @@ class Truth:
                     raise Violation("twice", f"record {token} has two effects")
                 seen.add(token)
                 known = truth.tokens.get(number)
-                if known is not None and known != token:
+                if known == token or token in truth.former.get(number, ()):
+                    continue
+                if known is not None and not (stream[0] in self.set_back and token in self.doubtful):
                     raise Violation("invented", f"{stream} {number} is record {known}, and the hub has {token}")
-                if known is None and token not in self.doubtful:
+                if token not in self.doubtful:
                     raise Violation("invented", f"{stream} {number} at the hub was given to nobody ({token})")
             self.reached["effects"] += len(numbers)
             self.reached["doubtful_effects"] += len(numbers - truth.tokens.keys())
@@ -276,10 +298,15 @@ class Truth:
         for stream, truth in self.streams.items():
             told = {n for first, last in gaps.get(stream, ()) for n in range(first, last + 1)}
             self.reached["lost"] += len(told)
-            here = {number for number, _ in stored.get(stream, ())}
+            here = dict(stored.get(stream, ()))
             if truth.is_gone:
                 continue
-            lost = sorted(truth.tokens.keys() - here - told - (truth.refused & aside.get(stream, set())))
+            excused = told | (truth.refused & aside.get(stream, set()))
+            if stream[0] in self.set_back:
+                excused |= truth.gapped  # the hub keeps what it has under a number that is told as lost
+            lost = sorted(
+                number for number, token in truth.tokens.items() if here.get(number) != token and number not in excused
+            )
             if lost:
                 raise Violation("lost", f"{stream} {lost[:8]} ({len(lost)}) are neither at the hub nor told as a gap")
 
