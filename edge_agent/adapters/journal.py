@@ -125,8 +125,11 @@ class Journal:
         with _translated():
             portion = chain.load(after=after, expired_ms=expired_ms)
             if portion is not None and chain.is_unsure and portion.last + 1 == chain.standing.next:
-                # What failed behind it would be found as a part of it one day: another file ends it for good.
-                self._add_segment(chain, moment)
+                # What failed behind it would be found as a part of it one day: another file ends it for good. Where
+                # that would take room from records it goes out all the same, because only that makes room; should it
+                # grow, the hub compares record by record.
+                with contextlib.suppress(StorageFull):
+                    self._add_segment(chain, moment, may_evict=False)
         self.is_dirty |= chain.standing.gaps is not before
         return portion
 
@@ -219,7 +222,7 @@ class Journal:
         wanted = self._bounds.segment_bytes + self._bounds.min_free_bytes
         return _files(self._chains.values(), self._spares) < self._bounds.segments and self._disk.free_bytes() >= wanted
 
-    def _add_segment(self, chain: Chain, moment: Moment) -> None:
+    def _add_segment(self, chain: Chain, moment: Moment, *, may_evict: bool = True) -> None:
         """Let the chain go on in another file: one that is spare, a new one, or one taken from records."""
         if any(len(one.segments) > 1 and one.stop(0) - 1 <= one.standing.settled for one in self._chains.values()):
             self._checkpoint(moment)
@@ -228,11 +231,11 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 self._disk.remove(str(chain.failed))
             chain.failed = None
-        held = self._room(chain, moment)
+        held = self._room(chain, moment, may_evict=may_evict)
         name = SegmentName(int(chain.klass), chain.standing.next, int.from_bytes(self._draw(4), "little"))
         try:
             if held is None:
-                held = self._create(str(name), chain, moment)
+                held = self._create(str(name), chain, moment, may_evict=may_evict)
             if held != str(name):
                 self._disk.rename(held, str(name))
                 held = str(name)
@@ -247,28 +250,30 @@ class Journal:
         self._syncs += 1
         chain.add(name)
 
-    def _room(self, chain: Chain, moment: Moment) -> str | None:
+    def _room(self, chain: Chain, moment: Moment, *, may_evict: bool) -> str | None:
         """A file that may be written over, None for a new one."""
         if len(chain.segments) >= self._bounds.quota(chain.klass):
-            if chain.klass is RecordClass.EVENT:
+            if chain.klass is RecordClass.EVENT or not may_evict:
                 raise _full(chain.klass)
             return self._evict(chain, moment)
         spare = self._spares.take()
         if spare is not None or self._has_room():
             return spare
-        return self._make_room(chain, moment)
+        return self._make_room(chain, moment, may_evict=may_evict)
 
-    def _create(self, name: str, chain: Chain, moment: Moment) -> str:
+    def _create(self, name: str, chain: Chain, moment: Moment, *, may_evict: bool) -> str:
         """Make a new file of this name; where the disk has no room after all, another file to write over."""
         try:
             self._spares.create(name)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return self._make_room(chain, moment)
+            return self._make_room(chain, moment, may_evict=may_evict)
         return name
 
-    def _make_room(self, chain: Chain, moment: Moment) -> str:
+    def _make_room(self, chain: Chain, moment: Moment, *, may_evict: bool) -> str:
+        if not may_evict:
+            raise _full(chain.klass)
         held = {klass: len(one.segments) for klass, one in self._chains.items()}
         loser = victim(held, chain.klass)
         if loser is not None:
