@@ -58,6 +58,11 @@ class Window:
         self._is_whole = len(self.data) < length
         self._name, self.start = name, offset
 
+    def has_grown(self, name: str) -> None:
+        """The file was written to: it may end later than it did."""
+        if name == self._name:
+            self._is_whole = False
+
 
 @dataclass(slots=True)
 class _Found:
@@ -144,8 +149,10 @@ class Chain:
             open_bytes += size
             begins = False
         data = frames[0] if len(frames) == 1 else b"".join(frames)
-        self._disk.write(str(segment), self.end, data)
-        self._disk.sync(str(segment))
+        name = str(segment)
+        self._disk.write(name, self.end, data)
+        self._window.has_grown(name)
+        self._disk.sync(name)
         first, self.next = self.next, number
         self.end += len(data)
         self.written_bytes += len(data)
