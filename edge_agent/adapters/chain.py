@@ -58,6 +58,11 @@ class Window:
         self._is_whole = len(self.data) < length
         self._name, self.start = name, offset
 
+    def has_grown(self, name: str) -> None:
+        """The file was written to: it may end later than it did."""
+        if name == self._name:
+            self._is_whole = False
+
 
 @dataclass(slots=True)
 class _Found:
@@ -150,6 +155,7 @@ class Chain:
         data = frames[0] if len(frames) == 1 else b"".join(frames)
         try:
             self._disk.write(str(segment), self.end, data)
+            self._window.has_grown(str(segment))
             self._disk.sync(str(segment))
         except OSError:
             self._leave_failed()

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from edge_agent.adapters.journal import Journal
-from edge_agent.core.frames import Cursor, encode_slot, newest_slot
+from edge_agent.core.frames import CURSOR_NAME, Cursor, encode_slot, newest_slot
 from edge_agent.core.journal import JournalBounds, Moment, store_time
 from edge_agent.core.standing import Standing
 from shared.errors import StorageError, StorageFull
@@ -166,3 +166,28 @@ def test_the_time_since_the_start_counts_for_what_was_written_last_before_it() -
     assert found is not None
     now = Moment("boot 2", 24_000, 0, False)
     assert store_time(found[1], newest_ms=56_000, now=now) == 80_000
+
+
+class UnmadeFiles(SimDisk):
+    """Files are as long as what was written to them: their making was interrupted."""
+
+    def create(self, name: str, size: int, *, zeroed: bool) -> None:
+        """Make an empty file."""
+        super().create(name, size if name == CURSOR_NAME else 0, zeroed=zeroed)
+
+
+def test_a_file_that_was_not_made_whole_is_read_to_its_new_end() -> None:
+    # Found as `spoiled` in "io_errors": cut within the padding of a frame, it was read to where it had ended before.
+    for seed in range(300):
+        disk = UnmadeFiles(random=Random(seed))
+        journal = opened(disk)
+        journal.append(READING, [(1, b"x" * 100)], moment=NOW)
+        disk.arm(Strike.KILL, calls_ahead=1)
+        with pytest.raises(ProcessKilled):
+            journal.append(READING, [(1, b"x" * 100)], moment=NOW)
+        journal = opened(disk)
+        numbers(journal)
+        number = journal.append(READING, [(1, b"y" * 100)], moment=NOW)
+        portion = journal.load(READING, after=number - 1, moment=NOW)
+        assert portion is not None
+        assert portion.reason is None
