@@ -11,10 +11,10 @@ from msgspec.structs import replace
 
 from edge_agent.core.journal import JournalBounds
 from shared.telemetry import RecordClass
-from tests.sim.device import Machine
 from tests.sim.disk import SimDisk, Strike
 from tests.sim.heap import World
 from tests.sim.hub import Hub
+from tests.sim.machine import Machine
 from tests.sim.net import Broker
 from tests.sim.profiles import Plan, Trouble
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
@@ -89,11 +90,13 @@ class SimDisk:
         calls: how many calls there were; `syncs` of them saved contents.
         used: bytes of all files, as programs see them; `most_used` is the highest that it ever was.
         capacity: bytes of the file system; `others` of them are taken by someone else.
+        told: is told of each call that changes something, for a trace.
     """
 
     def __init__(self, *, random: Random, capacity: int = 1 << 40, tearing: Tearing = Tearing.PREFIX) -> None:
         self.capacity = capacity
         self.others = 0
+        self.told: Callable[[str], None] | None = None
         self.tearing = tearing
         self.calls = 0
         self.syncs = 0
@@ -115,6 +118,8 @@ class SimDisk:
 
     def create(self, name: str, size: int, *, zeroed: bool) -> None:
         """Make a file of this size; one that was there is replaced."""
+        if self.told is not None:
+            self.told(f"create {name} {size}")
         struck = self._enter(changes=True, grows=True)
         before = self._files.get(name)
         freed = 0 if before is None else len(before.view)
@@ -137,6 +142,8 @@ class SimDisk:
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write all of it there, or raise; a failed or interrupted write leaves a part."""
+        if self.told is not None:
+            self.told(f"write {name} {offset}+{len(data)}")
         file = self._file(name)
         struck = self._enter(changes=True, file=file, offset=offset, data=data)
         if struck is Strike.KILL:
@@ -146,6 +153,8 @@ class SimDisk:
 
     def sync(self, name: str) -> None:
         """Return once the file's contents are on the disk."""
+        if self.told is not None:
+            self.told(f"sync {name}")
         file = self._file(name)
         struck = self._enter(changes=True, file=file)
         if struck is None or (struck is Strike.KILL and self._random.random() < 0.5):
@@ -160,6 +169,8 @@ class SimDisk:
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name, replacing what has it."""
+        if self.told is not None:
+            self.told(f"rename {old} {new}")
         struck = self._enter(changes=True)
         file = self._file(old)
         replaced = self._files.get(new)
@@ -170,6 +181,8 @@ class SimDisk:
 
     def remove(self, name: str) -> None:
         """Remove a file."""
+        if self.told is not None:
+            self.told(f"remove {name}")
         struck = self._enter(changes=True)
         file = self._file(name)
         self._name(NameChange(name, "", None))
@@ -178,6 +191,8 @@ class SimDisk:
 
     def sync_names(self) -> None:
         """Return once creations, renames and removals are on the disk."""
+        if self.told is not None:
+            self.told("sync names")
         struck = self._enter(changes=True)
         if struck is None or (struck is Strike.KILL and self._random.random() < 0.5):
             self._settle_names(len(self._changes))
@@ -292,6 +307,8 @@ class SimDisk:
         if strike is Strike.FULL and not (grows or data):
             return None
         self.disarm()
+        if self.told is not None:
+            self.told(f"here strikes: {strike.value}")
         if strike is Strike.POWER or strike is Strike.KILL:
             if changes:
                 return strike

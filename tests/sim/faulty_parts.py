@@ -15,10 +15,10 @@ from shared.release import Floors
 from shared.telemetry import BatchId, RecordClass
 from shared.wire.messages import Batch, Verdict
 from tests.fakes.telemetry_store import MemoryTransaction
-from tests.sim.device import Process
 from tests.sim.faulty_journal import LazyDisk
 from tests.sim.hub import Hub
 from tests.sim.net import Carried, Line
+from tests.sim.process import Process
 from tests.sim.slots import SlotLife
 
 LAZY_MS: Final = 400

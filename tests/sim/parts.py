@@ -18,11 +18,10 @@ from tests.sim.disk import SimDisk
 from tests.sim.truth import Truth, Violation
 
 if TYPE_CHECKING:
-    from tests.sim.device import Machine, Process
     from tests.sim.hub import Hub, Site
+    from tests.sim.machine import Machine
+    from tests.sim.process import Process
     from tests.sim.slots import Releases, SlotDisk, SlotLife
-
-RecordBytes = bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

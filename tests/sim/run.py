@@ -18,12 +18,13 @@ from edge_agent.adapters.journal import Journal
 from shared.limits import MIB
 from shared.telemetry import RecordClass
 from tests.sim.chaos import Chaos
-from tests.sim.device import TICK_MS, Machine, Process
 from tests.sim.disk import SimDisk
 from tests.sim.heap import World
 from tests.sim.hub import Hub, Site, check_reports, what_is_stored
+from tests.sim.machine import Machine
 from tests.sim.net import Broker
 from tests.sim.parts import Parts, check_durable, token_of
+from tests.sim.process import TICK_MS, Process
 from tests.sim.profiles import Plan, plan_of
 from tests.sim.slots import BAD, GOOD, Releases, SlotLife
 from tests.sim.truth import Stream, Truth, Violation

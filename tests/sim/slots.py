@@ -63,7 +63,8 @@ from tests.machines.slot_parts import FAMILY, PROBATION, empty_slot, model
 from tests.sim.truth import Violation
 
 if TYPE_CHECKING:
-    from tests.sim.device import Machine, Process
+    from tests.sim.machine import Machine
+    from tests.sim.process import Process
 
 ASK_MS: Final = 700
 """How often an application asks a model on trial."""

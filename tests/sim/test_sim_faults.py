@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.sim.faults import FAULTS
+from tests.sim.profiles import PROFILES
 from tests.sim.run import HONEST, Outcome, run
 
 MOST_SEEDS = 2_000
@@ -35,3 +38,10 @@ def test_a_fault_is_gone_once_it_is_taken_out() -> None:
             during = [patch.owner.__dict__[patch.name] for patch in fault.patches]
         assert all(one is not other for one, other in zip(before, during, strict=True))
         assert [patch.owner.__dict__[patch.name] for patch in fault.patches] == before
+
+
+def test_the_document_names_every_fault_profile_and_property() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "simulator.md").read_text()
+    shown = {name for fault in FAULTS.values() for name in fault.shows_as} - {"crash"}
+    for name in {*FAULTS, *PROFILES, *shown}:
+        assert f"`{name}`" in text, f"docs/simulator.md does not name {name}"
