@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 async def read_json(request: Request, kind: type[T]) -> T:
-    """The request's body as this type; raises InvalidValue that names the field."""
+    """The request's body as this type, an empty one as an empty object; raises InvalidValue that names the field."""
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
+        return msgspec.json.decode(await request.body() or b"{}", type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidValue(str(error)[:300], code="invalid.request", hint="see /openapi.json for the shape") from error
 
@@ -42,7 +42,7 @@ def takes(kind: type[msgspec.Struct]) -> dict[str, Any]:
         "required": required,
         "additionalProperties": False,
     }
-    content = {"required": True, "content": {JSON_TYPE: {"schema": schema}}}
+    content = {"required": bool(required), "content": {JSON_TYPE: {"schema": schema}}}
     return {"openapi_extra": {"requestBody": content}, "response_model": None}
 
 

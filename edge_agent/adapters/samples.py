@@ -18,9 +18,8 @@ from edge_agent.adapters.database import Connection, Database
 from edge_agent.ports import Sample
 from shared.errors import InvalidValue
 from shared.inference import TensorHead
-from shared.limits import MIB
+from shared.limits import MAX_ROUND_SAMPLES, MIB
 
-MAX_SAMPLES: Final = 2_000
 MAX_SAMPLES_BYTES: Final = 16 * MIB
 MAX_SAMPLE_BYTES: Final = 1 * MIB
 REPLY_KEPT_MS: Final = 86_400_000
@@ -33,7 +32,7 @@ class SqliteSamples:
     """`ports.Samples` on a `Database`."""
 
     def __init__(
-        self, database: Database, *, max_samples: int = MAX_SAMPLES, max_bytes: int = MAX_SAMPLES_BYTES
+        self, database: Database, *, max_samples: int = MAX_ROUND_SAMPLES, max_bytes: int = MAX_SAMPLES_BYTES
     ) -> None:
         """Keep at most this many samples and bytes of each family."""
         self._database = database

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_hub.rounds import checkpoint, replies
-from edge_agent.adapters import samples
 from shared import limits
 from shared.errors import ProtocolViolation
 from shared.federated import Array, ArrayRecord, FlowerError, FlowerMessage, FlowerRecord, Metadata, MetricRecord
@@ -77,9 +76,8 @@ def test_a_good_answer_keeps_its_numbers_and_gets_the_requests_metadata(read: Ca
 
 
 def test_a_device_weighs_as_much_as_it_may_hold_and_not_more(read: Callable[..., Any]) -> None:
-    assert limits.MAX_ROUND_SAMPLES == samples.MAX_SAMPLES
     fullest = read(answer(records(metrics=MetricRecord({"num-examples": limits.MAX_ROUND_SAMPLES}))))
-    assert dict(fullest.content["metrics"]) == {"num-examples": float(samples.MAX_SAMPLES)}
+    assert dict(fullest.content["metrics"]) == {"num-examples": float(limits.MAX_ROUND_SAMPLES)}
     claimed = read(answer(records(metrics=MetricRecord({"num-examples": limits.MAX_ROUND_SAMPLES + 1}))))
     assert "2001" in claimed.error.reason
 
