@@ -35,7 +35,7 @@ from edge_agent.core.standing import Standing
 from edge_agent.ports import Disk
 from shared.telemetry import GapReason, RecordClass
 
-WINDOW_BYTES: Final = 256 * 1024
+WINDOW_BYTES: Final = 64 * 1024
 
 
 class Window:
@@ -88,7 +88,7 @@ class Chain:
         lost: records lost by reason, since this was opened.
     """
 
-    def __init__(self, klass: RecordClass, *, disk: Disk, window: Window, bounds: JournalBounds) -> None:
+    def __init__(self, klass: RecordClass, *, disk: Disk, bounds: JournalBounds) -> None:
         self.klass = klass
         self.segments: list[SegmentName] = []
         self.end = 0
@@ -98,14 +98,15 @@ class Chain:
         self.lost: dict[str, int] = {}
         self.written_bytes = 0
         self._disk = disk
-        self._window = window
+        self._window = Window(disk)
         self._bounds = bounds
         self._begins = True
         self._open_records = 0
         self._open_bytes = 0
         self._handed: set[tuple[int, int]] = set()
         self._places: dict[int, tuple[SegmentName, int]] = {}
-        self._oldest: tuple[int, int] = (0, 0)
+        self._oldest: tuple[int, int | None] = (0, None)
+        self._begun: tuple[SegmentName | None, int | None] = (None, None)
 
     # Appending
 
@@ -246,11 +247,14 @@ class Chain:
         """A store's time at or after that of every frame in this segment; None when that cannot be told."""
         if index + 1 >= len(self.segments):
             return None
-        frame = self._frame_at(index + 1, 0)
-        return None if frame is None else frame.store_ms
+        following = self.segments[index + 1]
+        if self._begun[0] != following:
+            frame = self._frame_at(index + 1, 0)
+            self._begun = following, None if frame is None else frame.store_ms
+        return self._begun[1]
 
     def oldest_ms(self) -> int | None:
-        """The store's time of the oldest record that waits; None when none does."""
+        """The store's time of the oldest record that waits, or of its segment; None when none does."""
         if not self.standing.waiting():
             return None
         first = self.standing.unsettled_above(0)
@@ -259,10 +263,10 @@ class Chain:
             while (gap := self.standing.gap_at(number)) is not None:
                 number = self.standing.unsettled_above(gap.last)
             place = self._locate(number)
-            frame = None if place is None else self._frame_at(*place)
-            if frame is None:
-                return None
-            self._oldest = (first, frame.store_ms)
+            frame = None
+            if place is not None:
+                frame = self._frame_at(*place) or self._frame_at(place[0], 0)
+            self._oldest = first, None if frame is None else frame.store_ms
         return self._oldest[1]
 
     # Reading

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -36,8 +37,11 @@ from shared.telemetry import GapReason, RecordClass
 
 CURSOR_EVERY_MS: Final = 1_000
 CURSOR_EVERY_RECORDS: Final = 1_000
+EXPIRE_EVERY_MS: Final = 1_000
 CURSOR_IDLE_MS: Final = 3_600_000
 """So often the store's clock is written down while records wait, so that a power cut takes no more of their time."""
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 Draw = Callable[[int], bytes]
 
@@ -57,6 +61,7 @@ class Journal:
         self._cursor = state.cursor
         self._lost = dict(state.cursor.cursor.lost) if state.cursor.cursor is not None else {}
         self._store_clock = StoreClock(state.store_ms, moment.uptime_ms)
+        self._expired_ms = moment.uptime_ms - EXPIRE_EVERY_MS
         self._unsaved = 0
         self.is_dirty = False
         self._syncs = 0
@@ -128,8 +133,11 @@ class Journal:
                 # What failed behind it would be found as a part of it one day: another file ends it for good. Where
                 # that would take room from records it goes out all the same, because only that makes room; should it
                 # grow, the hub compares record by record.
-                with contextlib.suppress(StorageFull):
+                try:
                     self._add_segment(chain, moment, may_evict=False)
+                except (StorageFull, OSError) as error:
+                    if isinstance(error, OSError) and error.errno not in FULL:
+                        raise
         self.is_dirty |= chain.standing.gaps is not before
         return portion
 
@@ -141,10 +149,13 @@ class Journal:
         self._unsaved += last - first + 1
         return True
 
-    def give_up(self, klass: RecordClass, number: int) -> None:
-        """Declare one record damaged that is whole on the disk and means nothing to whoever reads it."""
-        self._chains[klass].lose(number, number, "damaged")
-        self.is_dirty = True
+    def lose(self, klass: RecordClass, first: int, last: int, *, reason: GapReason, moment: Moment) -> int:
+        """Make a gap of what waits of these numbers, which is durable when this returns; returns how many those were.
+
+        For records that are whole on the disk and will not be sent. Raises StorageError with nothing changed.
+        """
+        with _translated():
+            return self._lose(self._chains[klass], first, last, reason, moment)
 
     def drop(self, klass: RecordClass, *, moment: Moment) -> int:
         """Drop everything that waits of this class, leaving a gap; returns how many records. Not class 0."""
@@ -152,9 +163,11 @@ class Journal:
         with _translated():
             dropped = self._lose(chain, chain.standing.settled + 1, chain.standing.next - 1, "dropped", moment)
             # The last one stays: its name says from where numbers go on, whatever becomes of the cursor.
-            while len(chain.segments) > 1:
-                self._spares.give_back(chain.take_oldest())
             chain.begin_batch()
+            # A file that cannot be given back now still counts, and is the next to be used.
+            while len(chain.segments) > 1:
+                with contextlib.suppress(OSError):
+                    self._spares.give_back(chain.take_oldest())
         return dropped
 
     def tick(self, moment: Moment) -> None:
@@ -163,13 +176,11 @@ class Journal:
         To be called about once a second while `is_dirty`, and once a minute always.
         """
         with _translated():
-            for klass, ttl_ms in self._bounds.ttl_ms.items():
-                chain = self._chains[klass]
-                while ttl_ms and len(chain.segments) > 1:
-                    newest_ms = chain.newest_before(0)
-                    if newest_ms is None or newest_ms > self._store_clock.at(moment) - ttl_ms:
-                        break
-                    self._spares.give_back(self._lose_oldest(chain, "expired", moment))
+            if moment.uptime_ms - self._expired_ms >= EXPIRE_EVERY_MS:
+                self._expired_ms = moment.uptime_ms
+                for klass, ttl_ms in self._bounds.ttl_ms.items():
+                    if ttl_ms:
+                        self._expire(self._chains[klass], self._store_clock.at(moment) - ttl_ms, moment)
             saved = self._cursor.cursor
             since_ms = moment.uptime_ms - (saved.uptime_ms if saved is not None else 0)
             due = since_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
@@ -255,7 +266,7 @@ class Journal:
         if len(chain.segments) >= self._bounds.quota(chain.klass):
             if chain.klass is RecordClass.EVENT or not may_evict:
                 raise _full(chain.klass)
-            return self._evict(chain, moment)
+            return self._spares.reuse(self._lose_oldest(chain, moment))
         spare = self._spares.take()
         if spare is not None or self._has_room():
             return spare
@@ -266,7 +277,7 @@ class Journal:
         try:
             self._spares.create(name)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             return self._make_room(chain, moment, may_evict=may_evict)
         return name
@@ -277,19 +288,29 @@ class Journal:
         held = {klass: len(one.segments) for klass, one in self._chains.items()}
         loser = victim(held, chain.klass)
         if loser is not None:
-            return self._evict(self._chains[loser], moment)
+            return self._spares.reuse(self._lose_oldest(self._chains[loser], moment))
         reserve = self._spares.take_reserve() if chain.klass is RecordClass.EVENT else None
         if reserve is None:
             raise _full(chain.klass)
         return reserve
 
-    def _evict(self, chain: Chain, moment: Moment) -> str:
-        """A file that may be written over: the chain's oldest, whose records are declared lost."""
-        return self._spares.reuse(self._lose_oldest(chain, "evicted", moment))
+    def _expire(self, chain: Chain, until_ms: int, moment: Moment) -> None:
+        """Declare the segments lost whose every record is as old as that; times ascend, so they are the first ones."""
 
-    def _lose_oldest(self, chain: Chain, reason: GapReason, moment: Moment) -> SegmentName:
+        def is_expired(index: int) -> bool:
+            newest_ms = chain.newest_before(index)
+            return newest_ms is not None and newest_ms <= until_ms
+
+        if not is_expired(0):
+            return
+        count = bisect_left(range(len(chain.segments)), True, key=lambda index: not is_expired(index))
+        self._lose(chain, chain.segments[0].base, chain.stop(count - 1) - 1, "expired", moment)
+        for _ in range(count):
+            self._spares.give_back(chain.take_oldest())
+
+    def _lose_oldest(self, chain: Chain, moment: Moment) -> SegmentName:
         """Declare what waits in the oldest segment lost, durably, and take it out of the chain."""
-        self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, reason, moment)
+        self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, "evicted", moment)
         if len(chain.segments) == 1:
             # Then only the cursor says from where numbers go on: so both of its slots do.
             self._save(moment)
@@ -360,7 +381,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise StorageFull("no room left for records", hint="free disk space; what waited is kept") from error
         raise StorageError(
             f"the disk refused: {error.strerror}", hint="check the disk and the rights of the state directory"

@@ -159,7 +159,9 @@ class JournalOutbox:
         """Append a record to its class; returns at once. Raises InvalidValue, StorageFull, StorageError when closed."""
         data = encode_record(body)
         klass = CLASS_OF[type(body)]
-        due_ms = 0 if grade is Grade.DURABLE else self._clock.mono_ms() + self._wait_ms(grade)
+        due_ms = 0
+        if grade is not Grade.DURABLE:
+            due_ms = self._clock.mono_ms() + (self._flush_ms if grade is Grade.BUFFERED else MEMORY_MS)
         with self._ready:
             if self._closing:
                 raise StorageError("the outbox is closed", code="storage.closed")
@@ -177,9 +179,6 @@ class JournalOutbox:
             group.size += len(data)
             self._pending_bytes += len(data)
             return JournalTicket(group, len(group.entries) - 1)
-
-    def _wait_ms(self, grade: Grade) -> int:
-        return self._flush_ms if grade is Grade.BUFFERED else MEMORY_MS
 
     def _begin(self, klass: RecordClass, due_ms: int) -> _Group:
         full = self._open.get(klass)
@@ -259,11 +258,17 @@ class JournalOutbox:
             results = [self._attempt(group.done, partial(self._commit, group)) for group in groups]
             results += [self._attempt(call.done, call.work) for call in calls]
             # What is due and failed is tried again in a second; nothing is lost by a cursor that was not written.
-            _, _, error = self._attempt(None, partial(self._store.tick, self._moments()))
+            _, _, error = self._attempt(None, self._tick)
             self._note(error)
-            self._depth = self._store.depth(self._moments())
             self._tell(results)
-        self._attempt(None, partial(self._store.close, self._moments()))
+        self._attempt(None, lambda: self._store.close(self._moments()))
+
+    def _tick(self) -> None:
+        moment = self._moments()
+        try:
+            self._store.tick(moment)
+        finally:
+            self._depth = self._store.depth(moment)
 
     def _next(self) -> tuple[list[_Group], list[_Call], bool]:
         """Wait until something is due, and take it."""

@@ -75,7 +75,7 @@ class RecordStore:
             portion = self._journal.load(klass, after=after, moment=moment)
             if portion is None:
                 return None
-            batch = self._batch(portion)
+            batch = self._batch(portion, moment)
             if batch is not None:
                 break
         key = (batch.batch.klass, batch.batch.first, batch.batch.last)
@@ -126,7 +126,7 @@ class RecordStore:
     def _is_open(self, batch: BatchId) -> bool:
         return batch.epoch == self.epoch and self._handed.get((batch.klass, batch.first, batch.last)) == batch.digest
 
-    def _batch(self, portion: Portion) -> Batch | None:
+    def _batch(self, portion: Portion, moment: Moment) -> Batch | None:
         """The portion as it is sent; None when a record of it could not be read and was given up."""
         columns, gap = b"", None
         if portion.reason:
@@ -137,7 +137,7 @@ class RecordStore:
                 try:
                     records.append(Record(seq=number, at_ms=at_ms, body=_decoder.decode(data)))
                 except msgspec.MsgspecError:
-                    self._journal.give_up(portion.klass, number)
+                    self._journal.lose(portion.klass, number, number, reason="damaged", moment=moment)
             if len(records) < len(portion.entries):
                 return None
             columns = encode_columns(records)

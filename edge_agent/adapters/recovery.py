@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from edge_agent.adapters.chain import Chain, Window
+from edge_agent.adapters.chain import Chain
 from edge_agent.adapters.cursor import CursorFile, save_again
 from edge_agent.adapters.spares import Spares
 from edge_agent.core import frames
@@ -44,10 +44,10 @@ def recover(disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Callable
     # What a killed process did to the names is seen here and may not be on the disk; what is found is handed out.
     disk.sync_names()
     segments = sorted(name for name in map(frames.parse_segment_name, names) if name is not None)
-    window, newest_ms = Window(disk), 0
+    newest_ms = 0
     chains: dict[RecordClass, Chain] = {}
     for klass in RecordClass:
-        chain = Chain(klass, disk=disk, window=window, bounds=bounds)
+        chain = Chain(klass, disk=disk, bounds=bounds)
         chains[klass] = chain
         own = [name for name in segments if name.klass == klass]
         newest_ms = max(newest_ms, _fill(chain, own, file.cursor, disk=disk))
@@ -132,7 +132,8 @@ def _last_frame(data: bytes, segment: SegmentName) -> tuple[Frame | None, int]:
     """The last frame that was whole when its commit returned, and where its commit begins.
 
     A frame behind damage counts, unless it continues a commit whose beginning is the damage: that commit never
-    returned.
+    returned. Neither does one count that continues another commit than the one before it: it was left by a commit that
+    never returned, and over whose beginning another was written.
     """
     last: Frame | None = None
     offset, commit_at, is_torn = 0, 0, False
@@ -143,10 +144,12 @@ def _last_frame(data: bytes, segment: SegmentName) -> tuple[Frame | None, int]:
             is_torn = True
         if frame is None:
             return last, commit_at
-        if is_torn and frame.flags & CONTINUES:
-            offset = frame.end
-            continue
-        if not frame.flags & CONTINUES:
+        if frame.flags & CONTINUES:
+            goes_on = last is not None and (frame.first, frame.store_ms) == (last.last + 1, last.store_ms)
+            if is_torn or not goes_on:
+                offset, is_torn = frame.end, True
+                continue
+        else:
             commit_at = frame.offset
         is_torn = False
         last, offset = frame, frame.end

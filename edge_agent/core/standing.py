@@ -85,16 +85,23 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     def kept(self, *, base: int) -> Standing:
         """The standing as the cursor keeps it, with MAX_GAPS gaps at most.
 
-        Those below `base`, the first number that still lies in a segment, are in no other place. Where they are too
-        many, the two nearest become one, over numbers between them that were settled: the hub ignores the part of a gap
-        that it has. Those above are damage, and are found again.
+        Those below `base`, the first number that still lies in a segment, are in no other place, and of those above
+        only damage is found again. Where they are too many, the two nearest become one, over numbers between them that
+        were settled: the hub ignores the part of a gap that it has.
         """
-        kept = [gap for gap in self.gaps if gap.first < base]
+        kept = [gap for gap in self.gaps if gap.first < base or gap.reason != "damaged"]
         while len(kept) > MAX_GAPS:
-            at = min(range(len(kept) - 1), key=lambda i: kept[i + 1].first - kept[i].last)
+            settled = [i for i in range(len(kept) - 1) if self._is_settled_between(kept[i], kept[i + 1], base=base)]
+            if not settled:
+                break
+            at = min(settled, key=lambda i: kept[i + 1].first - kept[i].last)
             kept[at : at + 2] = [GapSpan(kept[at].first, kept[at + 1].last, kept[at].reason)]
-        kept.extend(gap for gap in self.gaps if gap.first >= base)
-        return replace(self, gaps=tuple(kept[:MAX_GAPS]))
+        kept.extend(gap for gap in self.gaps if gap.first >= base and gap.reason == "damaged")
+        return replace(self, gaps=tuple(sorted(kept[:MAX_GAPS], key=lambda gap: gap.first)))
+
+    def _is_settled_between(self, gap: GapSpan, following: GapSpan, *, base: int) -> bool:
+        between = ranges.missing(self.early, gap.last + 1, following.first - 1)
+        return all(last < base for _, last in between)
 
 
 def _with(gaps: Sequence[GapSpan], found: Ranges, reason: GapReason) -> tuple[GapSpan, ...]:

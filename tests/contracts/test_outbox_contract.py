@@ -13,7 +13,7 @@ from edge_agent.adapters.outbox import JournalOutbox
 from edge_agent.core.journal import Moment, bounds_for
 from edge_agent.ports import Outbox
 from shared import limits
-from shared.errors import InvalidValue, StorageFull
+from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.limits import KIB, MIB
 from shared.telemetry import Body, DeviceEvent, Grade, Outcome, Reading, Record, RecordClass, Result
 from shared.wire.columns import decode_columns
@@ -391,6 +391,28 @@ def test_more_than_the_memory_may_hold_is_refused_not_kept(tmp_path: Path) -> No
             assert refused.code == "storage.behind"
         await outbox.flush()
         assert outbox.depth().records[READING] == kept < 10_000
+        await outbox.close()
+
+    asyncio.run(story())
+
+
+def test_a_defect_in_the_thread_reaches_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        outbox = await JournalOutbox.open(
+            tmp_path / "outbox", bounds=bounds_for(16 * MIB), clock=FakeClock(), moments=moment
+        )
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("defect")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(outbox._store, "depth", broken)
+            patched.setattr(outbox._store, "load", broken)
+            async with asyncio.timeout(20):
+                assert await put(outbox, reading(1)) == 1
+                with pytest.raises(StorageError, match="defect"):
+                    await outbox.load(READING)
+        assert await put(outbox, reading(2)) == 2
         await outbox.close()
 
     asyncio.run(story())

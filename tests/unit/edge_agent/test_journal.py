@@ -483,3 +483,64 @@ def test_the_stores_clock_never_goes_back() -> None:
         Moment("second", 5, 2**50, True),
     ):
         assert store_time(cursor, newest_ms=7, now=now) >= max(cursor.store_ms, 7)
+
+
+def test_a_month_that_expires_at_once_costs_one_cursor() -> None:
+    bench = ttl_bench()
+    while len(bench.segments(READING)) < 8:
+        bench.put(READING, 30_000)
+    bench.pass_ms(DAY_MS + 1)
+    bench.disk.calls.clear()
+    bench.journal.tick(bench.now)
+    assert len(bench.segments(READING)) == 1
+    assert bench.disk.calls.count(("sync", "cursor")) <= 2
+
+
+def test_looking_for_what_is_old_reads_little_between_commits() -> None:
+    bench = Bench(bounds=replace(bounds_for(16 * MIB), ttl_ms=dict.fromkeys((OUTCOME, RESULT, READING), DAY_MS)))
+    for klass in (OUTCOME, RESULT, READING):
+        while len(bench.segments(klass)) < 3:
+            bench.put(klass, *[20_000] * 8)
+    bench.disk.calls.clear()
+    for _ in range(100):
+        bench.put(READING, 100)
+        bench.pass_ms(100)
+        bench.journal.tick(bench.now)
+        bench.journal.depth(bench.now)
+    read = sum(int(call[2]) for call in bench.disk.calls if call[0] == "read")
+    assert read < 2 * MIB
+
+
+def test_the_rest_of_a_torn_commit_does_not_join_what_is_written_over_its_beginning() -> None:
+    bench = Bench(bounds=replace(bounds_for(MIB), batch_records=2))
+    bench.put(READING, 50, 50, 50, 50)
+    (name,) = bench.segments(READING)
+    size = frames.frame_bytes(2, 100)
+    rest = bytes(bench.disk.files[name][size : 2 * size])
+    bench.disk.files[name][: 2 * size] = bytes(size) + rest
+    bench.disk.files["cursor"][:] = bytes(len(bench.disk.files["cursor"]))
+    bench.crash()
+    bench.pass_ms(5)
+    assert bench.put(READING, 50, 50) == 1
+    assert bytes(bench.disk.files[name][size : 2 * size]) == rest
+    bench.crash()
+    assert bench.put(READING, 7) == 3
+
+
+def test_an_age_is_told_although_the_oldest_record_is_damaged() -> None:
+    bench = Bench()
+    bench.put(READING, 100)
+    bench.load(READING)
+    bench.put(READING, 100)
+    bench.drain(READING)
+    bench.put(READING, 100)
+    (name,) = bench.segments(READING)
+    bench.disk.files[name][2 * frames.frame_bytes(1, 100) + 40] ^= 1
+    bench.pass_ms(1_000)
+    bench.crash()
+    bench.disk.calls.clear()
+    bench.pass_ms(500)
+    assert bench.journal.depth(bench.now).oldest_ms.get(READING, 0) >= 0
+    bench.disk.calls.clear()
+    bench.journal.depth(bench.now)
+    assert not [call for call in bench.disk.calls if call[0] == "read"]
