@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from cloud_hub.files import sync
 from shared.errors import ConfigError, Conflict, InvalidValue, StorageError
 from shared.trust.keys import new_private_pem, signer_from_pem
 from shared.trust.library import CryptoSigner, Key
@@ -95,11 +96,7 @@ def write_key(path: Path) -> CryptoSigner:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     return signer_from_pem(data)

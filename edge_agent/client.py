@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from edge_agent.adapters.streams import FrameLink
+from edge_agent.adapters.system import SystemClock
 from edge_agent.framing import Buffer, FrameReader, build_frame
 from edge_agent.replies import (
     Prediction,
@@ -39,6 +40,7 @@ from edge_agent.replies import (
     prediction,
     signature_of,
 )
+from shared.clock import Clock
 from shared.errors import InputRefused, InvalidValue, OutriderError, Unreachable
 from shared.inference import (
     AgentState,
@@ -59,6 +61,7 @@ from shared.inference import (
     decode_reply,
     encode_header,
 )
+from shared.limits import MAX_REQUEST_DEADLINE_MS
 from shared.model import Signature
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ DEFAULT_DEADLINE_MS: Final = 1000
 DEFAULT_TIMEOUT_MS: Final = 5000
 _MARGIN_MS: Final = 1000
 """How long after a request's deadline its answer, which then says that it is late, is still waited for."""
+_PARTING_MS: Final = 200
 
 
 class Client:
@@ -78,7 +82,8 @@ class Client:
     def __init__(self, path: str | Path, *, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> None:
         """Speak to the agent on this socket; `timeout_ms` bounds connecting and every call but `infer`."""
         self._path = str(path)
-        self._timeout_s = timeout_ms / 1000
+        self._timeout_ms = timeout_ms
+        self._clock = SystemClock()
         self._names = RequestNames()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
@@ -115,7 +120,7 @@ class Client:
         signature = self._signature(model) if needs_signature(inputs) else None
         heads, parts = pack(inputs, signature)
         request = Infer(model=model, inputs=heads, id=id or self._names.next(), deadline_ms=deadline_ms)
-        reply, payload = self._call(request, parts, (deadline_ms + _MARGIN_MS) / 1000)
+        reply, payload = self._call(request, parts, _patience_ms(deadline_ms))
         try:
             return prediction(expect(reply, Answer), payload)
         except InputRefused:
@@ -127,11 +132,11 @@ class Client:
     ) -> None:
         """Tell what was true of the answer with this id; returns once the agent has it on disk."""
         ask = Feedback(request=request, id=self._names.next(), label=label, correct=correct, value=value)
-        expect(self._call(ask, (), self._timeout_s)[0], Done)
+        expect(self._call(ask, (), self._timeout_ms)[0], Done)
 
     def late(self, request: str) -> Prediction | None:
         """The hub's answer to an earlier request, which had to be answered without it; None while none has come."""
-        reply, payload = self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
+        reply, payload = self._call(Late(request=request, id=self._names.next()), (), self._timeout_ms)
         return late_prediction(reply, payload, request=request)
 
     def teach(self, model: str, inputs: Mapping[str, ArrayLike], label: str) -> None:
@@ -145,88 +150,104 @@ class Client:
         signature = self._signature(model) if needs_signature(inputs) else None
         heads, parts = pack(inputs, signature)
         ask = Teach(model=model, inputs=heads, label=label, id=self._names.next())
-        expect(self._call(ask, parts, self._timeout_s)[0], Done)
+        expect(self._call(ask, parts, self._timeout_ms)[0], Done)
 
     def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""
-        expect(self._call(Measure(name=name, value=value, id=self._names.next()), (), self._timeout_s)[0], Done)
+        expect(self._call(Measure(name=name, value=value, id=self._names.next()), (), self._timeout_ms)[0], Done)
 
     def status(self) -> AgentState:
         """How the agent is."""
-        return expect(self._call(Status(id=self._names.next()), (), self._timeout_s)[0], AgentState)
+        return expect(self._call(Status(id=self._names.next()), (), self._timeout_ms)[0], AgentState)
 
     def describe(self, model: str = "") -> Description:
         """What a model takes and gives; without a name, all models."""
-        return expect(self._call(Describe(id=self._names.next(), model=model), (), self._timeout_s)[0], Description)
+        return expect(self._call(Describe(id=self._names.next(), model=model), (), self._timeout_ms)[0], Description)
 
     def control(self, command: str, argument: str = "") -> str:
         """Give the daemon a command (`queue.flush`, `queue.drop`, `model.rollback`); returns what it did."""
         ask = Control(command=command, id=self._names.next(), argument=argument)
-        return expect(self._call(ask, (), self._timeout_s)[0], Done).detail
+        return expect(self._call(ask, (), self._timeout_ms)[0], Done).detail
 
     def _signature(self, model: str) -> Signature:
         if model not in self._signatures:
             self._signatures[model] = signature_of(self.describe(model), model)
         return self._signatures[model]
 
-    def _call(self, request: Request, parts: Sequence[Buffer], timeout_s: float) -> tuple[Reply, bytearray]:
+    def _call(self, request: Request, parts: Sequence[Buffer], timeout_ms: int) -> tuple[Reply, bytearray]:
+        """Ask and wait for the answer, all of it by one moment: for the turn, to connect, to send, to receive."""
         frame = build_frame(encode_header(request), parts)
-        with self._lock:
-            link = self._connected()
-            done = False
-            try:
-                link.settimeout(timeout_s)
-                for part in frame:
-                    link.sendall(part)
-                answer = self._receive(link, request.id)
-                done = True
-                return answer
-            except TimeoutError as error:
-                raise _no_answer(timeout_s) from error
-            except OSError as error:
-                refusal = self._parting_word(link)
-                if refusal is not None:
-                    raise error_of(refusal) from error
-                raise _lost(self._path) from error
-            finally:
-                if not done:  # a request may be half sent, and nobody waits for its answer any more
-                    self._drop()
+        end = _End(self._clock, timeout_ms)
+        if not self._lock.acquire(timeout=timeout_ms / 1000):
+            raise Unreachable(
+                f"another call of this client took all of {timeout_ms / 1000:.1f} s",
+                code="transfer.busy",
+                hint="give each thread a client of its own",
+            )
+        try:
+            return self._exchange(request, frame, end)
+        except TimeoutError as error:
+            raise _no_answer(timeout_ms) from error
+        finally:
+            self._lock.release()
 
-    def _receive(self, link: socket.socket, request: str) -> tuple[Reply, bytearray]:
+    def _exchange(self, request: Request, frame: Sequence[Buffer], end: _End) -> tuple[Reply, bytearray]:
+        link = self._connected(end)
+        done = False
+        try:
+            for part in frame:
+                link.settimeout(end.left_s())
+                link.sendall(part)
+            answer = self._receive(link, request.id, end)
+            done = True
+            return answer
+        except TimeoutError:
+            raise
+        except OSError as error:
+            refusal = self._parting_word(link)
+            if refusal is not None:
+                raise error_of(refusal) from error
+            raise _lost(self._path) from error
+        finally:
+            if not done:  # a request may be half sent, and nobody waits for its answer any more
+                self._drop()
+
+    def _receive(self, link: socket.socket, request: str, end: _End) -> tuple[Reply, bytearray]:
         while True:
-            frame = self._reader.next_frame()
+            frame = self._next_frame(link, end)
             if frame is None:
-                count = link.recv_into(self._reader.buffer())
-                if count == 0:
-                    raise ConnectionResetError("the agent hung up")
-                self._reader.received(count)
-                continue
+                raise ConnectionResetError("the agent hung up")
             reply = decode_reply(frame[0])
             if reply.id == request:
                 return reply, frame[1]
             if isinstance(reply, Refusal) and not reply.id:
                 raise error_of(reply)  # a refusal of the connection, not of one request
 
+    def _next_frame(self, link: socket.socket, end: _End) -> tuple[bytes, bytearray] | None:
+        """The next frame; None when the agent has hung up."""
+        while (frame := self._reader.next_frame()) is None:
+            link.settimeout(end.left_s())
+            count = link.recv_into(self._reader.buffer())
+            if count == 0:
+                return None
+            self._reader.received(count)
+        return frame
+
     def _parting_word(self, link: socket.socket) -> Refusal | None:
         """Why the agent hung up, if it said so while we were still sending."""
         with contextlib.suppress(OSError, OutriderError):
-            link.settimeout(0.2)
-            while (frame := self._reader.next_frame()) is None:
-                count = link.recv_into(self._reader.buffer())
-                if count == 0:
-                    return None
-                self._reader.received(count)
-            reply = decode_reply(frame[0])
+            frame = self._next_frame(link, _End(self._clock, _PARTING_MS))
+            reply = decode_reply(frame[0]) if frame is not None else None
             return reply if isinstance(reply, Refusal) else None
         return None
 
-    def _connected(self) -> socket.socket:
+    def _connected(self, end: _End) -> socket.socket:
         if self._socket is not None and _has_ended(self._socket):
             self._drop()
         if self._socket is None:
             link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                link.settimeout(self._timeout_s)
+                link.settimeout(min(end.left_s(), self._timeout_ms / 1000))
                 link.connect(self._path)
             except OSError as error:
                 link.close()
@@ -240,13 +261,28 @@ class Client:
         self._socket = None
 
 
+class _End:
+    """The moment by which a call is over."""
+
+    def __init__(self, clock: Clock, timeout_ms: int) -> None:
+        self._clock = clock
+        self._at_ms = clock.mono_ms() + timeout_ms
+
+    def left_s(self) -> float:
+        """The seconds until then; raises TimeoutError when none are left."""
+        left_ms = self._at_ms - self._clock.mono_ms()
+        if left_ms <= 0:
+            raise TimeoutError("the call's time is over")
+        return left_ms / 1000
+
+
 class AsyncClient:
     """The same for asyncio; calls may overlap. Use it in one event loop."""
 
     def __init__(self, path: str | Path, *, timeout_ms: int = DEFAULT_TIMEOUT_MS) -> None:
         """Speak to the agent on this socket; `timeout_ms` bounds connecting and every call but `infer`."""
         self._path = str(path)
-        self._timeout_s = timeout_ms / 1000
+        self._timeout_ms = timeout_ms
         self._names = RequestNames()
         self._connecting = asyncio.Lock()
         self._link: FrameLink | None = None
@@ -278,7 +314,7 @@ class AsyncClient:
         signature = await self._signature(model) if needs_signature(inputs) else None
         heads, parts = pack(inputs, signature)
         request = Infer(model=model, inputs=heads, id=id or self._names.next(), deadline_ms=deadline_ms)
-        reply, payload = await self._call(request, parts, (deadline_ms + _MARGIN_MS) / 1000)
+        reply, payload = await self._call(request, parts, _patience_ms(deadline_ms))
         try:
             return prediction(expect(reply, Answer), payload)
         except InputRefused:
@@ -290,11 +326,11 @@ class AsyncClient:
     ) -> None:
         """Tell what was true of the answer with this id; returns once the agent has it on disk."""
         ask = Feedback(request=request, id=self._names.next(), label=label, correct=correct, value=value)
-        expect((await self._call(ask, (), self._timeout_s))[0], Done)
+        expect((await self._call(ask, (), self._timeout_ms))[0], Done)
 
     async def late(self, request: str) -> Prediction | None:
         """As `Client.late`."""
-        reply, payload = await self._call(Late(request=request, id=self._names.next()), (), self._timeout_s)
+        reply, payload = await self._call(Late(request=request, id=self._names.next()), (), self._timeout_ms)
         return late_prediction(reply, payload, request=request)
 
     async def teach(self, model: str, inputs: Mapping[str, ArrayLike], label: str) -> None:
@@ -302,44 +338,47 @@ class AsyncClient:
         signature = await self._signature(model) if needs_signature(inputs) else None
         heads, parts = pack(inputs, signature)
         ask = Teach(model=model, inputs=heads, label=label, id=self._names.next())
-        expect((await self._call(ask, parts, self._timeout_s))[0], Done)
+        expect((await self._call(ask, parts, self._timeout_ms))[0], Done)
 
     async def reading(self, name: str, value: float) -> None:
         """Hand over a reading for the hub; returns once the agent has it on disk."""
         ask = Measure(name=name, value=value, id=self._names.next())
-        expect((await self._call(ask, (), self._timeout_s))[0], Done)
+        expect((await self._call(ask, (), self._timeout_ms))[0], Done)
 
     async def status(self) -> AgentState:
         """How the agent is."""
-        return expect((await self._call(Status(id=self._names.next()), (), self._timeout_s))[0], AgentState)
+        return expect((await self._call(Status(id=self._names.next()), (), self._timeout_ms))[0], AgentState)
 
     async def describe(self, model: str = "") -> Description:
         """What a model takes and gives; without a name, all models."""
         ask = Describe(id=self._names.next(), model=model)
-        return expect((await self._call(ask, (), self._timeout_s))[0], Description)
+        return expect((await self._call(ask, (), self._timeout_ms))[0], Description)
 
     async def control(self, command: str, argument: str = "") -> str:
         """Give the daemon a command (`queue.flush`, `queue.drop`, `model.rollback`); returns what it did."""
         ask = Control(command=command, id=self._names.next(), argument=argument)
-        return expect((await self._call(ask, (), self._timeout_s))[0], Done).detail
+        return expect((await self._call(ask, (), self._timeout_ms))[0], Done).detail
 
     async def _signature(self, model: str) -> Signature:
         if model not in self._signatures:
             self._signatures[model] = signature_of(await self.describe(model), model)
         return self._signatures[model]
 
-    async def _call(self, request: Request, parts: Sequence[Buffer], timeout_s: float) -> tuple[Reply, bytearray]:
+    async def _call(self, request: Request, parts: Sequence[Buffer], timeout_ms: int) -> tuple[Reply, bytearray]:
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                return await self._exchange(await self._connected(), request, parts)
+        except TimeoutError as error:
+            raise _no_answer(timeout_ms) from error
+
+    async def _exchange(self, link: FrameLink, request: Request, parts: Sequence[Buffer]) -> tuple[Reply, bytearray]:
         if request.id in self._asked:
             raise InvalidValue(f"a request with the id {request.id!r} is on its way", code="invalid.id")
-        link = await self._connected()
         future: asyncio.Future[tuple[Reply, bytearray]] = asyncio.get_running_loop().create_future()
         self._asked[request.id] = (link, future)
         try:
             link.send(encode_header(request), parts)
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError as error:
-            raise _no_answer(timeout_s) from error
+            return await future
         finally:
             self._asked.pop(request.id, None)
 
@@ -349,7 +388,7 @@ class AsyncClient:
                 link = self._new_link()
                 loop = asyncio.get_running_loop()
                 try:
-                    async with asyncio.timeout(self._timeout_s):
+                    async with asyncio.timeout(self._timeout_ms / 1000):
                         await loop.create_unix_connection(lambda: link, self._path)
                 except OSError as error:
                     raise _nobody_there(self._path, error) from error
@@ -386,6 +425,11 @@ class AsyncClient:
         link.close()
 
 
+def _patience_ms(deadline_ms: int) -> int:
+    """How long an answer with this deadline is waited for."""
+    return min(max(deadline_ms, 0), MAX_REQUEST_DEADLINE_MS) + _MARGIN_MS
+
+
 def _has_ended(link: socket.socket) -> bool:
     """Whether the agent has hung up since the last call; nothing else can be there to be read."""
     link.setblocking(False)
@@ -404,8 +448,10 @@ def _nobody_there(path: str, error: OSError) -> Unreachable:
     )
 
 
-def _no_answer(timeout_s: float) -> Unreachable:
-    return Unreachable(f"no answer came within {timeout_s:.1f} s", code="transfer.timeout", hint="look at its status")
+def _no_answer(timeout_ms: int) -> Unreachable:
+    return Unreachable(
+        f"no answer came within {timeout_ms / 1000:.1f} s", code="transfer.timeout", hint="look at its status"
+    )
 
 
 def _lost(path: str) -> Unreachable:

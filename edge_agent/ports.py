@@ -238,6 +238,10 @@ class Shelf(Protocol):
         """A read-only descriptor whose content was just hashed again; TransferCorrupt when the disk changed it."""
         ...
 
+    def drop(self, digest: Digest) -> None:
+        """Remove this file, finished or not, if it is there."""
+        ...
+
     def collect(self, keep: frozenset[Digest]) -> int:
         """Remove every file that is not to be kept and return how many bytes that freed."""
         ...
@@ -396,8 +400,8 @@ class Trainer(Protocol):
         """The number of the newest sample that it was fed; 0 for none."""
         ...
 
-    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
-        """Hand over samples, oldest first.
+    async def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+        """Hand over samples, oldest first, no faster than they are taken.
 
         `newest` is the number up to which all that are usable were handed over now; those with a lower number than
         `forget_before` are forgotten.
@@ -433,7 +437,7 @@ class CloudAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What the hub's larger model says to one row; `payload` holds one buffer for each of `outputs`.
 
     Attributes:
-        model, version, variant, digest: what answered; empty where the hub does not say.
+        model, version, variant, digest: what answered, in 128 characters each; empty where the hub does not say.
         size_bytes: of the response's body.
         took_ms: from the question being sent on a connection that was open to the answer being read.
     """
@@ -478,6 +482,7 @@ class Cloud(Protocol):
             within_ms: how long an answer is waited for.
 
         Raises:
+            InputRefused: the payload does not fit its heads; nothing was sent.
             Unreachable: nobody answered in time, or the connection broke.
             TransferRefused: the hub's certificate or this device's is not accepted.
             TransferCorrupt: what came is no answer to this question.

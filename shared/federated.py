@@ -1,6 +1,6 @@
 """Flower's messages as values: what a device and the hub say to each other in a federated run.
 
-Not here: their bytes (shared/wire/flower.py), and what a run's records mean (edge_agent/core/training.py).
+Not here: their bytes (shared/wire/flower.py), and what a run's records mean (edge_agent/core/lessons.py).
 """
 
 from __future__ import annotations

@@ -37,13 +37,17 @@ class Infer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
             is enough for answers, unique per device for feedback; empty lets the agent choose.
         model: family.
         inputs: heads of the payload's tensors, in order.
-        deadline_ms: the answer is wanted this many milliseconds after the request was read.
+        deadline_ms: the answer is wanted this many milliseconds after the request was read; an hour at most.
+        version: of the release that must answer; empty for whichever serves, or the hub's larger model.
+        outputs: names of outputs without which an answer is of no use; empty for none in particular.
     """
 
     model: str
     inputs: tuple[TensorHead, ...]
     id: RequestId = ""
     deadline_ms: int = 1000
+    version: str = ""
+    outputs: tuple[str, ...] = ()
 
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback", tag_field="type"):
@@ -199,6 +203,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         queue_written_bytes, queue_syncs: what the outbox has cost the disk since the start.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
+        results_lost: results since the start that were never recorded, because the disk was too slow or refused.
     """
 
     id: str
@@ -223,6 +228,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     queue_buried: int = 0
     queue_written_bytes: int = 0
     queue_syncs: int = 0
+    results_lost: int = 0
 
 
 Reply = Answer | Done | Refusal | Description | AgentState
@@ -249,6 +255,8 @@ def decode_request(data: bytes | bytearray | memoryview) -> Request:
             code="invalid.reading",
             hint="give a finite number; leave out a reading that could not be taken",
         )
+    if isinstance(request, Infer) and request.deadline_ms > limits.MAX_REQUEST_DEADLINE_MS:
+        return msgspec.structs.replace(request, deadline_ms=limits.MAX_REQUEST_DEADLINE_MS)
     return request
 
 
@@ -265,6 +273,24 @@ def decode_reply(data: bytes | bytearray | memoryview) -> Reply:
 def tensor_bytes(head: TensorHead) -> int:
     """How many bytes of the payload belong to this tensor."""
     return math.prod(head.shape) * ITEM_BYTES[head.dtype]
+
+
+def check_heads(inputs: tuple[TensorHead, ...], payload_bytes: int) -> None:
+    """Raise InputRefused unless these are tensors that fill the payload; for a model whose signature is not known."""
+    if not 0 < len(inputs) <= limits.MAX_TENSORS:
+        raise InputRefused(f"{len(inputs)} inputs were sent, 1 to {limits.MAX_TENSORS} are possible")
+    for head in inputs:
+        if len(head.shape) > limits.MAX_TENSOR_RANK or any(size <= 0 for size in head.shape):
+            raise InputRefused(
+                f"input {head.name[:80]!r} has shape {list(head.shape)[: limits.MAX_TENSOR_RANK + 1]}",
+                hint=f"send up to {limits.MAX_TENSOR_RANK} axes, each with at least one element",
+            )
+    total = sum(tensor_bytes(head) for head in inputs)
+    if total != payload_bytes:
+        raise InputRefused(
+            f"the inputs' shapes need {total} bytes, {payload_bytes} were sent",
+            hint="send the elements of every input, row-major, in the header's order and nothing else",
+        )
 
 
 def check_inputs(signature: Signature, inputs: tuple[TensorHead, ...], payload_bytes: int) -> int:

@@ -27,6 +27,8 @@ MAX_DOOR_CONNECTIONS: Final = 64
 MAX_WAITING_REQUESTS: Final = 256
 MAX_REQUEST_ID_CHARS: Final = 128
 """A request's id is kept for its feedback and goes into records, so it is a name and not a document."""
+MAX_REQUEST_DEADLINE_MS: Final = 3_600_000
+"""Who gives more time gets an hour: timers and other programs do not take every number."""
 
 # Metadata (TUF) and releases
 MAX_ROOT_BYTES: Final = 512 * KIB
@@ -53,6 +55,10 @@ MAX_ROUND_MESSAGE_BYTES: Final = 32 * MIB
 """A task or its reply; what does not fit into a packet travels over HTTPS."""
 MAX_ROUND_ITEMS: Final = 4096
 MAX_ROUND_LIST: Final = 100_000
+MAX_ROUND_FIELDS: Final = 250_000
+"""Fields and whole numbers of lists of one message together, as often as they are looked at: a fifth of a second."""
+MAX_ROUND_SAMPLES: Final = 2_000
+"""Of one family on one device. Averages are weighted by them, so a device that claims more is refused."""
 
 # Questions to the hub's larger model
 MAX_ESCALATED_BYTES: Final = 4 * MIB

@@ -1,19 +1,33 @@
-"""Sets of record numbers as ranges, so that a stream without holes is one range however long it grows.
+"""Sets of record numbers as ranges: pairs (first, last), both inclusive, ascending, neither touching nor overlapping.
 
-A range is a pair (first, last), both inclusive. Ranges are ascending and neither touch nor overlap; every function here
-takes and gives them so.
+A stream without losses is one range however long, and the end of the range that begins at 1 is its watermark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from math import inf
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
 
-def union(ranges: Ranges, more: Iterable[Range]) -> Ranges:
+def ranges_of(numbers: Iterable[int]) -> Ranges:
+    """The numbers, which must ascend, as ranges."""
+    found: list[Range] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return tuple(found)
+
+
+def union(ranges: Ranges, more: Sequence[Range]) -> Ranges:
     """All numbers of both; `more` may be in any order and overlap."""
+    if len(more) == 1:
+        return _add(ranges, *more[0])
     found: list[Range] = []
     for first, last in sorted((*ranges, *more)):
         if found and first <= found[-1][1] + 1:
@@ -23,23 +37,10 @@ def union(ranges: Ranges, more: Iterable[Range]) -> Ranges:
     return tuple(found)
 
 
-def without(ranges: Ranges, first: int, last: int) -> Ranges:
-    """All numbers but those from first to last."""
-    found: list[Range] = []
-    for low, high in ranges:
-        if high < first or low > last:
-            found.append((low, high))
-            continue
-        if low < first:
-            found.append((low, first - 1))
-        if high > last:
-            found.append((last + 1, high))
-    return tuple(found)
-
-
 def within(ranges: Ranges, first: int, last: int) -> Ranges:
     """The numbers from first to last that are in."""
-    return tuple((max(low, first), min(high, last)) for low, high in ranges if low <= last and first <= high)
+    begin, end = _near(ranges, first, last)
+    return tuple((max(low, first), min(high, last)) for low, high in ranges[begin:end])
 
 
 def missing(ranges: Ranges, first: int, last: int) -> Ranges:
@@ -55,6 +56,41 @@ def missing(ranges: Ranges, first: int, last: int) -> Ranges:
     return tuple(found)
 
 
+def meets(ranges: Ranges, first: int, last: int) -> bool:
+    """Whether any number from first to last is in."""
+    begin, end = _near(ranges, first, last)
+    return begin < end
+
+
+def holes(ranges: Ranges) -> Ranges:
+    """The numbers from 1 to the highest that are not in."""
+    return missing(ranges, 1, ranges[-1][1]) if ranges else ()
+
+
+def watermark(ranges: Ranges) -> int:
+    """The highest number up to which all are in; 0 when the first is not."""
+    return ranges[0][1] if ranges and ranges[0][0] <= 1 else 0
+
+
 def count(ranges: Ranges) -> int:
     """How many numbers are in."""
     return sum(last - first + 1 for first, last in ranges)
+
+
+def _add(ranges: Ranges, first: int, last: int) -> Ranges:
+    if not ranges or first > ranges[-1][1] + 1:
+        return (*ranges, (first, last))
+    # Neighbours that only touch are merged too.
+    begin, end = _near(ranges, first - 1, last + 1)
+    if begin < end:
+        first, last = min(first, ranges[begin][0]), max(last, ranges[end - 1][1])
+    return (*ranges[:begin], (first, last), *ranges[end:])
+
+
+def _near(ranges: Ranges, first: int, last: int) -> tuple[int, int]:
+    """Which ranges hold a number from first to last: from one index up to before another."""
+    end = bisect_right(ranges, (last, inf))
+    begin = bisect_left(ranges, (first, -inf), 0, end)
+    if begin and ranges[begin - 1][1] >= first:
+        begin -= 1
+    return begin, end

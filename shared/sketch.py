@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,23 +47,36 @@ class Sketch:
     @property
     def count(self) -> int:
         """How many numbers are in."""
-        return sum(count for _, count in self.buckets)
+        return sum([count for _, count in self.buckets])
 
     def merge(self, other: Sketch) -> Sketch:
         """The sketch of both sets."""
         return _of_counts(Counter(dict(self.buckets)) + Counter(dict(other.buckets)))
 
+    def without(self, part: Sketch) -> Sketch:
+        """The sketch of what is left when the numbers of `part` are taken out."""
+        return _of_counts(Counter(dict(self.buckets)) - Counter(dict(part.buckets)))
+
     def quantile(self, q: float) -> float:
         """The number below which a share `q` (0 to 1) of the set lies; 0.0 for an empty set."""
-        if not 0.0 <= q <= 1.0:
-            raise ValueError(f"a share is between 0 and 1, not {q}")
-        rank = q * (self.count - 1)
+        return self.quantiles((q,))[0]
+
+    def quantiles(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """As `quantile`, for several shares in ascending order, at the price of one."""
+        if not all(0.0 <= q <= 1.0 for q in shares):
+            raise ValueError(f"a share is between 0 and 1, not {shares}")
+        last = self.count - 1
+        ranks = [q * last for q in shares]
+        found: list[float] = []
         passed = 0
         for bucket, count in self.buckets:
             passed += count
-            if passed > rank:
-                return _middle(bucket)
-        return 0.0
+            while ranks and passed > ranks[0]:
+                found.append(_middle(bucket))
+                del ranks[0]
+            if not ranks:
+                break
+        return (*found, *(0.0 for _ in ranks))
 
     def encode(self) -> bytes:
         """The sketch's bytes for a database."""

@@ -23,7 +23,16 @@ class RecordClass(IntEnum):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="result", tag_field="kind"):
-    """A local inference was answered. Times in microseconds; `confidence` is 0 to 1, or -1 where the task has none."""
+    """A request was answered, or a release was asked for it in vain.
+
+    Attributes:
+        request: its id.
+        model, version, variant: what answered, or should have.
+        rung: where the answer came from; `refused` when the release missed the deadline, failed or was lost.
+        label, confidence: of an answer of one row; confidence is 0 to 1, or -1 where the task has none.
+        took_us: what the model took for it on this device, without any wait for the hub; 0 where it did not run for
+            it. For an answer of the hub (`cloud`), from the request to the answer.
+    """
 
     request: str
     model: str

@@ -150,8 +150,11 @@ def _release(commands: _Leaves[Parser]) -> None:
 def _rollout(commands: _Leaves[Parser]) -> None:
     leaves = _group(commands, "rollout", "bring a release to the fleet in stages")
     leaf = _leaf(leaves, "plan", "show what a rollout would do, and what its first stage can miss", run="rollouts:plan")
+    leaf.add_argument("release", metavar="FAMILY/VERSION|FILE.toml", help="a release, or a file that says all")
     _rollout_options(leaf)
     leaf = _leaf(leaves, "start", "start a rollout", run="rollouts:start")
+    what = "a release, a file that says all, or a draft's name (a draft takes no other options)"
+    leaf.add_argument("release", metavar="FAMILY/VERSION|FILE.toml|DRAFT", help=what)
     _rollout_options(leaf)
     leaf.add_argument("--draft", action="store_true", help="keep it, to be started later by its name")
     _until_ended(leaf)
@@ -175,7 +178,6 @@ def _rollout(commands: _Leaves[Parser]) -> None:
 
 def _rollout_options(leaf: Parser) -> None:
     add = leaf.add_argument
-    add("release", metavar="FAMILY/VERSION|FILE.toml|DRAFT", help="a release, a file that says all, or a draft's name")
     whom = leaf.add_mutually_exclusive_group()
     whom.add_argument("--all", action="store_true", help="all devices (the default)")
     whom.add_argument(
@@ -202,7 +204,6 @@ def _until_ended(leaf: Parser) -> None:
     leaf.add_argument(
         "--timeout",
         type=_count,
-        default=86_400,
         metavar="SECONDS",
         help="with --wait: how long (default a day), then 8",
     )

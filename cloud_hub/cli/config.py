@@ -6,13 +6,12 @@ A context is written by `outrider login` and holds a token, so its file is 0600 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 
+from cloud_hub import files
 from shared.errors import ConfigError
 from shared.limits import MIB
 
@@ -74,17 +73,7 @@ def save_contexts(contexts: Contexts) -> Path:
     data = msgspec.json.format(msgspec.json.encode(contexts), indent=2)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(prefix=".contexts-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(draft).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(draft).unlink()
-            raise
+        files.replace(path, data)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", code="config.contexts") from error
     return path

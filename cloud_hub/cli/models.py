@@ -14,10 +14,10 @@ from cloud_hub.cli import screen
 from cloud_hub.cli.answers import Variant, parse_release, read
 from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
+from cloud_hub.cli.following import follow
 from cloud_hub.cli.goldens import golden_from_npz
 from cloud_hub.cli.hub import Document, Hub
 from cloud_hub.cli.listing import watch
-from cloud_hub.cli.system import SystemClock
 from shared import limits
 from shared.errors import InvalidValue
 from shared.ids import parse_family, parse_version
@@ -60,9 +60,9 @@ def push(arguments: argparse.Namespace) -> Exit:
     for field, data in (("model", model), ("golden", golden), ("calibration", calibration)):
         if data is not None:
             request[field] = _upload(hub, data, title=field)
-    document = hub.send("POST", "/v1/models", request, Document)
+    document: Document = hub.send("POST", "/v1/models", request, Document)
     if arguments.wait:
-        document = _wait(hub, f"/v1/models/{family}/{version}", wait_ms=arguments.wait_s * 1000)
+        document = _wait(hub, document, wait_s=arguments.wait_s)
     return _report(document, as_json=arguments.json, waited=arguments.wait)
 
 
@@ -145,26 +145,30 @@ def _report(document: Document, *, as_json: bool, waited: bool) -> Exit:
     return Exit.DONE
 
 
-def _wait(hub: Hub, path: str, *, wait_ms: int) -> Document:
-    clock = SystemClock()
-    until_ms = clock.mono_ms() + wait_ms
+def _wait(hub: Hub, document: Document, *, wait_s: int) -> Document:
+    """Tell of each step; raises CommandFailed when it is still being built after that time."""
     said = ""
-    while True:
-        document: Document = hub.get(path, Document)
-        model = read(document, Model, what="model")
-        if model.state != "building":
-            return document
-        if model.step != said:
+
+    def look(seen: Document) -> bool:
+        nonlocal said
+        model = read(seen, Model, what="model")
+        if model.state == "building" and model.step != said:
             said = model.step
             screen.note(f"building: {said}")
-        if clock.mono_ms() >= until_ms:
-            raise CommandFailed(
-                f"{model.family}/{model.version} is still being built",
-                status=Exit.STILL_RUNNING,
-                code="timeout.build",
-                hint=f"outrider model show {model.family}/{model.version}",
-            )
-        clock.wait_ms(POLL_MS)
+        return model.state != "building"
+
+    model = read(document, Model, what="model")
+    path = f"/v1/models/{model.family}/{model.version}"
+    document = follow(hub, path, document, ended=look, wait_s=wait_s, poll_ms=POLL_MS)
+    model = read(document, Model, what="model")
+    if model.state == "building":
+        raise CommandFailed(
+            f"{model.family}/{model.version} is still being built",
+            status=Exit.STILL_RUNNING,
+            code="timeout.build",
+            hint=f"outrider model show {model.family}/{model.version}",
+        )
+    return document
 
 
 def _upload(hub: Hub, data: bytes, *, title: str) -> str:

@@ -19,16 +19,23 @@ from cloud_hub.cli import screen
 from cloud_hub.cli.answers import parse_release, read
 from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
-from cloud_hub.cli.hub import Document, Hub, HubRefused
+from cloud_hub.cli.following import follow
+from cloud_hub.cli.hub import Document, Hub
 from cloud_hub.cli.listing import moment, watch
 from cloud_hub.cli.system import SystemClock
-from shared.errors import InvalidValue, Unreachable
+from shared.errors import InvalidValue
 from shared.rollout import ENDED, UNHEALTHY, Condition, Phase, Reading, parse_spec
 
 POLL_MS: Final = 1000
 MAX_FILE_BYTES: Final = 256 * 1024
 SHOWN_DEVICES: Final = 50
 GATES: Final = ("devices", "outcomes", "latency")
+A_DAY_S: Final = 86_400
+OF_A_SPEC: Final = (
+    "all", "selector", "device", "stages", "soak", "max_harmed", "max_unresolved", "min_answers", "deadline",
+    "baseline", "gates", "margin", "tolerance", "min_baseline", "max_ratio", "min_timed",
+)  # fmt: skip
+"""Options that say what a rollout shall be; a draft has said it already."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,20 +143,32 @@ def plan(arguments: argparse.Namespace) -> Exit:
 
 def start(arguments: argparse.Namespace) -> Exit:
     """Start a rollout, or a draft of one; with --wait see how it ends."""
-    hub = Hub(load_context(arguments.context))
     name: str = arguments.release
-    if "/" in name or Path(name).is_file():
+    is_draft = not ("/" in name or Path(name).is_file())
+    _check_waiting(arguments)
+    if arguments.wait and arguments.draft:
+        raise _useless("--wait", "a draft is not started")
+    if is_draft:
+        for option in (*OF_A_SPEC, "draft"):
+            value = getattr(arguments, option)
+            if value not in (None, []) and value is not False:
+                raise _useless(f"--{option.replace('_', '-')}", f"{name[:80]!r} is a draft and says all itself")
+    hub = Hub(load_context(arguments.context))
+    if not is_draft:
         body = {"spec": _spec(arguments), "draft": arguments.draft}
         document: Document = hub.send("POST", "/v1/rollouts", body, Document)
     else:
         document = hub.send("POST", f"/v1/rollouts/{_id(name)}/start", {}, Document)
-    if arguments.wait and not arguments.draft:
+    if arguments.wait:
         return _follow(hub, document, arguments)
     return _told(document, arguments, "kept as a draft" if arguments.draft else "started")
 
 
 def status(arguments: argparse.Namespace) -> Exit:
     """Show one rollout, or list all of them, newest first."""
+    _check_waiting(arguments)
+    if arguments.wait and (arguments.watch or arguments.rollout is None):
+        raise _useless("--wait", "name one rollout to wait for, without --watch")
     if arguments.rollout is None:
         return watch(arguments, "rollouts")
     hub = Hub(load_context(arguments.context))
@@ -234,33 +253,29 @@ def _told(document: Document, arguments: argparse.Namespace, done: str) -> Exit:
 
 
 def _follow(hub: Hub, document: Document, arguments: argparse.Namespace) -> Exit:
-    """Look until it has ended; a hub that is away for a while (a restart) is waited for."""
-    clock = SystemClock()
-    until_ms = clock.mono_ms() + arguments.timeout * 1000
+    """Look until it has ended, and tell of what changes."""
+    timeout_s: int = arguments.timeout or A_DAY_S
     said = ""
-    while True:
-        rollout = read(document, Rollout, what="rollout")
+
+    def look(seen: Document) -> bool:
+        nonlocal said
+        rollout = read(seen, Rollout, what="rollout")
         line = _line(rollout)
         if line != said:
             screen.note(line)
             said = line
-        if rollout.phase in ENDED:
-            break
-        if clock.mono_ms() >= until_ms:
-            raise CommandFailed(
-                f"{rollout.id} is still {rollout.phase.value} after {arguments.timeout} s",
-                status=Exit.STILL_RUNNING,
-                code="timeout.rollout",
-                hint=f"outrider rollout status {rollout.id} --wait",
-            )
-        clock.wait_ms(POLL_MS)
-        try:
-            document = hub.get(f"/v1/rollouts/{_id(rollout.id)}", Document)
-        except Unreachable:
-            continue
-        except HubRefused as error:
-            if error.status is not Exit.UNREACHABLE:
-                raise
+        return rollout.phase in ENDED
+
+    path = f"/v1/rollouts/{_id(read(document, Rollout, what='rollout').id)}"
+    document = follow(hub, path, document, ended=look, wait_s=timeout_s, poll_ms=POLL_MS)
+    rollout = read(document, Rollout, what="rollout")
+    if rollout.phase not in ENDED:
+        raise CommandFailed(
+            f"{rollout.id} is still {rollout.phase.value} after {timeout_s} s",
+            status=Exit.STILL_RUNNING,
+            code="timeout.rollout",
+            hint=f"outrider rollout status {rollout.id} --wait",
+        )
     if arguments.json:
         screen.show_json(document)
     else:
@@ -276,6 +291,16 @@ def _follow(hub: Hub, document: Document, arguments: argparse.Namespace) -> Exit
 
 
 # What is asked for
+
+
+def _check_waiting(arguments: argparse.Namespace) -> None:
+    if arguments.timeout is not None and not arguments.wait:
+        raise _useless("--timeout", "it says how long --wait waits")
+
+
+def _useless(option: str, why: str) -> InvalidValue:
+    """An option that would be taken and do nothing is refused."""
+    return InvalidValue(f"{option} does nothing here: {why}", code="invalid.options")
 
 
 def _spec(arguments: argparse.Namespace) -> Document:

@@ -11,9 +11,9 @@ from cloud_hub.cli import screen
 from cloud_hub.cli.answers import read
 from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
+from cloud_hub.cli.following import follow
 from cloud_hub.cli.hub import Document, Hub
 from cloud_hub.cli.listing import moment
-from cloud_hub.cli.system import SystemClock
 from shared.errors import InvalidValue
 from shared.ids import parse_family, parse_version
 
@@ -76,19 +76,18 @@ def start(arguments: argparse.Namespace) -> Exit:
     if arguments.round_timeout is not None:
         request["round_timeout_s"] = arguments.round_timeout
     hub = Hub(load_context(arguments.context))
-    document = hub.send("POST", "/v1/rounds", request, Document)
-    run = read(document, Run, what="run")
+    document: Document = hub.send("POST", "/v1/rounds", request, Document)
     if arguments.wait:
-        document = _wait(hub, run.run, wait_ms=arguments.wait_s * 1000)
+        document = _wait(hub, document, wait_s=arguments.wait_s)
     return _report(document, as_json=arguments.json)
 
 
 def status(arguments: argparse.Namespace) -> Exit:
     """Show one run with its rounds."""
     hub = Hub(load_context(arguments.context))
-    if arguments.wait:
-        return _report(_wait(hub, arguments.run_id, wait_ms=arguments.wait_s * 1000), as_json=arguments.json)
     document = hub.get(_path(arguments.run_id), Document)
+    if arguments.wait:
+        return _report(_wait(hub, document, wait_s=arguments.wait_s), as_json=arguments.json)
     _show(document, as_json=arguments.json)
     return Exit.DONE
 
@@ -129,26 +128,29 @@ def stop(arguments: argparse.Namespace) -> Exit:
     return Exit.DONE
 
 
-def _wait(hub: Hub, name: str, *, wait_ms: int) -> Document:
-    clock = SystemClock()
-    until_ms = clock.mono_ms() + wait_ms
+def _wait(hub: Hub, document: Document, *, wait_s: int) -> Document:
+    """Tell of each round; raises CommandFailed when the run goes on after that time."""
     said = 0
-    while True:
-        document: Document = hub.get(_path(name), Document)
-        run = read(document, Run, what="run")
+
+    def look(seen: Document) -> bool:
+        nonlocal said
+        run = read(seen, Run, what="run")
         for done in run.rounds[said:]:
             screen.note(f"round {done.round}/{run.spec.rounds}: {_figures(done)}")
         said = len(run.rounds)
-        if run.state not in ACTIVE:
-            return document
-        if clock.mono_ms() >= until_ms:
-            raise CommandFailed(
-                f"run {run.run} is still {run.state}",
-                status=Exit.STILL_RUNNING,
-                code="timeout.round",
-                hint=f"outrider round status {run.run}",
-            )
-        clock.wait_ms(POLL_MS)
+        return run.state not in ACTIVE
+
+    name = read(document, Run, what="run").run
+    document = follow(hub, _path(name), document, ended=look, wait_s=wait_s, poll_ms=POLL_MS)
+    run = read(document, Run, what="run")
+    if run.state in ACTIVE:
+        raise CommandFailed(
+            f"run {run.run} is still {run.state}",
+            status=Exit.STILL_RUNNING,
+            code="timeout.round",
+            hint=f"outrider round status {run.run}",
+        )
+    return document
 
 
 def _report(document: Document, *, as_json: bool) -> Exit:

@@ -8,14 +8,12 @@ delegation is about to expire; a key of others is never replaced by the way.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from cloud_hub import files
 from cloud_hub.cli import screen
 from cloud_hub.cli.answers import parse_release
 from cloud_hub.cli.config import load_context
@@ -170,18 +168,7 @@ def _ask() -> None:
 
 
 def _write(path: Path, bundle: Bundle) -> None:
-    data = msgspec.json.encode(bundle)
     try:
-        descriptor, draft = tempfile.mkstemp(prefix=".release-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(draft).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(draft).unlink()
-            raise
+        files.replace(path, msgspec.json.encode(bundle))
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error

@@ -20,6 +20,7 @@ from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.commands.tokens import actor
 from cloud_hub.config import HubConfig, check_host
+from cloud_hub.files import sync
 from cloud_hub.ground import audit, broker, ca, migrate, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.auth import IssuedToken, Role, issue_api_token
@@ -133,11 +134,11 @@ def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:
         files.write(draft / _COMPLETE, str(offline).encode())
     if keys.exists():
         keys.rename(offline)
-        files.sync(offline.parent)
+        sync(offline.parent)
     # The marker goes last: without it, a crash here would leave offline keys in place and a draft nobody can tell.
     draft.rename(data)
     (data / _COMPLETE).unlink()
-    files.sync(data.parent)
+    sync(data.parent)
     # Its paths are absolute, so it is written in place. A managed start writes it again, an external broker takes it.
     broker.write_files(
         broker.BrokerSettings(

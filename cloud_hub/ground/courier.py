@@ -34,6 +34,7 @@ from cloud_hub.ground.linesocket import LineSocket
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.packets import Published
 from shared import limits
+from shared.clock import Clock
 from shared.errors import ConfigError, Unreachable
 from shared.wire import topics
 
@@ -81,6 +82,25 @@ class LinkSettings:
     key: Path
 
 
+class Link:
+    """Since when the hub hears its devices without a break: silence before that says nothing of them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since_ms: int | None = None
+
+    def set(self, *, is_up: bool) -> None:
+        """The link has come up or is lost; saying the same again changes nothing."""
+        if not is_up:
+            self._since_ms = None
+        elif self._since_ms is None:
+            self._since_ms = self._clock.wall_ms()
+
+    def up_since_ms(self) -> int | None:
+        """When it came up; None while it is down."""
+        return self._since_ms
+
+
 class HubCourier:
     """An MQTT 5 client that stays connected as long as it runs.
 
@@ -88,12 +108,19 @@ class HubCourier:
         settings: where and as whom.
         on_messages: called on the event loop with messages that devices sent; must not block.
         metrics: for the link's gauge.
+        link: told how the connection stands.
     """
 
     def __init__(
-        self, settings: LinkSettings, *, on_messages: Callable[[Sequence[Inbound]], None], metrics: Metrics
+        self,
+        settings: LinkSettings,
+        *,
+        on_messages: Callable[[Sequence[Inbound]], None],
+        metrics: Metrics,
+        link: Link,
     ) -> None:
         self._settings = settings
+        self._link = link
         self._on_messages = on_messages
         self._metrics = metrics
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -309,4 +336,5 @@ class HubCourier:
         elif not is_up and self._connected.is_set():
             logger.warning("link to the broker is lost")
             self._connected.clear()
+        self._link.set(is_up=is_up)
         self._metrics.link_up.set(1 if is_up else 0)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cloud_hub import files
 from shared.errors import ConfigError, Conflict, StorageError
 
 
@@ -101,27 +102,10 @@ def read(path: Path) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """Replace a file in one step, durably; it is readable by its owner only from its first byte."""
-    draft = path.with_name(f".{path.name}.new")
     try:
-        draft.unlink(missing_ok=True)
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        sync(path.parent)
+        files.replace(path, data)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}", hint="check its owner and space") from error
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def local_user() -> str | None:

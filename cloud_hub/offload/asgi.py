@@ -4,7 +4,8 @@ Rules:
 1. Whoever asks about models is known first: a token or a device's certificate, by the hub's one gate. Who was let in
    a moment ago (`REMEMBERED_US`) is not looked up again, so a revoked one gets in for so long at most. Only the two
    health checks answer anybody.
-2. Identity and rate come before the body is read; bodies are bounded one by one and all together.
+2. Identity and rate come before the body is read; bodies are bounded one by one, for each principal, and all
+   together. What counts is what has come: an announced length holds nothing.
 3. Every "no" for lack of time or room is a 429 or 503 with `Retry-After`, at once.
 
 No framework, because here a millisecond is the whole budget. Not here: bodies (shared/wire/oip.py), models (desk.py).
@@ -27,7 +28,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from cloud_hub.ground import problems
-from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal
+from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal, Role
 from cloud_hub.ground.problems import NotAllowed, Throttled
 from cloud_hub.ground.rates import Buckets
 from cloud_hub.offload.desk import Answered, Ask, Desk, Overload
@@ -46,6 +47,8 @@ MAX_DEADLINE_MS: Final = 60_000
 MAX_BODY_BYTES: Final = 16 * MIB
 MAX_HELD_BYTES: Final = 256 * MIB
 """Of all bodies that are being read or answered."""
+MAX_PRINCIPAL_BYTES: Final = 32 * MIB
+"""Of these, for one principal: its own requests meet its bound before anybody else's do."""
 BODY_S: Final = 15.0
 """To the end of a body."""
 REMEMBERED_US: Final = 2_000_000
@@ -81,6 +84,7 @@ class OffloadApp:
         self._rate = rate
         self._now_us = now_us
         self._held_bytes = 0
+        self._shares: dict[str, int] = {}
         self._recent: OrderedDict[bytes, tuple[Principal, int]] = OrderedDict()
 
     @staticmethod
@@ -120,7 +124,7 @@ class OffloadApp:
             return await self._infer(scope, receive, target, principal, arrived_us)
         if target.ask == "server":
             return _json(oip_terms.encode_server(name="outrider-hub", version=version("outrider")))
-        release = await self._desk.describe(target.model, target.version)
+        release = await self._desk.describe(target.model, target.version, candidates=_may_ask_candidates(principal))
         if target.ask == "model_ready":
             return Reply(200)
         return _json(
@@ -139,7 +143,7 @@ class OffloadApp:
         if seconds:
             raise Throttled("too many requests", retry_after_s=seconds, hint="ask less often, or for more rows at once")
         headers = dict(scope["headers"])
-        held = _Held(self)
+        held = _Held(self, principal.actor)
         try:
             body = await _read_body(receive, headers, held)
             json_length = _whole_number(headers, oip.JSON_LENGTH_HEADER)
@@ -153,6 +157,7 @@ class OffloadApp:
                     payload=request.payload,
                     arrived_us=arrived_us,
                     deadline_us=arrived_us + deadline_ms * 1000,
+                    candidates=_may_ask_candidates(principal),
                 )
             )
             return _answer_reply(request, answered)
@@ -176,41 +181,59 @@ class OffloadApp:
             self._recent.popitem(last=False)
         return principal
 
-    def hold(self, size: int) -> None:
-        """Count bytes of a body (negative: let them go); raises Overload when too many are held already."""
+    def hold(self, actor: str, size: int) -> None:
+        """Count bytes of a principal's bodies (negative: let them go); raises Overload when too many are held."""
+        share = self._shares.get(actor, 0) + size
+        if size > 0 and share > MAX_PRINCIPAL_BYTES:
+            raise Overload(
+                "too many bodies of this caller are in memory", code="overload.share", retry_after_us=1_000_000
+            )
         if size > 0 and self._held_bytes + size > MAX_HELD_BYTES:
             raise Overload("too many bodies are in memory", code="overload.memory", retry_after_us=1_000_000)
         self._held_bytes += size
+        self._shares[actor] = share
+        if not share:
+            del self._shares[actor]
 
 
 class _Held:
-    """What one request holds of the memory for bodies."""
+    """What one request of a principal holds of the memory for bodies."""
 
-    def __init__(self, app: OffloadApp) -> None:
+    def __init__(self, app: OffloadApp, actor: str) -> None:
         self._app = app
+        self._actor = actor
         self._bytes = 0
 
     def take(self, size: int) -> None:
         """Hold more; raises Overload, or InputRefused above what one body may have."""
-        if self._bytes + size > MAX_BODY_BYTES:
+        self.check(self._bytes + size)
+        self._app.hold(self._actor, size)
+        self._bytes += size
+
+    @staticmethod
+    def check(size: int) -> None:
+        """Raise InputRefused when no body may have so many bytes."""
+        if size > MAX_BODY_BYTES:
             raise InputRefused(
                 f"a body holds at most {MAX_BODY_BYTES} bytes", code="model.too_large", hint="send fewer rows at once"
             )
-        self._app.hold(size)
-        self._bytes += size
 
     def let_go(self) -> None:
         """Hold nothing."""
-        self._app.hold(-self._bytes)
+        self._app.hold(self._actor, -self._bytes)
         self._bytes = 0
+
+
+def _may_ask_candidates(principal: Principal) -> bool:
+    """People try out what is built; devices get what was published (registry.py says why)."""
+    return principal.role is not Role.DEVICE
 
 
 async def _read_body(receive: Receive, headers: dict[bytes, bytes], held: _Held) -> bytes:
     """The whole body, decompressed."""
-    announced = _whole_number(headers, "Content-Length") or 0
-    held.take(announced)
+    # Refused before it comes, but held only as it comes: announcing costs the caller nothing.
+    held.check(_whole_number(headers, "Content-Length") or 0)
     chunks: list[bytes] = []
-    length = 0
     try:
         async with asyncio.timeout(BODY_S):
             more = True
@@ -219,10 +242,7 @@ async def _read_body(receive: Receive, headers: dict[bytes, bytes], held: _Held)
                 if message["type"] != "http.request":
                     raise ProtocolViolation("the body ended early")
                 chunk: bytes = message.get("body", b"")
-                length += len(chunk)
-                if length > announced:
-                    held.take(length - announced)
-                    announced = length
+                held.take(len(chunk))
                 chunks.append(chunk)
                 more = message.get("more_body", False)
     except TimeoutError as error:

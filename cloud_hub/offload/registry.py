@@ -1,8 +1,11 @@
 """Which model is meant, and its files: the releases room as this room sees it.
 
 A family is a model of the protocol, a release's version its version. Without a version the newest published one is
-meant, else the newest that is ready. What is found is believed for `FRESH_US`, so that a request costs no look into
-the database, and a new release is seen within that time.
+meant, else, for those who may ask candidates, the newest that is ready. What is found is believed for `FRESH_US`, so
+that a request costs no look into the database, and a new release is seen within that time.
+
+Devices may not ask candidates: they take the hub's word for better than their own and keep it as a label, so somebody
+has to have signed for the model; and what anybody may have loaded is bounded by what was meant for use.
 
 Not here: engines.
 """
@@ -61,19 +64,23 @@ class Registry:
         self._catalogue = releases.catalogue
         self._blobs = releases.blobs
         self._now_us = now_us
-        self._known: OrderedDict[tuple[str, str], tuple[Release, int]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str, bool], tuple[Release, int]] = OrderedDict()
 
-    async def find(self, family: str, version: str) -> Release:
+    async def find(self, family: str, version: str, *, candidates: bool) -> Release:
         """The release of this name; an empty version means the one that is served.
+
+        Args:
+            candidates: whether one that is built and not published may be meant.
 
         Raises:
             ModelError: `model.unknown` when there is none, or it is not ready.
         """
-        known = self._known.get((family, version))
+        key = (family, version, candidates)
+        known = self._known.get(key)
         if known is not None and self._now_us() - known[1] < FRESH_US:
             return known[0]
-        release = await self._look_up(family, version)
-        self._known[family, version] = (release, self._now_us())
+        release = await self._look_up(family, version, candidates=candidates)
+        self._known[key] = (release, self._now_us())
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
         return release
@@ -93,14 +100,15 @@ class Registry:
                 return Files(variant=variant, model=model, golden=decode_golden(golden, manifest.signature))
         raise ModelError(f"no variant of {manifest.family}/{manifest.version} runs on the hub", code="model.variant")
 
-    async def _look_up(self, family: str, version: str) -> Release:
+    async def _look_up(self, family: str, version: str, *, candidates: bool) -> Release:
         try:
             parse_family(family)
             if version:
                 parse_version(version)
         except InvalidValue as error:
             raise _unknown(family, version) from error
-        ready = [row for row in await self._rows(family) if row.state == "ready"]
+        rows = [row for row in await self._rows(family) if row.state == "ready"]
+        ready = [row for row in rows if candidates or row.published_ms is not None]
         wanted = [row for row in ready if row.version == version] if version else _newest(ready)
         if not wanted:
             raise _unknown(family, version)

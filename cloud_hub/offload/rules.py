@@ -138,7 +138,8 @@ class Line(Generic[T]):
 
     def wait_us(self, *, now_us: int) -> float:
         """How long one who comes now will wait for a turn."""
-        rest_us = 0.0 if self._free_us is None else max(0.0, self._free_us - now_us)
+        # An overdue engine is not about to be free: what is late by so much may well be late by as much again.
+        rest_us = 0.0 if self._free_us is None else abs(self._free_us - now_us)
         return rest_us + (self._rows // self._max_batch_rows) * self.pace.predict_us(self._max_batch_rows)
 
     def form(self, *, now_us: int) -> Batch[T]:
@@ -169,6 +170,15 @@ class Line(Generic[T]):
         """The engine is free again, after so long with so many rows."""
         self.pace.note(rows, took_us)
         self._free_us = None
+
+    def withdraw(self, ticket: Ticket[T]) -> bool:
+        """This request waits no longer; False when it does not wait, because its batch runs or has run."""
+        for place, waiting in enumerate(self._waiting):
+            if waiting is ticket:
+                del self._waiting[place]
+                self._rows -= ticket.rows
+                return True
+        return False
 
     def clear(self) -> tuple[Ticket[T], ...]:
         """Everybody who waits, who waits no longer."""

@@ -8,26 +8,23 @@ bounded by its announced length, and by a deadline for each next piece of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
-from starlette.requests import ClientDisconnect
 
+from cloud_hub.ground import bodies
 from cloud_hub.ground.auth import Principal, Role, require, require_any
+from cloud_hub.ground.bodies import JSON_TYPE, json_answer, read_json, takes
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases.desk import Desk, Push, Selector
 from cloud_hub.releases.tables import AssignmentRow, ModelRow
 from shared import limits
-from shared.errors import InvalidValue, TransferCorrupt
 from shared.ids import parse_digest
 
 STREAMED_PREFIX: Final = "/v1/blobs/"
-PIECE_DEADLINE_S: Final = 30.0
 BLOB_TYPE: Final = "application/octet-stream"
-JSON_TYPE: Final = "application/json"
 
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
 Operator = Annotated[Principal, Depends(require(Role.OPERATOR))]
@@ -35,8 +32,6 @@ ReleaseManager = Annotated[Principal, Depends(require(Role.RELEASE_MANAGER))]
 Anyone = Annotated[Principal, Depends(require_any())]
 Limit = Annotated[int, Query(ge=1, le=limits.MAX_PAGE_ITEMS)]
 After = Annotated[str, Query(max_length=160)]
-
-T = TypeVar("T")
 
 
 class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,7 +52,7 @@ def router(desk: Desk) -> APIRouter:
     add("/blobs/{digest}", blobs.put, methods=["PUT"], operation_id="put_blob", status_code=201, response_model=None)
     add("/blobs/{digest}", blobs.get, methods=["GET"], operation_id="get_blob", response_model=None)
     add("/blobs/{digest}", blobs.get, methods=["HEAD"], operation_id="head_blob", response_model=None)
-    add("/models", models.push, methods=["POST"], operation_id="push_model", status_code=202, **_body(Push))
+    add("/models", models.push, methods=["POST"], operation_id="push_model", status_code=202, **takes(Push))
     add("/models", models.page, methods=["GET"], operation_id="list_models", response_model=None)
     add("/models/{family}/{version}", models.get, methods=["GET"], operation_id="get_model", response_model=None)
     add(
@@ -66,14 +61,14 @@ def router(desk: Desk) -> APIRouter:
         methods=["POST"],
         operation_id="publish_release",
         status_code=201,
-        **_body(Publish),
+        **takes(Publish),
     )
     add("/releases", releases.page, methods=["GET"], operation_id="list_releases", response_model=None)
     release = "/releases/{family}/{version}"
     add(release, releases.get, methods=["GET"], operation_id="get_release", response_model=None)
     add(f"{release}/proposal", releases.proposal, methods=["GET"], operation_id="get_proposal", response_model=None)
     add("/metadata/{name:path}", releases.metadata, methods=["GET"], operation_id="get_metadata", response_model=None)
-    add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **_body(Selector))
+    add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **takes(Selector))
     add("/assignments", assignments.page, methods=["GET"], operation_id="list_assignments", response_model=None)
     return routes
 
@@ -85,16 +80,11 @@ class _Blobs:
     async def put(self, request: Request, digest: str, _principal: ReleaseManager) -> Response:
         """Store a file under its SHA-256; 201 when it is new, 200 when the hub has it already."""
         name = parse_digest(digest)
-        text = request.headers.get("content-length", "")
-        if not text.isascii() or not text.isdigit() or len(text) > 15:
-            raise InvalidValue(
-                "an upload needs a Content-Length", code="length_required", hint="send the file's size, not chunks"
-            )
-        length = int(text)
-        is_new = await self._desk.blobs.receive(name, length, _pieces(request))
+        length = bodies.announced_length(request)
+        is_new = await self._desk.blobs.receive(name, length, bodies.pieces(request))
         if is_new:
             self._desk.counts.blob_bytes.inc(length)
-        return _json({"digest": name, "length": length}, status=201 if is_new else 200)
+        return json_answer({"digest": name, "length": length}, status=201 if is_new else 200)
 
     async def get(self, request: Request, digest: str, _principal: Anyone) -> Response:
         """A file by its SHA-256, whole or in ranges (RFC 9110, section 14); its ETag is its digest."""
@@ -115,9 +105,9 @@ class _Models:
 
     async def push(self, request: Request, principal: ReleaseManager) -> Response:
         """Have an uploaded model built and measured; the same push again tells how it went so far."""
-        push = await _read(request, Push)
+        push = await read_json(request, Push)
         row = await self._desk.catalogue.push(push, actor=principal.actor)
-        return _json(_model(row), status=202)
+        return json_answer(_model(row), status=202)
 
     async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100, family: After = "") -> Response:
         """Pushed models by name, whatever their state."""
@@ -126,7 +116,7 @@ class _Models:
 
     async def get(self, family: str, version: str, _principal: Viewer) -> Response:
         """One pushed model with what was measured of it."""
-        return _json(_model(await self._desk.catalogue.get(family, version)))
+        return json_answer(_model(await self._desk.catalogue.get(family, version)))
 
 
 class _Releases:
@@ -135,11 +125,11 @@ class _Releases:
 
     async def publish(self, request: Request, principal: ReleaseManager) -> Response:
         """Make a release available under an operator's signature."""
-        body = await _read(request, Publish)
+        body = await read_json(request, Publish)
         row = await self._desk.publishing.publish(
             body.family, body.version, targets=body.targets, role=body.role, actor=principal.actor
         )
-        return _json(_model(row), status=201)
+        return json_answer(_model(row), status=201)
 
     async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100, family: After = "") -> Response:
         """Published releases by name."""
@@ -157,7 +147,7 @@ class _Releases:
                 code="not_found.release",
                 hint=f"`outrider release sign {row.family}/{row.version} --keys DIR`, then publish it",
             )
-        return _json(_model(row))
+        return json_answer(_model(row))
 
     async def proposal(self, family: str, version: str, _principal: ReleaseManager) -> Response:
         """What an operator's machine needs to check and sign a release."""
@@ -174,7 +164,7 @@ class _Releases:
             "role": proposal.role,
             "report": _report(row),
         }
-        return _json(document)
+        return json_answer(document)
 
     async def metadata(self, name: str, _principal: Anyone) -> Response:
         """A metadata file by its consistent-snapshot name: `timestamp.json`, `3.targets.json`."""
@@ -189,8 +179,8 @@ class _Assignments:
 
     async def assign(self, request: Request, principal: Operator) -> Response:
         """Set a family of some devices' desired state to a published release."""
-        outcome = await self._desk.assigning.assign(await _read(request, Selector), actor=principal.actor)
-        return _json(outcome, status=201)
+        outcome = await self._desk.assigning.assign(await read_json(request, Selector), actor=principal.actor)
+        return json_answer(outcome, status=201)
 
     async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100) -> Response:
         """The newest assignment of each device, by device."""
@@ -198,53 +188,9 @@ class _Assignments:
         return _page([_assignment(row) for row in rows], limit=limit, key=lambda item: str(item["device"]))
 
 
-async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(PIECE_DEADLINE_S):
-                piece = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except TimeoutError as error:
-            raise TransferCorrupt(
-                f"nothing arrived for {PIECE_DEADLINE_S:.0f} s", hint="send the file again"
-            ) from error
-        except ClientDisconnect as error:
-            raise TransferCorrupt("the connection ended before the file did", hint="send the file again") from error
-        yield piece
-
-
-async def _read(request: Request, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidValue(str(error)[:300], code="invalid.request", hint="see /openapi.json for the shape") from error
-
-
-def _body(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Documents a body that we parse ourselves; nested types are named and not spelled out."""
-    fields = {field.encode_name: {"description": str(field.type)} for field in msgspec.structs.fields(kind)}
-    required = [field.encode_name for field in msgspec.structs.fields(kind) if field.required]
-    schema = {
-        "type": "object",
-        "title": kind.__name__,
-        "description": kind.__doc__,
-        "properties": fields,
-        "required": required,
-        "additionalProperties": False,
-    }
-    content = {"required": True, "content": {JSON_TYPE: {"schema": schema}}}
-    return {"openapi_extra": {"requestBody": content}, "response_model": None}
-
-
-def _json(document: object, *, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(document), status_code=status, media_type=JSON_TYPE)
-
-
 def _page(items: list[dict[str, Any]], *, limit: int, key: Any) -> Response:
     more = len(items) > limit
-    return _json({"items": items[:limit], "next": key(items[limit - 1]) if more else None})
+    return json_answer({"items": items[:limit], "next": key(items[limit - 1]) if more else None})
 
 
 def _name(item: dict[str, Any]) -> str:

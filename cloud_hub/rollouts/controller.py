@@ -6,14 +6,14 @@ Rules of this file:
    device that has the assignment keeps it), so a hub that dies between any two steps does the same again.
 3. Reports and births wake it; a slow timer heals whatever was missed.
 
-Not here: what to decide (rules.py), what operators may ask (desk.py).
+Not here: what to look at (lookout.py), what to decide (rules.py), what operators may ask (desk.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from sqlalchemy.engine import Connection
@@ -26,14 +26,12 @@ from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotFound
 from cloud_hub.releases.desk import Outcome, Selector
 from cloud_hub.rollouts import rules, tables
-from cloud_hub.rollouts.gates import Answers
-from cloud_hub.rollouts.values import Event, Looked, Note, Rollout, Seen, Sighting, WishesDone
-from shared import limits
+from cloud_hub.rollouts.lookout import Lookout
+from cloud_hub.rollouts.values import Event, Note, Rollout, WishesDone
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError
 from shared.ids import DeviceId, FamilyName, ModelVersion
 from shared.rollout import ACTIVE, Phase, Wish
-from shared.sketch import Sketch
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +42,8 @@ GATHER_S: Final = 0.2
 PACE: Final = 10
 """A look that took long is followed by a pause this many times as long."""
 DEVICES_PER_CALL: Final = 1000
-
-
-class Fleet(Protocol):
-    """What is asked of the devices room (cloud_hub/devices/desk.py)."""
-
-    async def list(
-        self, *, after: str = "", limit: int = limits.MAX_PAGE_ITEMS, labels: Mapping[str, str] | None = None
-    ) -> tuple[Device, ...]:
-        """Devices by name, those after `after`, at most `limit`."""
-        ...
+FINAL: Final = frozenset({"conflict.not_published", "conflict.floor"})
+"""Conflicts over an assignment that no second try would end."""
 
 
 class Assigner(Protocol):
@@ -61,50 +51,6 @@ class Assigner(Protocol):
 
     async def assign(self, selector: Selector, *, actor: str) -> Outcome:
         """Set one family of the devices' desired state; a device that has it already keeps its assignment."""
-        ...
-
-
-class VersionFigures(Protocol):
-    """Figures of one version on one device."""
-
-    @property
-    def device(self) -> DeviceId:
-        """Whose."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Of which version."""
-        ...
-
-    @property
-    def answered(self) -> int:
-        """Requests that got an answer."""
-        ...
-
-    @property
-    def right(self) -> int:
-        """Answers of which the application said that they were right."""
-        ...
-
-    @property
-    def wrong(self) -> int:
-        """Answers of which it said that they were wrong."""
-        ...
-
-    @property
-    def latency(self) -> Sketch:
-        """Microseconds."""
-        ...
-
-
-class FigureSource(Protocol):
-    """What is asked of the telemetry room (cloud_hub/telemetry/desk.py)."""
-
-    async def figures(
-        self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None
-    ) -> Sequence[VersionFigures]:
-        """Figures since the minute of a time, by device and version."""
         ...
 
 
@@ -124,7 +70,8 @@ class Controller:
 
     Args:
         database, clock, counts: what it works with.
-        fleet, assigner, figures: the other rooms.
+        lookout: looks at the fleet.
+        assigner: the releases room.
     """
 
     def __init__(
@@ -133,20 +80,17 @@ class Controller:
         database: Database,
         clock: Clock,
         counts: Counts,
-        fleet: Fleet,
+        lookout: Lookout,
         assigner: Assigner,
-        figures: FigureSource,
     ) -> None:
         self._database = database
         self._clock = clock
         self._counts = counts
-        self._fleet = fleet
+        self.lookout = lookout
         self._assigner = assigner
-        self._figures = figures
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._watched: frozenset[DeviceId] = frozenset()
-        self._watching_since_ms = clock.wall_ms()
 
     def listen(self, bus: Bus) -> None:
         """Be woken by news of the devices from now on."""
@@ -180,7 +124,8 @@ class Controller:
     async def look(self) -> bool:
         """Look at every rollout once and carry out what follows; returns whether there is one that goes on."""
         ids = await self._database.read(tables.active_ids)
-        fleet = await self.fleet() if ids else {}
+        self.lookout.forget(but=ids)
+        fleet = await self.lookout.fleet() if ids else {}
         watched: set[DeviceId] = set()
         for rollout in ids:
             try:
@@ -217,49 +162,17 @@ class Controller:
             raise unknown(rollout)
         return state
 
-    async def fleet(self) -> dict[DeviceId, Device]:
-        """Every device."""
-        found: dict[DeviceId, Device] = {}
-        after = ""
-        while page := await self._fleet.list(after=after, limit=limits.MAX_PAGE_ITEMS):
-            found |= {device.id: device for device in page}
-            after = page[-1].id
-        return found
-
-    async def seen(self, family: str, *, since_ms: int, devices: Iterable[DeviceId]) -> tuple[Seen, ...]:
-        """What the devices said of a family's versions since a time."""
-        figures = await self._figures.figures(family=family, since_ms=since_ms, devices=list(devices))
-        return tuple(
-            Seen(
-                DeviceId(one.device),
-                one.version,
-                Answers(answered=one.answered, right=one.right, wrong=one.wrong, latency=one.latency),
-            )
-            for one in figures
-        )
-
     async def _look_at(self, rollout: str, fleet: Mapping[DeviceId, Device]) -> set[DeviceId]:
         began_ms = self._clock.mono_ms()
+        # A long look must not keep operators waiting: the picture does not depend on what they may change meanwhile.
+        picture = await self.lookout.picture(await self.load(rollout), fleet)
         async with self._turn:
             state = await self._carry_out(await self.load(rollout))
             if state.phase in ACTIVE:
-                state = await self._decide(state, await self._picture(state, fleet))
+                state = await self._decide(state, picture)
                 state = await self._carry_out(state)
         self._counts.look_seconds.observe((self._clock.mono_ms() - began_ms) / 1000)
         return {member.device for member in state.members} if state.phase in ACTIVE else set()
-
-    async def _picture(self, state: Rollout, fleet: Mapping[DeviceId, Device]) -> Looked:
-        family, names = state.spec.family, [member.device for member in state.members]
-        since_ms = state.started_ms
-        new = await self.seen(family, since_ms=since_ms, devices=names)
-        old = await self.seen(family, since_ms=since_ms - state.spec.baseline_s * 1000, devices=names)
-        return Looked(
-            at_ms=self._clock.wall_ms(),
-            watching_since_ms=self._watching_since_ms,
-            sightings={name: sighting_of(fleet[name], family) for name in names if name in fleet},
-            new=new,
-            old=old,
-        )
 
     async def _decide(self, state: Rollout, event: Event) -> Rollout:
         decision = rules.decide(state, event)
@@ -273,14 +186,17 @@ class Controller:
         return after
 
     async def _carry_out(self, state: Rollout) -> Rollout:
-        """Have assignments made for every wish that has none, a release at a time."""
+        """Have assignments made for every wish that has none, a release at a time; the next look tries what failed."""
         while waiting := rules.outstanding(state):
             wish = waiting[0].wish
             version = state.spec.version if wish is Wish.TARGET else ModelVersion(waiting[0].before or "")
             same = [member for member in waiting if member.wish is wish]
             names = [member.device for member in same if wish is Wish.TARGET or member.before == version]
             names = names[:DEVICES_PER_CALL]
-            assigned, impossible = await self._assign(state, version, names)
+            answer = await self._assign(state, version, names)
+            if answer is None:
+                break
+            assigned, impossible = answer
             at_ms = self._clock.wall_ms()
             done = WishesDone(at_ms=at_ms, wish=wish, assigned=assigned, impossible=impossible)
             state = await self._decide(state, done)
@@ -288,11 +204,15 @@ class Controller:
 
     async def _assign(
         self, state: Rollout, version: ModelVersion, names: Sequence[DeviceId]
-    ) -> tuple[dict[DeviceId, int], dict[DeviceId, str]]:
+    ) -> tuple[dict[DeviceId, int], dict[DeviceId, str]] | None:
+        """Assignments by device, and reasons of those that cannot have one; None when it is to be tried again."""
         selector = Selector(family=FamilyName(state.spec.family), version=version, devices=tuple(names))
         try:
             outcome = await self._assigner.assign(selector, actor=f"rollout:{state.id}")
         except (Conflict, NotFound) as error:
+            if not isinstance(error, NotFound) and error.code not in FINAL:
+                logger.warning("assignments are made later: %s: %s: %s", state.id, error.code, error.message)
+                return None
             return {}, dict.fromkeys(names, f"{error.code}: {error.message}")
         assigned = {one.device: one.version for one in outcome.assigned}
         reasons = {one.device: one.reason for one in outcome.skipped}
@@ -324,26 +244,6 @@ def record(conn: Connection, rollout: str, notes: Sequence[Note]) -> None:
                 **note.detail,
             },
         )
-
-
-def sighting_of(device: Device, family: str) -> Sighting:
-    """A device with its slot of a family, from its newest report."""
-    models = device.reported.get("models", ())
-    slot: Mapping[str, str] = next((model for model in models if model.get("family") == family), {})
-    return Sighting(
-        device=device.id,
-        profile=device.profile,
-        labels=device.labels,
-        online=device.online,
-        last_seen_ms=device.last_seen_ms or 0,
-        assignment_version=device.assignment_version,
-        phase=slot.get("phase", ""),
-        version=slot.get("version", ""),
-        manifest=slot.get("manifest", ""),
-        candidate=slot.get("candidate", ""),
-        error_code=slot.get("error_code", ""),
-        error=slot.get("error", ""),
-    )
 
 
 def unknown(rollout: str) -> NotFound:

@@ -17,17 +17,8 @@ from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotFound
 from cloud_hub.releases.desk import Desk as Releases
 from cloud_hub.rollouts import planning, rules, tables
-from cloud_hub.rollouts.controller import (
-    Assigner,
-    Controller,
-    Counts,
-    FigureSource,
-    Fleet,
-    record,
-    sighting_of,
-    store,
-    unknown,
-)
+from cloud_hub.rollouts.controller import Assigner, Controller, Counts, record, store, unknown
+from cloud_hub.rollouts.lookout import FigureSource, Fleet, Link, Lookout, always_up, sighting_of
 from cloud_hub.rollouts.planning import Chosen, Release
 from cloud_hub.rollouts.values import AbortAsked, Note, PauseAsked, ResumeAsked, Rollout, Sighting, Started
 from shared.clock import Clock
@@ -46,7 +37,7 @@ from shared.rollout import (
     harmed_limit,
 )
 
-__all__ = ["Assigner", "Desk", "FigureSource", "Fleet"]
+__all__ = ["Assigner", "Desk", "FigureSource", "Fleet", "Link"]
 
 NEWEST: Final = 2**31 - 1
 
@@ -70,6 +61,7 @@ class Desk:
         figures: the telemetry room.
         bus: tells of births and reports.
         assigner: makes assignments; the releases room's where none is given.
+        link: since when the link to the broker is up.
     """
 
     def __init__(
@@ -83,17 +75,18 @@ class Desk:
         figures: FigureSource,
         bus: Bus,
         assigner: Assigner | None = None,
+        link: Link = always_up,
     ) -> None:
         self._database = database
         self._clock = clock
         self._releases = releases
+        self._lookout = Lookout(clock=clock, fleet=fleet, figures=figures, link=link)
         self.controller = Controller(
             database=database,
             clock=clock,
             counts=Counts(metrics),
-            fleet=fleet,
+            lookout=self._lookout,
             assigner=assigner or releases.assigning,
-            figures=figures,
         )
         self.controller.listen(bus)
 
@@ -109,7 +102,7 @@ class Desk:
         taken = await self._database.read(lambda conn: tables.taken(conn, spec.family))
         chosen = planning.choose(ahead.fleet, spec, manifest=ahead.release.manifest, taken=taken)
         since_ms = self._clock.wall_ms() - spec.baseline_s * 1000
-        old = await self.controller.seen(spec.family, since_ms=since_ms, devices=chosen.eligible)
+        old = await self._lookout.seen(spec.family, since_ms=since_ms, devices=chosen.eligible)
         return planning.plan(chosen, spec, release=ahead.release, old=old, warnings=ahead.notes)
 
     async def draft(self, spec: Spec, *, actor: str) -> RolloutView:
@@ -231,7 +224,7 @@ class Desk:
                 code="conflict.not_published",
                 hint=f"`outrider release sign {spec.family}/{spec.version} --keys DIR`, then publish it",
             )
-        devices = await self.controller.fleet()
+        devices = await self._lookout.fleet()
         fleet = {name: sighting_of(device, spec.family) for name, device in devices.items()}
         notes = await self._no_way_back(spec, fleet, floor=row.min_release_counter or 0)
         # The manifest, the golden samples, and the largest of the variants.

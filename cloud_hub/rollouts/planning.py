@@ -62,20 +62,29 @@ def choose(fleet: Mapping[DeviceId, Sighting], spec: Spec, *, manifest: str, tak
 def members(chosen: Chosen, spec: Spec) -> tuple[Member, ...]:
     """The members of a rollout in the order of offers."""
     profiles = {device: sighting.profile for device, sighting in chosen.eligible.items()}
-    ordered = order(profiles, seed=f"{spec.family}/{spec.version}")
+    without = frozenset(device for device, sighting in chosen.eligible.items() if not sighting.version)
+    ordered = order(profiles, seed=f"{spec.family}/{spec.version}", without=without)
     return tuple(
         Member(device=device, position=position, profile=profiles[device]) for position, device in enumerate(ordered)
     )
 
 
-def order(profiles: Mapping[DeviceId, str], *, seed: str) -> tuple[DeviceId, ...]:
-    """Devices in the order of offers: the first of each profile, then all others, by a hash that nobody chose."""
+def order(
+    profiles: Mapping[DeviceId, str], *, seed: str, without: frozenset[DeviceId] = frozenset()
+) -> tuple[DeviceId, ...]:
+    """Devices in the order of offers: the first of each profile, then all others, by a hash that nobody chose.
+
+    Devices `without` anything of the family come last: with them there is nothing to compare, and no way back.
+    """
     shuffled = sorted(profiles, key=lambda device: hashlib.sha256(f"{seed}\n{device}".encode()).digest())
-    firsts: dict[str, DeviceId] = {}
-    for device in shuffled:
-        firsts.setdefault(profiles[device], device)
-    leading = set(firsts.values())
-    return (*firsts.values(), *(device for device in shuffled if device not in leading))
+    ordered: list[DeviceId] = []
+    for group in ([d for d in shuffled if d not in without], [d for d in shuffled if d in without]):
+        firsts: dict[str, DeviceId] = {}
+        for device in group:
+            firsts.setdefault(profiles[device], device)
+        leading = set(firsts.values())
+        ordered += [*firsts.values(), *(device for device in group if device not in leading)]
+    return tuple(ordered)
 
 
 def plan(chosen: Chosen, spec: Spec, *, release: Release, old: Sequence[Seen], warnings: Sequence[str] = ()) -> Plan:

@@ -6,12 +6,11 @@ Rules of this file:
 1. The state says what every device shall run; a driver that dies anywhere reads the state and goes on from it.
 2. Gates are read at every look, also while paused: a FAIL rolls back, at once and from wherever it stands. A stage
    advances only when every gate says PASS; too little evidence is waited for.
-3. Only devices that are here are offered the release. Who is not leaves the denominator, and is offered it in a later
-   stage, or when all have passed.
-4. Resuming acknowledges the devices that are harmed or unresolved so far: they no longer count for `max_harmed` and
+3. Resuming acknowledges the devices that are harmed or unresolved so far: they no longer count for `max_harmed` and
    `max_unresolved`. The sequential tests keep all their evidence.
 
-Not here: judging one device (stages.py), what gates are given (evidence.py), their tests (gates.py), clocks, tables.
+Not here: how stages go on (progress.py), judging one device (stages.py), what gates are given (evidence.py), their
+tests (gates.py, latency.py), clocks, tables.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from cloud_hub.rollouts import stages
-from cloud_hub.rollouts.evidence import read_gates
-from cloud_hub.rollouts.gates import Answers
+from cloud_hub.rollouts import progress, stages
+from cloud_hub.rollouts.answers import NOTHING_SEEN
+from cloud_hub.rollouts.evidence import evidence_of, expected_of, read_gates, with_expectations
 from cloud_hub.rollouts.values import (
     HUB,
     AbortAsked,
@@ -35,17 +34,14 @@ from cloud_hub.rollouts.values import (
     PauseAsked,
     ResumeAsked,
     Rollout,
-    Sighting,
     Stage,
     Started,
     WishesDone,
 )
-from shared.ids import DeviceId
 from shared.machine import Decision, Row, Table
 from shared.rollout import (
     Condition,
     Phase,
-    Reading,
     StagePhase,
     Verdict,
     Wish,
@@ -58,7 +54,6 @@ Step = Decision[Rollout, Effect]
 
 RETURN_GRACE_MS: Final = 30_000
 """How long a rollback waits for devices that are not connected; their assignment waits for them as long as it takes."""
-NOTHING_SEEN: Final = Answers()
 
 
 def decide(state: Rollout, event: Event) -> Step:
@@ -72,11 +67,7 @@ def decide(state: Rollout, event: Event) -> Step:
 
 def outstanding(state: Rollout) -> tuple[Member, ...]:
     """Members whose wish has no assignment yet."""
-    return tuple(
-        member
-        for member in state.members
-        if member.wish is not Wish.NONE and member.assignment_version == 0 and not member.stranded
-    )
+    return tuple(member for member in state.members if member.is_outstanding)
 
 
 # Steps: what operators ask
@@ -132,7 +123,7 @@ def _abort_asked(state: Rollout, event: AbortAsked) -> Step:
     )
     after = replace(state, phase=Phase.ABORTING, reason=f"aborted by {event.actor}", reverting=event.reverting)
     after = replace(after, ending_since_ms=event.at_ms)
-    return Decision(_send_back(after) if event.reverting else after, (note,))
+    return Decision(_send_back(after) if event.reverting else _kept(after), (note,))
 
 
 def _draft_aborted(state: Rollout, event: AbortAsked) -> Step:
@@ -181,7 +172,7 @@ def _looked_running(state: Rollout, event: Looked) -> Step:
         reason = f"{unresolved} devices unresolved, {limit} are borne"
         note = Note(at_ms=event.at_ms, actor=HUB, kind="paused", text=reason, readings=state.readings)
         return Decision(replace(state, phase=Phase.PAUSED, reason=reason), (*notes, note))
-    after, more = _advance(state, event)
+    after, more = progress.advance(state, event)
     return Decision(after, (*notes, *more))
 
 
@@ -210,134 +201,18 @@ def _observe(state: Rollout, event: Looked) -> tuple[Rollout, tuple[Note, ...]]:
             notes.append(Note(at_ms=event.at_ms, actor=HUB, kind="device", text=text))
         members.append(judged)
     state = replace(state, members=tuple(members))
-    return replace(state, readings=read_gates(state, event)), tuple(notes)
-
-
-def _advance(state: Rollout, event: Looked) -> tuple[Rollout, tuple[Note, ...]]:
-    """As far as the stages go on what is known."""
-    notes: list[Note] = []
-    while True:
-        assert state.stage is not None, "a rollout that runs has a stage"
-        phase, before = state.stage.phase, state
-        match phase:
-            case StagePhase.PENDING:
-                state = _move(state, stages.Opened(event.at_ms))
-                notes.append(_stage_note(state, event, "begins"))
-            case StagePhase.APPLYING:
-                state, offers = _offer(state, event)
-                notes += offers
-                if _is_settled(state, event):
-                    state = _move(state, stages.Settled(event.at_ms))
-                    notes.append(_stage_note(state, event, f"soaks for {state.spec.soak_s} s"))
-            case StagePhase.SOAKING:
-                state, more = _soak(state, event)
-                notes += more
-            case StagePhase.PASSED:
-                state, more = _pass(state, event)
-                notes += more
-            case StagePhase.FAILED:
-                pass  # the rollout has left RUNNING with it
-        assert state.stage is not None
-        if state.phase is not Phase.RUNNING or state.stage == before.stage:
-            return state, tuple(notes)
-
-
-def _offer(state: Rollout, event: Looked) -> tuple[Rollout, list[Note]]:
-    """Offer the release to the next devices that are here, until the stage has its size."""
-    assert state.stage is not None
-    touched = sum(member.is_touched for member in state.members)
-    missing = state.sizes[state.stage.index] - touched
-    if missing <= 0 and all(member.condition in (Condition.WAITING, Condition.HARMED) for member in state.members):
-        missing = 1  # whether the release does any good is still to be seen, within `max_harmed`
-    chosen: dict[DeviceId, Sighting] = {}
-    for member in state.members:
-        if len(chosen) >= missing:
-            break
-        sighting = event.sightings.get(member.device)
-        if not member.is_touched and sighting is not None and stages.can_be_offered(sighting):
-            chosen[member.device] = sighting
-    if not chosen:
-        return state, []
-    members = tuple(
-        _wanting(member, chosen[member.device], at_ms=event.at_ms) if member.device in chosen else member
-        for member in state.members
-    )
-    names = ", ".join(list(chosen)[:20]) + (", …" if len(chosen) > 20 else "")
-    note = Note(at_ms=event.at_ms, actor=HUB, kind="offered", text=f"offered to {len(chosen)} devices: {names}")
-    return replace(state, members=members), [note]
-
-
-def _wanting(member: Member, sighting: Sighting, *, at_ms: int) -> Member:
-    return replace(
-        member,
-        condition=Condition.OFFERED,
-        wish=Wish.TARGET,
-        before=_runs(sighting),
-        offered_ms=at_ms,
-        resolved_ms=0,
-    )
-
-
-def _runs(sighting: Sighting) -> str | None:
-    return sighting.version or None
-
-
-def _is_settled(state: Rollout, event: Looked) -> bool:
-    assert state.stage is not None
-    conditions = [member.condition for member in state.members]
-    if Condition.OFFERED in conditions or Condition.HEALTHY not in conditions:
-        return False
-    touched = sum(condition is not Condition.WAITING for condition in conditions)
-    if touched >= state.sizes[state.stage.index]:
-        return True
-    return not any(
-        member.condition is Condition.WAITING and stages.can_be_offered(event.sightings.get(member.device))
-        for member in state.members
-    )
-
-
-def _soak(state: Rollout, event: Looked) -> tuple[Rollout, list[Note]]:
-    assert state.stage is not None
-    if not any(member.condition is Condition.HEALTHY for member in state.members):
-        return _move(state, stages.Unsettled(event.at_ms)), []
-    over = event.at_ms - state.stage.since_ms >= state.spec.soak_s * 1000
-    # Readings of single profiles can stop a rollout; what lets it advance is the reading of all.
-    proved = all(reading.verdict is Verdict.PASS for reading in state.readings if ":" not in reading.gate)
-    if not (over and proved):
-        return state, []
-    state = _move(state, stages.Proved(event.at_ms))
-    return state, [_stage_note(state, event, "passed", state.readings)]
-
-
-def _pass(state: Rollout, event: Looked) -> tuple[Rollout, list[Note]]:
-    """On to the next stage; after the last one the devices that were not reached are assigned the release as well."""
-    assert state.stage is not None
-    if state.stage.index + 1 < len(state.sizes):
-        following = Stage(index=state.stage.index + 1, phase=StagePhase.PENDING, since_ms=event.at_ms)
-        return replace(state, stage=following), []
-    late = [member for member in state.members if member.wish is Wish.NONE]
-    if late:
-        members = tuple(_late(member, event) if member.wish is Wish.NONE else member for member in state.members)
-        text = f"{len(late)} devices were not reached; the release waits for them"
-        return replace(state, members=members), [Note(at_ms=event.at_ms, actor=HUB, kind="offered", text=text)]
-    if outstanding(state):
-        return state, []
-    counts = _counted(state.members)
-    note = Note(at_ms=event.at_ms, actor=HUB, kind="ended", text=f"completed: {counts}", readings=state.readings)
-    return replace(state, phase=Phase.COMPLETED, ended_ms=event.at_ms), [note]
-
-
-def _late(member: Member, event: Looked) -> Member:
-    sighting = event.sightings.get(member.device)
-    before = None if sighting is None else _runs(sighting)
-    return replace(member, wish=Wish.TARGET, before=before, reason="not reached")
+    evidence = evidence_of(state, event)
+    least = state.spec.gates.outcomes.min_baseline
+    state = replace(state, members=with_expectations(state.members, evidence, least=least))
+    evidence = replace(evidence, expected=expected_of(state.members))
+    return replace(state, readings=read_gates(state, event, evidence)), tuple(notes)
 
 
 def _fail(state: Rollout, event: Looked, notes: Iterable[Note]) -> Step:
     failing = [reading for reading in state.readings if reading.verdict is Verdict.FAIL]
     reason = "; ".join(f"{reading.gate}: {reading.why}" for reading in failing)
     note = Note(at_ms=event.at_ms, actor=HUB, kind="failed", text=f"rolls back: {reason}", readings=state.readings)
-    state = _move(state, stages.Disproved(event.at_ms))
+    state = progress.disprove(state, event)
     after = replace(state, phase=Phase.ROLLING_BACK, reason=reason, ending_since_ms=event.at_ms)
     return Decision(_send_back(after), (*notes, note))
 
@@ -353,6 +228,12 @@ def _sent_back(member: Member) -> Member:
     if not member.before:
         return _stranded(member, "ran nothing before, keeps what it has")
     return replace(member, wish=Wish.BEFORE, assignment_version=0, stranded=False)
+
+
+def _kept(state: Rollout) -> Rollout:
+    """Every device keeps what it has: who has no assignment of the release yet is not given one any more."""
+    members = tuple(replace(member, wish=Wish.NONE) if member.is_outstanding else member for member in state.members)
+    return replace(state, members=members)
 
 
 def _looked_ending(state: Rollout, event: Looked) -> Step:
@@ -397,25 +278,6 @@ def _is_over(state: Rollout, event: Looked, waiting: list[Member]) -> bool:
 
 def _is_waited_for(member: Member) -> bool:
     return member.wish is Wish.BEFORE and not member.settled and not member.stranded
-
-
-def _move(state: Rollout, event: stages.StageEvent) -> Rollout:
-    assert state.stage is not None
-    return replace(state, stage=stages.STAGE.decide(state.stage, event).state)
-
-
-def _stage_note(state: Rollout, event: Looked, what: str, readings: tuple[Reading, ...] = ()) -> Note:
-    assert state.stage is not None
-    number, size = state.stage.index + 1, state.sizes[state.stage.index]
-    text = f"stage {number} of {len(state.sizes)} ({size} devices) {what}"
-    return Note(at_ms=event.at_ms, actor=HUB, kind="stage", text=text, readings=readings)
-
-
-def _counted(members: Iterable[Member]) -> str:
-    counts: dict[str, int] = {}
-    for member in members:
-        counts[member.condition.value] = counts.get(member.condition.value, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 _RUNNING, _PAUSED, _ABORTING, _BACK = Phase.RUNNING, Phase.PAUSED, Phase.ABORTING, Phase.ROLLING_BACK

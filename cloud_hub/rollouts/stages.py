@@ -3,12 +3,13 @@
 Rules of this file:
 1. Healthy is what the device shows, not what was sent: its newest report says that the release's manifest is
    committed and serves, and telemetry has its good answers.
-2. A device that reports a failure, or was offered the release and then stays silent, is harmed. What failed for want
-   of a network or a disk is not the release's doing: such a device is unresolved.
+2. A device that reports a failure, or was offered the release and then stays silent, is harmed, also when it was
+   healthy before: a release may kill late. What failed for want of a network or a disk is not the release's doing:
+   such a device is unresolved.
 3. Silence is judged only by who was listening: time before `watching_since_ms` does not count.
 4. Harmed stays harmed, whatever comes later: evidence is not taken back.
 
-Not here: stages as a whole and gates (rules.py).
+Not here: what moves a stage (progress.py), gates (gates.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from cloud_hub.rollouts.gates import Answers
+from cloud_hub.rollouts.answers import Answers
 from cloud_hub.rollouts.values import Member, Rollout, Sighting, Stage
 from shared.machine import Decision, Row, Table
 from shared.rollout import Condition, StagePhase
@@ -37,13 +38,13 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Settled(msgspec.Struct, frozen=True):
-    """Every device that was offered the release is healthy, harmed or unresolved, and one at least is healthy."""
+    """Every device that was offered the release is healthy, harmed or unresolved; of this cohort one is healthy."""
 
     at_ms: int
 
 
 class Unsettled(msgspec.Struct, frozen=True):
-    """No device is healthy any more."""
+    """No device of its cohort is healthy any more, or another one is needed."""
 
     at_ms: int
 
@@ -54,13 +55,19 @@ class Proved(msgspec.Struct, frozen=True):
     at_ms: int
 
 
+class Reopened(msgspec.Struct, frozen=True):
+    """It had passed, and devices that could not be reached then are here now: a new cohort."""
+
+    at_ms: int
+
+
 class Disproved(msgspec.Struct, frozen=True):
     """A gate failed."""
 
     at_ms: int
 
 
-StageEvent = Opened | Settled | Unsettled | Proved | Disproved
+StageEvent = Opened | Settled | Unsettled | Proved | Reopened | Disproved
 
 
 def _to(phase: StagePhase) -> Row[StagePhase, Stage, None]:
@@ -68,6 +75,10 @@ def _to(phase: StagePhase) -> Row[StagePhase, Stage, None]:
         return Decision(replace(stage, phase=phase, since_ms=event.at_ms))
 
     return Row(leads_to=(phase,), step=step)
+
+
+def _reopened(stage: Stage, event: Reopened) -> Decision[Stage, None]:
+    return Decision(replace(stage, phase=StagePhase.APPLYING, since_ms=event.at_ms, cohort=stage.cohort + 1))
 
 
 STAGE: Final[Table[StagePhase, Stage, StageEvent, None]] = Table(
@@ -78,6 +89,7 @@ STAGE: Final[Table[StagePhase, Stage, StageEvent, None]] = Table(
         (StagePhase.APPLYING, Settled): _to(StagePhase.SOAKING),
         (StagePhase.SOAKING, Unsettled): _to(StagePhase.APPLYING),
         (StagePhase.SOAKING, Proved): _to(StagePhase.PASSED),
+        (StagePhase.PASSED, Reopened): Row(leads_to=(StagePhase.APPLYING,), step=_reopened),
         (StagePhase.PENDING, Disproved): _to(StagePhase.FAILED),
         (StagePhase.APPLYING, Disproved): _to(StagePhase.FAILED),
         (StagePhase.SOAKING, Disproved): _to(StagePhase.FAILED),
@@ -100,25 +112,20 @@ def judge(
     """The member with what is known of it now; the same object when nothing has changed."""
     if member.assignment_version == 0 or member.condition in (Condition.WAITING, Condition.HARMED):
         return member
-    spec = rollout.spec
     if sighting is None:
         return _become(member, Condition.HARMED, "it is no longer in the fleet", at_ms=at_ms)
-    if sighting.assignment_version >= member.assignment_version:
-        failure = _failure(sighting)
-        if failure:
-            return _become(member, Condition.HARMED, failure, at_ms=at_ms)
-        runs_it = sighting.manifest == rollout.manifest and sighting.phase == COMMITTED
-        if runs_it and answers.good >= spec.min_answers:
-            return _become(member, Condition.HEALTHY, "", at_ms=at_ms)
-    if member.condition is Condition.HEALTHY:
-        return member
-    deadline_ms = spec.deadline_s * 1000
-    if not sighting.online:
-        heard_ms = max(member.offered_ms, sighting.last_seen_ms, watching_since_ms)
-        if at_ms - heard_ms >= deadline_ms:
-            why = f"silent for {(at_ms - heard_ms) // 1000} s since it was offered the release"
-            return _become(member, Condition.HARMED, why, at_ms=at_ms)
-    elif at_ms - member.offered_ms >= deadline_ms:
+    has_it = sighting.assignment_version >= member.assignment_version
+    if has_it and (failure := _failure(sighting, rollout.manifest)):
+        return _become(member, Condition.HARMED, failure, at_ms=at_ms)
+    deadline_ms = rollout.spec.deadline_s * 1000
+    since_ms = max(member.offered_ms, watching_since_ms)
+    silent_ms = 0 if sighting.online else at_ms - max(since_ms, sighting.last_seen_ms)
+    if silent_ms >= deadline_ms:
+        why = f"silent for {silent_ms // 1000} s since it was offered the release"
+        return _become(member, Condition.HARMED, why, at_ms=at_ms)
+    if has_it and _runs_it(sighting, rollout) and answers.good >= rollout.spec.min_answers:
+        return _become(member, Condition.HEALTHY, "", at_ms=at_ms)
+    if sighting.online and member.condition is Condition.OFFERED and at_ms - since_ms >= deadline_ms:
         return _become(member, Condition.UNRESOLVED, _where(sighting, answers, rollout), at_ms=at_ms)
     return member
 
@@ -140,9 +147,15 @@ def _become(member: Member, condition: Condition, reason: str, *, at_ms: int) ->
     return replace(member, condition=condition, reason=reason, resolved_ms=at_ms, acknowledged=False)
 
 
-def _failure(sighting: Sighting) -> str:
-    """Why the device gave the release up, in its own words; empty while it has not."""
+def _runs_it(sighting: Sighting, rollout: Rollout) -> bool:
+    return sighting.manifest == rollout.manifest and sighting.phase == COMMITTED
+
+
+def _failure(sighting: Sighting, manifest: str) -> str:
+    """Why the device gave the release up, in its own words; empty while it has not, and for another one's failure."""
     code = sighting.error_code
+    if sighting.failed not in ("", manifest):
+        return ""
     if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or code.startswith(NOT_ITS_FAULT):
         return ""
     return f"{code}: {sighting.error[:200]}" if sighting.error else code
@@ -150,7 +163,7 @@ def _failure(sighting: Sighting) -> str:
 
 def _where(sighting: Sighting, answers: Answers, rollout: Rollout) -> str:
     """How far an unresolved device got."""
-    if sighting.manifest == rollout.manifest and sighting.phase == COMMITTED:
+    if _runs_it(sighting, rollout):
         return f"runs it, with {answers.good} good answers of {rollout.spec.min_answers}"
     error = f" ({sighting.error_code})" if sighting.error_code else ""
     return f"{sighting.phase or 'nothing installed'}{error} when the deadline passed"

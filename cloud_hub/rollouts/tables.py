@@ -39,6 +39,7 @@ members = sa.Table(
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("device", sa.String(63), nullable=False),
     sa.Column("profile", sa.String(63), nullable=False),
+    sa.Column("cohort", sa.Integer, nullable=False, server_default="0"),
     sa.Column("condition", sa.String(16), nullable=False),
     sa.Column("wish", sa.String(16), nullable=False),
     sa.Column("before", sa.String(64), nullable=True),
@@ -49,6 +50,8 @@ members = sa.Table(
     sa.Column("acknowledged", sa.Boolean, nullable=False),
     sa.Column("settled", sa.Boolean, nullable=False),
     sa.Column("stranded", sa.Boolean, nullable=False),
+    sa.Column("expected_wrong", sa.Float, nullable=False, server_default="0"),
+    sa.Column("expected_weight", sa.Float, nullable=False, server_default="0"),
     sa.UniqueConstraint("rollout", "device"),
 )
 
@@ -238,6 +241,7 @@ def _columns(member: Member) -> dict[str, Any]:
     return {
         "device": member.device,
         "profile": member.profile,
+        "cohort": member.cohort,
         "condition": member.condition.value,
         "wish": member.wish.value,
         "before": member.before,
@@ -248,6 +252,8 @@ def _columns(member: Member) -> dict[str, Any]:
         "acknowledged": member.acknowledged,
         "settled": member.settled,
         "stranded": member.stranded,
+        "expected_wrong": member.expected_wrong,
+        "expected_weight": member.expected_weight,
     }
 
 
@@ -256,6 +262,7 @@ def _member(row: Row[Any]) -> Member:
         device=DeviceId(row.device),
         position=row.position,
         profile=row.profile,
+        cohort=row.cohort,
         condition=Condition(row.condition),
         wish=Wish(row.wish),
         before=row.before,
@@ -266,4 +273,6 @@ def _member(row: Row[Any]) -> Member:
         acknowledged=row.acknowledged,
         settled=row.settled,
         stranded=row.stranded,
+        expected_wrong=row.expected_wrong,
+        expected_weight=row.expected_weight,
     )

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from cloud_hub.rollouts.gates import Answers
+from cloud_hub.rollouts.answers import Answers, Expected
 from shared.ids import DeviceId
 from shared.rollout import Condition, Phase, Reading, Spec, StagePhase, Wish
 
@@ -24,7 +24,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One device of a rollout.
 
     Attributes:
-        position: its place in the order of offers, from 0.
+        position: its place in the order in which devices are chosen, from 0.
+        cohort: which one it was offered the release with, 0 before; each stage that begins is a new cohort.
         before: the version that it ran when it was offered the release, None when it ran none.
         wish: what it shall run; `assignment_version` is the assignment that says so, 0 until there is one.
         offered_ms: when the release was offered, 0 before.
@@ -33,11 +34,14 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         acknowledged: somebody resumed the rollout knowing that it is harmed or unresolved.
         settled: it shall go back and runs again what it ran before.
         stranded: its wish cannot be carried out, `reason` says why.
+        expected_wrong, expected_weight: share of wrong answers that is expected of it, and for how many answers that
+            counts; the weight is 0 until it is known. Made once: what is measured against must not move.
     """
 
     device: DeviceId
     position: int
     profile: str = ""
+    cohort: int = 0
     condition: Condition = Condition.WAITING
     wish: Wish = Wish.NONE
     before: str | None = None
@@ -48,19 +52,32 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     acknowledged: bool = False
     settled: bool = False
     stranded: bool = False
+    expected_wrong: float = 0.0
+    expected_weight: float = 0.0
 
     @property
     def is_touched(self) -> bool:
         """Whether it was offered the release while it could be watched."""
         return self.condition is not Condition.WAITING
 
+    @property
+    def is_outstanding(self) -> bool:
+        """Whether its wish has no assignment yet."""
+        return self.wish is not Wish.NONE and self.assignment_version == 0 and not self.stranded
+
+    @property
+    def expected(self) -> Expected | None:
+        """What is expected of it, None while that is not known."""
+        return Expected(self.expected_wrong, self.expected_weight) if self.expected_weight else None
+
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """The present stage: `index` into the sizes, and since when it is in its phase."""
+    """The present stage: `index` into the sizes, since when it is in its phase, and the cohort that it offers to."""
 
     index: int
     phase: StagePhase
     since_ms: int
+    cohort: int = 1
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,7 +118,8 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
         phase: of the slot, empty where there is none.
         version, manifest: what serves now, empty when nothing does.
         candidate: what is on its way in.
-        error_code: why the last attempt ended.
+        error_code: why the last attempt ended; `failed` is the manifest that it was for, empty from a device that does
+            not say.
     """
 
     device: DeviceId
@@ -116,6 +134,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
     candidate: str = ""
     error_code: str = ""
     error: str = ""
+    failed: str = ""
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -143,7 +162,8 @@ class Looked(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         watching_since_ms: since when births and deaths are heard without a break; silence before that says nothing.
         sightings: of every member that still exists.
-        new: figures since the start; `old`: figures since the baseline's beginning.
+        new: figures of devices that were offered the release, since then; of some others, the control, since the start.
+        old: figures since the baseline's beginning.
     """
 
     at_ms: int
@@ -195,8 +215,8 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     """A decision to keep with its evidence, in the transaction that stores the state.
 
     Attributes:
-        kind: `drafted`, `started`, `offered`, `device`, `stage`, `paused`, `resumed`, `failed`, `aborting`, `returned`,
-            `ended`.
+        kind: `drafted`, `started`, `offered`, `device`, `stage`, `waits`, `paused`, `resumed`, `failed`, `aborting`,
+            `returned`, `ended`.
     """
 
     at_ms: int

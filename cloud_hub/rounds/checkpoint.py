@@ -1,19 +1,18 @@
 """A run's state after a round: the arrays and what the strategy remembers, as one file that is whole or not there.
 
-MessagePack of .npy bytes by name: typed, no code in it. Written beside its place, synced, renamed; read back by its
-SHA-256 only.
+MessagePack of .npy bytes by name: typed, no code in it. Read back by its SHA-256 only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from cloud_hub import files
 from shared.errors import StorageError
 
 if TYPE_CHECKING:
@@ -57,18 +56,8 @@ def unpack(data: bytes) -> tuple[int, dict[str, Array], dict[str, dict[str, Arra
 
 def write(file: Path, data: bytes) -> str:
     """Make the bytes durable under this name and return their SHA-256."""
-    beside = file.with_name(file.name + ".new")
     try:
-        with beside.open("wb") as target:
-            target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
-        beside.rename(file)
-        folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.replace(file, data)
     except OSError as error:
         raise StorageError(f"{file.name} cannot be written: {error}", code=UNWRITTEN) from error
     return hashlib.sha256(data).hexdigest()

@@ -89,39 +89,58 @@ class Course:
             session.replied(message)
 
     def open(self, active: set[str]) -> None:
-        """Make the room's folder and remove those of runs that have ended; blocks, once, before anything else."""
+        """Make the room's folder; blocks, once, before anything else.
+
+        Folders of runs that have ended are removed, and what uploads left that a killed hub was taking.
+        """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in self._root.iterdir():
             if folder.name not in active and folder.name not in self._looking:
                 shutil.rmtree(folder, ignore_errors=True)
+        for unfinished in self._root.glob("*/*.part"):
+            unfinished.unlink(missing_ok=True)
 
     async def hold(self, run: str) -> None:
-        """See one run to its end, however often its worker has to be started."""
-        while True:
-            row = await self._database.read(lambda conn: tables.find_run(conn, run))
-            if row is None or row.state not in rules.ACTIVE:
-                await asyncio.to_thread(shutil.rmtree, self._root / run, ignore_errors=True)
-                return
+        """See one run to its end, however often its worker has to be started, and whatever fails meanwhile."""
+        ended = False
+        while not ended:
             try:
-                if row.state == "running":
-                    await self._train(row)
-                else:
-                    await self._await_build(row)
-            except WorkerLost as error:
-                await self._lost(run, error)
-            except RunFailed as error:
-                await self._end(run, "failed", code=error.code, reason=error.message, hint=error.hint)
+                ended = await self._go_on(run)
+                continue
             except OutriderError as error:
-                if error.code.startswith(("storage", "transfer")):
-                    # A full disk or a locked database passes; the run goes on where it is.
-                    logger.error("a run is held up: %s: %s: %s", run, error.code, error.message)
-                    await asyncio.sleep(RETRY_S)
-                else:
-                    await self._end(run, "failed", code=error.code, reason=error.message, hint=error.hint)
-            except Exception as error:
-                # A defect here must not end the hub for all devices: the run has failed, and the log has it in full.
-                logger.exception("a run failed")
-                await self._end(run, "failed", code="internal", reason=f"{type(error).__name__}; see the hub's log")
+                # A full disk or a locked database passes; the run goes on where it is.
+                logger.error("a run is held up: %s: %s: %s", run, error.code, error.message)
+            except Exception:
+                # A defect that one run meets must not end the hub for all devices; the log has it in full.
+                logger.exception("a run is held up")
+            await asyncio.sleep(RETRY_S)
+
+    async def _go_on(self, run: str) -> bool:
+        """Take the run a stretch further; True when it has ended.
+
+        Raises:
+            OutriderError: the disk, the database or the network refused; what was done is stored or will be done again.
+        """
+        row = await self._database.read(lambda conn: tables.find_run(conn, run))
+        if row is None or row.state not in rules.ACTIVE:
+            await asyncio.to_thread(shutil.rmtree, self._root / run, ignore_errors=True)
+            return True
+        try:
+            if row.state == "running":
+                await self._train(row)
+            else:
+                await self._await_build(row)
+        except WorkerLost as error:
+            await self._lost(run, error)
+        except OutriderError as error:
+            if not isinstance(error, RunFailed) and error.code.startswith(("storage", "transfer")):
+                raise
+            await self._end(run, "failed", code=error.code, reason=error.message, hint=error.hint)
+        except Exception as error:
+            # A defect here ends this run and not the hub; the log has it in full.
+            logger.exception("a run failed")
+            await self._end(run, "failed", code="internal", reason=f"{type(error).__name__}; see the hub's log")
+        return False
 
     async def _train(self, row: RunRow) -> None:
         folder = self._root / row.run
@@ -262,7 +281,7 @@ class Course:
         def work(conn: Connection) -> bool:
             moved = tables.set_state(conn, run, state, at_ms=at_ms, code=code, reason=reason, hint=hint)
             if moved:
-                tables.close_tasks(conn, run)
+                tables.drop_tasks(conn, run)
                 audit.record(
                     conn,
                     at_ms=at_ms,

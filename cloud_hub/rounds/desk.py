@@ -51,6 +51,7 @@ __all__ = ["Desk", "Run", "Spec"]
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 60.0
+RETRY_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class Desk:
                 conn, run, "stopped", at_ms=at_ms, code="rounds.stopped", reason=f"stopped by {actor}"
             )
             if moved:
-                tables.close_tasks(conn, run)
+                tables.drop_tasks(conn, run)
                 audit.record(conn, at_ms=at_ms, actor=actor, action="round.stopped", subject=f"round:{run}")
             return moved
 
@@ -212,16 +213,19 @@ class Desk:
 
     async def run(self) -> None:
         """Hold all runs that have not ended, until cancelled; belongs into the hub's task group."""
-        active = await self._database.read(tables.active_runs)
-        await asyncio.to_thread(self._course.open, {row.run for row in active})
         async with asyncio.TaskGroup() as group:
+            opened = False
             while True:
                 self._wake.clear()
+                pause_s = LOOK_S
                 try:
                     rows = await self._database.read(tables.active_runs)
+                    if not opened:
+                        await asyncio.to_thread(self._course.open, {row.run for row in rows})
+                        opened = True
                 except OutriderError as error:
                     logger.error("runs cannot be read: %s: %s", error.code, error.message)
-                    rows = []
+                    rows, pause_s = [], RETRY_S
                 for row in rows:
                     if row.run not in self._tasks:
                         task = group.create_task(self._course.hold(row.run))
@@ -229,7 +233,7 @@ class Desk:
                         task.add_done_callback(partial(self._let_go, row.run))
                 self._counts.active.set(len(self._tasks))
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
+                    async with asyncio.timeout(pause_s):
                         await self._wake.wait()
 
     def _let_go(self, run: str, _task: asyncio.Task[None]) -> None:

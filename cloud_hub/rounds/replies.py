@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from cloud_hub.rounds.rules import MAX_REASON_CHARS
+from shared import limits
 from shared.errors import ProtocolViolation
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 EXAMPLES: Final = "num-examples"
 ARRAYS: Final = "arrays"
 METRICS: Final = "metrics"
-MAX_EXAMPLES: Final = 1e9
-"""A device that claims more would decide the average by itself."""
 MAX_METRICS: Final = 64
 NPY_HEADER_BYTES: Final = 4096
 ERROR_UNUSABLE: Final = 2
@@ -139,8 +138,14 @@ def _metrics(content: Any) -> dict[str, int | float | list[int] | list[float]]:
         for name, value in sorted(record.items())[:MAX_METRICS]
         if isinstance(value, int | float) and math.isfinite(value)
     }
-    if not 0 < found.get(EXAMPLES, 0.0) <= MAX_EXAMPLES:
+    examples = found.get(EXAMPLES, 0.0)
+    if examples <= 0:
         raise ProtocolViolation(f"{EXAMPLES} is missing, or not a number above 0", code="rounds.reply")
+    if examples > limits.MAX_ROUND_SAMPLES:
+        # They are the weights of the average: whoever may claim what it likes decides it alone.
+        raise ProtocolViolation(
+            f"{EXAMPLES} is {examples:.0f}, a device holds at most {limits.MAX_ROUND_SAMPLES}", code="rounds.reply"
+        )
     return dict(found)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
@@ -50,6 +51,7 @@ MAX_ACTIVE: Final = 4
 """Runs at a time: each has a process of its own that holds Flower."""
 MAX_REASONS: Final = 20
 MAX_REASON_CHARS: Final = 300
+_MESSAGE: Final = re.compile(r"(?P<run>.+)-(?P<number>[1-9][0-9]{0,5})[te][1-9]-(?P<node>[0-9a-f]{16})")
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,6 +168,14 @@ def run_number(run: str) -> int:
 def message_of(run: str, *, number: int, phase: Phase, attempt: int, node: int) -> str:
     """The name of a task: the same whenever the same round is asked for again, so that answers are never doubled."""
     return f"{run}-{number}{phase[0]}{attempt}-{node:016x}"
+
+
+def round_of(message: str, *, run: str, node: int) -> int | None:
+    """The round of a task by its name; None when that is no task of this run for this node."""
+    match = _MESSAGE.fullmatch(message)
+    if match is None or match["run"] != run or int(match["node"], 16) != node:
+        return None
+    return int(match["number"])
 
 
 def group_of(number: int, *, phase: Phase, attempt: int) -> str:

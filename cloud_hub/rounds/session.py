@@ -4,19 +4,20 @@ Rules:
 1. Tasks are stored before they are sent, answers before the worker gets them. So whatever is killed, the next worker
    asks the same questions by the same names and gets the answers that are here; only missing ones are asked again.
 2. A task is sent when it is made, again when its device is born, and again every few seconds until its time is over.
-3. Nothing polls but that repetition: births, reports and answers wake whoever waits.
+3. That time counts from when the task was first stored, whatever was restarted since.
+4. Nothing polls but that repetition: births, reports and answers wake whoever waits, and so does the worker's end.
 
-Not here: what a good answer is (replies.py, in the worker), restarts of the worker (desk.py).
+Not here: what a good answer is (replies.py, in the worker), restarts of the worker (course.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, assert_never
+from typing import Final, NoReturn, Protocol, TypeVar, assert_never
 
 from sqlalchemy.engine import Connection
 
@@ -38,9 +39,11 @@ MAX_INLINE_BYTES: Final = 192 * KIB
 """A task up to this size travels in the message; a larger one is fetched."""
 RESEND_S: Final = 10.0
 GRACE_S: Final = 15.0
-"""How long the last round's devices are waited for when others are there already."""
+"""How long devices are waited for after a restart: those of the last round, and answers whose time is over."""
 PRESENT_S: Final = 600.0
 """How long a run waits for enough devices."""
+
+T = TypeVar("T")
 
 
 class RunFailed(OutriderError):
@@ -101,7 +104,7 @@ class Session:
         self._stirred = asyncio.Event()
         self._news: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self._open: dict[str, tuple[DeviceId, Letter]] = {}
-        self._asked = 0
+        self._message_of: dict[DeviceId, str] = {}
         self._began_ms: int | None = None
 
     def stir(self) -> None:
@@ -110,7 +113,9 @@ class Session:
 
     def born(self, device: DeviceId) -> None:
         """A device has connected: what it was asked may not have reached it."""
-        self._news.put_nowait(("born", device))
+        message = self._message_of.get(device)
+        if message is not None:
+            self._news.put_nowait(("born", message))
         self.stir()
 
     def replied(self, message: str) -> None:
@@ -153,7 +158,7 @@ class Session:
         tasks = await database.read(lambda conn: tables.tasks_of(conn, self._run, group))
         nodes = {task.node: task.device for task in tasks}
         if not nodes:
-            present = await self._enough()
+            present = await self._while_worker_waits(self._enough())
             nodes = {rules.node_of(device): device for device in present}
             await database.write(lambda conn: tables.bind_nodes(conn, nodes))
         await self._worker.send(frames.Cohort(nodes=tuple(sorted(nodes))))
@@ -180,18 +185,53 @@ class Session:
     async def _ask(self, frame: frames.Ask) -> None:
         """Send tasks, hand answers over as they come, and close the question in time."""
         letters = await self._store_tasks(frame)
+        group = rules.group_of(frame.round, phase=frame.phase, attempt=frame.attempt)
+        # First what is known is forgotten, then the tasks are read: an answer that comes between is in both.
+        while not self._news.empty():
+            self._news.get_nowait()
+        tasks = await self._around.database.read(lambda conn: tables.tasks_of(conn, self._run, group))
+        left_s = self._left_s(tasks)
+        deadline_ms = self._around.clock.mono_ms() + round(left_s * 1000)
         try:
-            async with asyncio.timeout(self._spec.round_timeout_s):
-                deadline_ms = self._around.clock.mono_ms() + round(self._spec.round_timeout_s * 1000)
-                await self._collect(frame, letters, deadline_ms=deadline_ms)
+            async with asyncio.timeout(left_s):
+                await self._while_worker_waits(self._collect(tasks, letters, deadline_ms=deadline_ms))
         except TimeoutError:
             pass  # who has not answered is left out; the worker counts whether enough have
         finally:
             self._open.clear()
+            self._message_of.clear()
             digests = {letter.blob for letter in letters.values() if letter.blob}
             for digest in digests:
                 await asyncio.to_thread(self._around.store.forget, Digest(digest))
         await self._worker.send(frames.Closed())
+
+    def _left_s(self, tasks: Sequence[TaskRow]) -> float:
+        """What is left of the question's time; after a restart at least as long as devices need to come back with it.
+
+        The wall's clock is the only one that goes on while the hub is down. One that was set back gives no more time
+        than a question has.
+        """
+        whole_s = self._spec.round_timeout_s
+        asked_ms = min((task.asked_ms for task in tasks), default=self._around.clock.wall_ms())
+        gone_s = max(0, self._around.clock.wall_ms() - asked_ms) / 1000
+        return max(whole_s - gone_s, min(GRACE_S, whole_s))
+
+    async def _while_worker_waits(self, doing: Awaitable[T]) -> T:
+        """Do this while the worker waits for it; raises WorkerLost as soon as the worker has ended by itself."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(self._watch_worker())
+                done = await doing
+                watching.cancel()
+                return done
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from several
+
+    async def _watch_worker(self) -> NoReturn:
+        frame = await self._worker.receive()
+        raise ProtocolViolation(
+            f"the worker says {type(frame).__name__} where it was to wait for an answer", code="protocol.frame"
+        )
 
     async def _store_tasks(self, frame: frames.Ask) -> dict[str, Letter]:
         contents = []
@@ -206,47 +246,52 @@ class Session:
         at_ms = self._around.clock.wall_ms()
 
         def work(conn: Connection) -> None:
+            row = tables.find_run(conn, self._run)
+            if row is None or row.state != "running":
+                raise RunFailed("the run has ended meanwhile", code="rounds.ended")
             devices = tables.devices_of(conn, nodes.values())
             tasks = {message: (node, devices[node]) for message, node in nodes.items()}
-            tables.add_tasks(conn, self._run, group, tasks, at_ms=at_ms)
+            tables.add_tasks(conn, self._run, group, tasks, number=frame.round, at_ms=at_ms)
 
         await self._around.database.write(work)
         return letters
 
-    async def _collect(self, frame: frames.Ask, letters: dict[str, Letter], *, deadline_ms: int) -> None:
-        while not self._news.empty():
-            self._news.get_nowait()
-        group = rules.group_of(frame.round, phase=frame.phase, attempt=frame.attempt)
-        tasks = await self._around.database.read(lambda conn: tables.tasks_of(conn, self._run, group))
-        self._asked = len(tasks)
+    async def _collect(self, tasks: Sequence[TaskRow], letters: dict[str, Letter], *, deadline_ms: int) -> None:
         self._open = {task.message: (task.device, letters[task.message]) for task in tasks}
+        self._message_of = {task.device: task.message for task in tasks}
         for task in tasks:
             if task.replied_ms is not None:
                 await self._hand_over(task)
-        await self._send_open(deadline_ms)
+        await self._send(tuple(self._open), deadline_ms)
         while self._open:
             try:
                 async with asyncio.timeout(RESEND_S):
-                    kind, name = await self._news.get()
+                    kind, message = await self._news.get()
             except TimeoutError:
-                await self._send_open(deadline_ms)
+                await self._send(tuple(self._open), deadline_ms)
                 continue
             if kind == "born":
-                await self._send_open(deadline_ms, only=DeviceId(name))
-            elif name in self._open:
-                found = await self._around.database.read(lambda conn, name=name: tables.find_task(conn, name))  # type: ignore[misc]
+                await self._send((message,), deadline_ms)
+            elif message in self._open:
+                found = await self._find(message)
                 if found is not None and found.replied_ms is not None:
                     await self._hand_over(found)
 
+    async def _find(self, message: str) -> TaskRow | None:
+        return await self._around.database.read(lambda conn: tables.find_task(conn, message))
+
     async def _hand_over(self, task: TaskRow) -> None:
         if self._open.pop(task.message, None) is not None:
+            self._message_of.pop(task.device, None)
             await self._worker.send(frames.Reply(message=task.message, content=task.content, file=task.file))
 
-    async def _send_open(self, deadline_ms: int, *, only: DeviceId | None = None) -> None:
+    async def _send(self, messages: Sequence[str], deadline_ms: int) -> None:
+        """Send those of these tasks that are open."""
         left_ms = max(1, deadline_ms - self._around.clock.mono_ms())
-        for device, letter in list(self._open.values()):
-            if only is not None and device != only:
+        for message in messages:
+            if message not in self._open:
                 continue
+            device, letter = self._open[message]
             task = RoundTask(
                 run=self._run,
                 message=letter.message,
@@ -295,7 +340,7 @@ class Session:
         await self._worker.send(frames.Stored())
 
     def _tidy(self, kept: str) -> None:
-        """Remove older checkpoints and the answers of the round that is over."""
-        for file in (*self._folder.glob("*.checkpoint"), *self._folder.glob("*.reply")):
+        """Remove older checkpoints, what killed workers left of others, and the answers of the round that is over."""
+        for file in (file for ending in ("checkpoint", "new", "reply") for file in self._folder.glob(f"*.{ending}")):
             if file.name != kept:
                 file.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
@@ -16,6 +16,9 @@ from sqlalchemy.engine import Connection, Row
 from cloud_hub.ground.schema import metadata
 from cloud_hub.rounds.rules import ACTIVE, Head, RoundResult, Spec, State
 from shared.ids import DeviceId, Digest
+
+ROUNDS_KEPT: Final = 2
+"""Of these finished rounds the tasks are kept."""
 
 round_runs = sa.Table(
     "round_runs",
@@ -59,7 +62,9 @@ round_tasks = sa.Table(
     sa.Column("content", sa.LargeBinary, nullable=True),
     sa.Column("file", sa.String(80), nullable=False),
     sa.Column("length", sa.BigInteger, nullable=False),
+    sa.Column("round", sa.Integer, nullable=False, server_default="0"),
     sa.Index("ix_round_tasks_run", "run", "grouping"),
+    sa.Index("ix_round_tasks_newest", "run", "round", "asked_ms"),
 )
 
 round_results = sa.Table(
@@ -204,8 +209,10 @@ def devices_of(conn: Connection, nodes: Iterable[int]) -> dict[int, DeviceId]:
     return {row.node: DeviceId(row.device) for row in conn.execute(query)}
 
 
-def add_tasks(conn: Connection, run: str, group: str, tasks: Mapping[str, tuple[int, DeviceId]], *, at_ms: int) -> None:
-    """Store the tasks of an attempt, by message; those that are there already stay as they are."""
+def add_tasks(
+    conn: Connection, run: str, group: str, tasks: Mapping[str, tuple[int, DeviceId]], *, number: int, at_ms: int
+) -> None:
+    """Store the tasks of an attempt at this round, by message; those that are there already stay as they are."""
     known = set(conn.execute(sa.select(round_tasks.c.message).where(round_tasks.c.message.in_(list(tasks)))).scalars())
     for message, (node, device) in tasks.items():
         if message not in known:
@@ -214,6 +221,7 @@ def add_tasks(conn: Connection, run: str, group: str, tasks: Mapping[str, tuple[
                     message=message,
                     run=run,
                     grouping=group,
+                    round=number,
                     node=node,
                     device=device,
                     asked_ms=at_ms,
@@ -261,6 +269,10 @@ def finish_round(conn: Connection, run: str, result: RoundResult, *, checkpoint:
         round_results.insert().values(run=run, round=result.round, result=msgspec.json.encode(result).decode())
     )
     close_tasks(conn, run)
+    # Those of the round before say who took part; older ones nobody asks for.
+    conn.execute(
+        round_tasks.delete().where(round_tasks.c.run == run, round_tasks.c.round < result.round - ROUNDS_KEPT + 1)
+    )
     return True
 
 
@@ -273,6 +285,11 @@ def close_tasks(conn: Connection, run: str) -> None:
     )
 
 
+def drop_tasks(conn: Connection, run: str) -> None:
+    """Forget all tasks of a run that has ended."""
+    conn.execute(round_tasks.delete().where(round_tasks.c.run == run))
+
+
 def results_of(conn: Connection, run: str) -> list[RoundResult]:
     """The finished rounds, in order."""
     query = sa.select(round_results.c.result).where(round_results.c.run == run).order_by(round_results.c.round)
@@ -281,9 +298,14 @@ def results_of(conn: Connection, run: str) -> list[RoundResult]:
 
 def last_cohort(conn: Connection, run: str) -> Sequence[DeviceId]:
     """Who was asked most recently."""
-    newest = sa.select(round_tasks.c.grouping).where(round_tasks.c.run == run)
-    group = conn.execute(newest.order_by(round_tasks.c.asked_ms.desc()).limit(1)).scalar_one_or_none()
+    group = conn.execute(newest_group(run)).scalar_one_or_none()
     return [] if group is None else [task.device for task in tasks_of(conn, run, group)]
+
+
+def newest_group(run: str) -> sa.Select[Any]:
+    """The attempt that was asked for most recently; read from an index, whatever the number of tasks."""
+    newest = sa.select(round_tasks.c.grouping).where(round_tasks.c.run == run)
+    return newest.order_by(round_tasks.c.round.desc(), round_tasks.c.asked_ms.desc()).limit(1)
 
 
 def _run(row: Row[Any]) -> RunRow:

@@ -25,11 +25,11 @@ from sqlalchemy.engine import Connection
 
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.telemetry import ranges, rules, tables
+from cloud_hub.telemetry import rules, tables
 from cloud_hub.telemetry.figures import Figures, minute_of
 from cloud_hub.telemetry.rules import CLASS_NAMES, MAX_SPAN, Opened, Stream, TelemetryRefused
 from cloud_hub.telemetry.taking import Lost, Received, Taken, take_all
-from shared import limits
+from shared import limits, ranges
 from shared.clock import Clock
 from shared.errors import OutriderError, ProtocolViolation, StorageError
 from shared.ids import DeviceId
@@ -290,7 +290,7 @@ def _summary(stream: Stream, received: Received) -> StreamSummary:
         first=here[0][0] if here else 0,
         last=here[-1][1] if here else 0,
         watermark=ranges.watermark(settled),
-        missing=ranges.missing(settled),
+        missing=ranges.holes(settled),
         lost=received.lost,
         duplicates=received.duplicates,
         conflicts=received.conflicts,

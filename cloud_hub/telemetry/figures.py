@@ -5,8 +5,8 @@ devices is a sum. They are written in the transaction that stores the records, f
 each record counts once, as it is stored once. They are read off a batch's columns, without a value for each record.
 
 Rules of this file:
-1. An answer that came from elsewhere (cache, hub) or was refused says nothing about how fast the model is: only
-   answers of the model itself are timed.
+1. An answer that came from elsewhere (cache, hub) says nothing about how fast the model is: only answers of the model
+   itself are timed. A request that a release was asked for in vain counts among the times as one without end.
 2. Right and wrong is what the application said. What the hub's larger model said is a label, not a verdict.
 3. A device can claim anything: names that are none are not counted, and of one batch at most `MAX_GROUPS` names are.
 
@@ -27,6 +27,9 @@ from shared.wire.columns import Columns
 MAX_GROUPS: Final = 32
 """Pairs of family and version counted of one batch; a device runs a handful."""
 MINUTE_MS: Final = 60_000
+NEVER_US: Final = 60_000_000
+"""What a request counts as having taken that a release was asked for in vain. It has no time of its own, and a release
+that answers only what is easy must not look fast."""
 HUB: Final = "hub"
 """The source of an outcome that the hub's larger model gave."""
 
@@ -115,10 +118,11 @@ def add_all(many: Sequence[Tallies]) -> Tallies:
 def _count_results(sums: dict[tuple[str, str], _Sum], content: Columns) -> None:
     model, version, rung, took_us = _fields(content, "result", "model", "version", "rung", "took_us")
     for family, release, step, took in zip(model, version, rung, took_us, strict=True):
-        if step == "refused":
-            continue
         found = _sum_of(sums, family, release)
         if found is None:
+            continue
+        if step == "refused":
+            found.times_us.append(NEVER_US)
             continue
         found.answered += 1
         if step in _OWN_RUNGS and took > 0:

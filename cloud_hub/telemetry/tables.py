@@ -20,10 +20,10 @@ from cloud_hub.ground import audit
 from cloud_hub.ground.database import Lock, lock, upsert
 from cloud_hub.ground.schema import metadata
 from cloud_hub.telemetry.figures import Figures, Tallies
-from cloud_hub.telemetry.ranges import Ranges
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream
 from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received
 from shared.ids import DeviceId
+from shared.ranges import Ranges
 from shared.sketch import Sketch, decode_sketch, merge_all
 from shared.telemetry import RecordClass
 

@@ -29,10 +29,10 @@ import msgspec
 from msgspec.structs import replace
 
 from cloud_hub.telemetry.figures import Tallies, add_all, minute_of, tally
-from cloud_hub.telemetry.ranges import Ranges, count, meets, union, without
 from cloud_hub.telemetry.rules import Opened, Stream, TelemetryRefused, explode, open_batch
 from shared.errors import ProtocolViolation
 from shared.ids import DeviceId
+from shared.ranges import Ranges, count, meets, missing, union
 from shared.telemetry import Record, RecordClass
 from shared.wire.columns import Columns, encode_columns, open_columns
 from shared.wire.messages import Batch, Verdict
@@ -299,7 +299,7 @@ class _Group:
     def _declare_lost(self, batch: Opened, known: Received) -> Taken:
         assert batch.gap is not None
         claim, reason = batch.id, batch.gap.reason
-        new = without(known.settled, claim.first, claim.last)
+        new = missing(known.settled, claim.first, claim.last)
         if not new:
             return self._repeat(batch, known, 0)
         after = replace(known, lost=_declared(known.lost, new, reason), last_received_ms=self._at_ms)
@@ -350,7 +350,7 @@ def _trimmed(lost: tuple[Lost, ...], first: int, last: int) -> tuple[Lost, ...]:
     if not any(one.first <= last and first <= one.last for one in lost):
         return lost
     taken: Ranges = ((first, last),)
-    return tuple(Lost(low, high, one.reason) for one in lost for low, high in without(taken, one.first, one.last))
+    return tuple(Lost(low, high, one.reason) for one in lost for low, high in missing(taken, one.first, one.last))
 
 
 def _first(lost: Lost) -> int:

@@ -34,10 +34,12 @@ class Buried:
     def __init__(self, disk: Disk, *, most_bytes: int) -> None:
         self._disk = disk
         self._most_bytes = most_bytes
+        try:
+            names = sorted(disk.names())
+        except OSError as error:
+            raise StorageError(f"the refused batches cannot be looked for: {error.strerror}") from error
         # The size is in the name, so that knowing how much there is needs no look at each file.
-        self._sizes = {
-            name: int(found[2]) for name in sorted(disk.names()) if (found := _NAME.fullmatch(name)) is not None
-        }
+        self._sizes = {name: int(found[2]) for name in names if (found := _NAME.fullmatch(name)) is not None}
 
     @property
     def count(self) -> int:

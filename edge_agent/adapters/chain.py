@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import replace
+
 from edge_agent.core.frames import (
     BEGINS,
     CONTINUES,
     HEAD_BYTES,
     Entry,
     Frame,
-    GapSpan,
     SegmentName,
     encode_frame,
     find_frame,
@@ -29,10 +30,9 @@ from edge_agent.core.frames import (
     frame_size,
     read_frame,
 )
-from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Part, Portion, with_gaps, without_gaps
+from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Part, Portion
+from edge_agent.core.standing import Standing
 from edge_agent.ports import Disk
-from shared import ranges
-from shared.ranges import Ranges
 from shared.telemetry import GapReason, RecordClass
 
 WINDOW_BYTES: Final = 256 * 1024
@@ -81,9 +81,10 @@ class Chain:
 
     Attributes:
         segments: their names; the last one is written to.
-        end: where the last one's next frame goes.
-        next: the number of the next record.
-        settled, early, gaps: as in `ClassCursor`.
+        end: where the last one's next frame goes; LARGEST_SEGMENT_BYTES when none may.
+        is_unsure: what could not be written may lie behind the last frame after all.
+        failed: a file whose sync failed before it held anything; it has the name of the one to come, and must go first.
+        standing: which of its numbers are settled, lost, or wait.
         lost: records lost by reason, since this was opened.
     """
 
@@ -91,10 +92,9 @@ class Chain:
         self.klass = klass
         self.segments: list[SegmentName] = []
         self.end = 0
-        self.next = 1
-        self.settled = 0
-        self.early: Ranges = ()
-        self.gaps: tuple[GapSpan, ...] = ()
+        self.is_unsure = False
+        self.failed: SegmentName | None = None
+        self.standing = Standing()
         self.lost: dict[str, int] = {}
         self.written_bytes = 0
         self._disk = disk
@@ -117,6 +117,7 @@ class Chain:
         """Go on in this file, which exists."""
         self.segments.append(name)
         self.end = 0
+        self.is_unsure = False
         self._begins = True
 
     def begin_batch(self) -> None:
@@ -124,9 +125,12 @@ class Chain:
         self._begins = True
 
     def append(self, parts: Sequence[Part], *, store_ms: int) -> int:
-        """Write these frames, sync them, and return the first record's number; raises OSError with nothing changed."""
+        """Write these frames, sync them, and return the first record's number.
+
+        Raises OSError with no number used; nothing more is written to that file then.
+        """
         segment = self.segments[-1]
-        number, begins = self.next, self._begins
+        number, begins = self.standing.next, self._begins
         open_records, open_bytes = self._open_records, self._open_bytes
         frames: list[bytes] = []
         for part in parts:
@@ -149,11 +153,14 @@ class Chain:
             open_bytes += size
             begins = False
         data = frames[0] if len(frames) == 1 else b"".join(frames)
-        name = str(segment)
-        self._disk.write(name, self.end, data)
-        self._window.has_grown(name)
-        self._disk.sync(name)
-        first, self.next = self.next, number
+        try:
+            self._disk.write(str(segment), self.end, data)
+            self._window.has_grown(str(segment))
+            self._disk.sync(str(segment))
+        except OSError:
+            self._leave_failed()
+            raise
+        first, self.standing = self.standing.next, replace(self.standing, next=number)
         self.end += len(data)
         self.written_bytes += len(data)
         self._begins, self._open_records, self._open_bytes = False, open_records, open_bytes
@@ -164,12 +171,13 @@ class Chain:
     def load(self, *, after: int, expired_ms: int | None) -> Portion | None:
         """The first batch or gap above `after` that is not settled; what is older than `expired_ms` is a gap."""
         while True:
-            first = self._unsettled_above(after)
-            if first >= self.next:
+            first = self.standing.unsettled_above(after)
+            if first >= self.standing.next:
                 return None
-            gap = next((gap for gap in self.gaps if gap.first <= first <= gap.last), None)
+            gap = self.standing.gap_at(first)
             if gap is not None:
-                return self._hand(Portion(klass=self.klass, first=first, last=gap.last, reason=gap.reason))
+                self._handed.add((first, gap.last))
+                return Portion(klass=self.klass, first=first, last=gap.last, reason=gap.reason)
             found = self._read(first)
             if not found.reason and expired_ms is not None and found.newest_ms <= expired_ms:
                 found.reason = "expired"
@@ -178,62 +186,41 @@ class Chain:
                 self._places[found.last + 1] = found.next_at
                 continue
             self._places[found.last + 1] = found.next_at
-            if found.last + 1 == self.next:
+            if found.last + 1 == self.standing.next:
                 self.begin_batch()
-            return self._hand(Portion(klass=self.klass, first=found.first, last=found.last, entries=found.entries))
-
-    def _unsettled_above(self, after: int) -> int:
-        first = max(after, self.settled) + 1
-        for low, high in self.early:
-            if low <= first <= high:
-                first = high + 1
-        return first
-
-    def _hand(self, portion: Portion) -> Portion:
-        self._handed.add((portion.first, portion.last))
-        return portion
+            self._handed.add((found.first, found.last))
+            return Portion(klass=self.klass, first=found.first, last=found.last, entries=found.entries)
 
     def settle(self, first: int, last: int) -> bool:
         """Remember that these numbers are settled; False unless they were handed out and some were not settled."""
         if (first, last) not in self._handed:
             return False
         self._handed.discard((first, last))
-        if not ranges.missing(self.early, max(first, self.settled + 1), last):
+        after = self.standing.with_settled(first, last)
+        if after is None:
             return False
-        self.gaps = without_gaps(self.gaps, first, last)
-        early = ranges.union(self.early, [(max(first, self.settled + 1), last)])
-        if early[0][0] == self.settled + 1:
-            self.settled = early[0][1]
-            early = early[1:]
-            self._handed = {span for span in self._handed if span[1] > self.settled}
-            self._places = {number: at for number, at in self._places.items() if number > self.settled}
-        self.early = early
+        if after.settled > self.standing.settled:
+            self._handed = {span for span in self._handed if span[1] > after.settled}
+            self._places = {number: at for number, at in self._places.items() if number > after.settled}
+        self.standing = after
         return True
 
     def lose(self, first: int, last: int, reason: GapReason) -> int:
         """Declare what waits of these numbers a gap; returns how many those were."""
-        known = ranges.union(self.early, [(gap.first, gap.last) for gap in self.gaps])
-        lost = ranges.missing(known, max(first, self.settled + 1), last)
-        self.gaps = with_gaps(self.gaps, lost, reason)
-        records = ranges.count(lost)
+        self.standing, records = self.standing.with_lost(first, last, reason)
         if records:
             self.lost[reason] = self.lost.get(reason, 0) + records
         return records
-
-    def waiting(self) -> int:
-        """How many records wait: neither settled nor lost."""
-        gone = ranges.count(self.early) + sum(gap.last - gap.first + 1 for gap in self.gaps)
-        return self.next - 1 - self.settled - gone
 
     # Segments
 
     def stop(self, index: int) -> int:
         """The number after the last one in this segment."""
-        return self.segments[index + 1].base if index + 1 < len(self.segments) else self.next
+        return self.segments[index + 1].base if index + 1 < len(self.segments) else self.standing.next
 
     def base(self) -> int:
         """The first number that lies in a segment."""
-        return self.segments[0].base if self.segments else self.next
+        return self.segments[0].base if self.segments else self.standing.next
 
     def take_oldest(self) -> SegmentName:
         """Give the oldest segment away; its numbers must be settled or lost."""
@@ -243,13 +230,17 @@ class Chain:
             self.begin_batch()
         return name
 
-    def leave_last(self) -> SegmentName | None:
-        """Write no more to the last segment, because its disk failed; its name, where nothing in it is needed."""
-        empty = self.segments[-1].base == self.next
-        left = self.segments.pop() if empty else None
-        # Nothing fits until another is added, which may fail: not behind what failed, and not over the one before.
-        self.end = LARGEST_SEGMENT_BYTES
-        return left
+    def leave(self) -> None:
+        """Write no more to the last segment."""
+        self.end = LARGEST_SEGMENT_BYTES if self.segments else 0
+
+    def _leave_failed(self) -> None:
+        """Write no more to the last segment, because its disk failed; where nothing in it is needed, it is `failed`."""
+        if self.segments[-1].base == self.standing.next:
+            self.failed = self.segments.pop()
+        else:
+            self.is_unsure = True
+        self.leave()
 
     def newest_before(self, index: int) -> int | None:
         """A store's time at or after that of every frame in this segment; None when that cannot be told."""
@@ -260,14 +251,13 @@ class Chain:
 
     def oldest_ms(self) -> int | None:
         """The store's time of the oldest record that waits; None when none does."""
-        if not self.waiting():
+        if not self.standing.waiting():
             return None
-        first = self._unsettled_above(0)
+        first = self.standing.unsettled_above(0)
         if self._oldest[0] != first:
             number = first
-            for gap in self.gaps:
-                if gap.first <= number <= gap.last:
-                    number = self._unsettled_above(gap.last)
+            while (gap := self.standing.gap_at(number)) is not None:
+                number = self.standing.unsettled_above(gap.last)
             place = self._locate(number)
             frame = None if place is None else self._frame_at(*place)
             if frame is None:
@@ -334,7 +324,7 @@ class Chain:
             last = self.base() - 1
             return _Found(first, last, [], "damaged", 0, (self.segments[0], 0) if self.segments else _NOWHERE)
         index, offset = place
-        segment, stop = self.segments[index], min(self.stop(index), self._known_above(first))
+        segment, stop = self.segments[index], min(self.stop(index), self.standing.known_above(first))
         entries: list[Entry] = []
         expected, size, newest_ms = first, 0, 0
         while expected < stop:
@@ -358,12 +348,6 @@ class Chain:
             if expected > frame.last:
                 offset = frame.end
         return _Found(first, expected - 1, entries, None, newest_ms, (segment, offset))
-
-    def _known_above(self, number: int) -> int:
-        """The next number above this one that is settled or lost already; a batch ends before it."""
-        known = [gap.first for gap in self.gaps if gap.first > number]
-        known += [low for low, _ in self.early if low > number]
-        return min(known, default=self.next)
 
 
 _NOWHERE: Final = (SegmentName(0, 0, 0), 0)

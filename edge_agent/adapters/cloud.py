@@ -32,7 +32,7 @@ from edge_agent.ports import CloudAnswer, CloudRefusal
 from shared.clock import Clock
 from shared.errors import InputRefused, TransferCorrupt, TransferRefused, Unreachable
 from shared.inference import TensorHead
-from shared.limits import KIB, MAX_CLOUD_ANSWER_BYTES
+from shared.limits import KIB, MAX_CLOUD_ANSWER_BYTES, MAX_REQUEST_DEADLINE_MS
 from shared.wire.oip import JSON_LENGTH_HEADER, OipRequest, cut_payload, decode_response, encode_request
 from shared.wire.oip_terms import PREFIX, decode_error, read_provenance
 
@@ -40,7 +40,11 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 CONNECTIONS: Final = 4
 MAX_LABEL_CHARS: Final = 1 * KIB
+MAX_NAME_CHARS: Final = 128
+"""Of model, version, variant and digest: they go into records and are held with late answers."""
 MAX_RETRY_AFTER_S: Final = 86_400
+_LONGEST_MS: Final = 2 * MAX_REQUEST_DEADLINE_MS
+"""No question is waited for longer, whoever asks: sockets and timers do not take every number."""
 _CHUNK_BYTES: Final = 64 * KIB
 _ONE: Final = 1.001
 """A share of one, as 32-bit arithmetic may give it."""
@@ -69,6 +73,7 @@ class HubCloud:
         """Ask about one row; raises as `ports.Cloud` says."""
         if self._closed or len(self._calls) >= CONNECTIONS:
             raise Unreachable(f"{len(self._calls)} questions are on their way to the hub", code="transfer.busy")
+        deadline_ms, within_ms = min(deadline_ms, MAX_REQUEST_DEADLINE_MS), min(within_ms, _LONGEST_MS)
         request = OipRequest(
             inputs=inputs,
             payload=cut_payload(inputs, payload),
@@ -284,6 +289,8 @@ def _understand(response: http.client.HTTPResponse, body: bytearray, *, took_ms:
     label, confidence = said_by.labels[0], said_by.confidences[0]
     if len(label) > MAX_LABEL_CHARS or not (math.isfinite(confidence) and 0 <= confidence <= _ONE):
         raise TransferCorrupt("the hub's answer says a label or a confidence that is none")
+    if any(len(name) > MAX_NAME_CHARS for name in (answer.model, answer.version, said_by.variant, said_by.digest)):
+        raise TransferCorrupt(f"the hub's answer says a name of more than {MAX_NAME_CHARS} characters")
     return CloudAnswer(
         model=answer.model,
         version=answer.version,

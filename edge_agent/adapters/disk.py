@@ -18,6 +18,7 @@ from typing import Final
 
 MAX_OPEN: Final = 8
 _ZEROS: Final = bytes(64 * 1024)
+_UNKNOWN_BYTES: Final = 2**62
 
 
 class PosixDisk:
@@ -79,9 +80,9 @@ class PosixDisk:
         os.fsync(self._directory)
 
     def free_bytes(self) -> int:
-        """What the file system has left for this user."""
+        """What the file system has left for this user; without end where it does not say (some FUSE ones)."""
         state = os.fstatvfs(self._directory)
-        return state.f_bavail * state.f_frsize
+        return state.f_bavail * state.f_frsize if state.f_blocks else _UNKNOWN_BYTES
 
     def close(self) -> None:
         """Let go of open files. Safe to call twice."""

@@ -175,8 +175,8 @@ class Door:
         except InputRefused as error:
             return refusal(_request_id(header), error)
 
-        async def work(_: Place) -> None:
-            connection.reply(*await self._room.reply_to(request, payload))
+        async def work(place: Place) -> None:
+            connection.reply(*await self._room.reply_to(request, payload, place.arrived))
 
         return self._room.enter(request.id, len(payload), work)
 

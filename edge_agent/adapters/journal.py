@@ -18,52 +18,47 @@ Not here: what a record is, when to commit, tickets (`outbox.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from edge_agent.adapters import recovery
 from edge_agent.adapters.chain import Chain
+from edge_agent.adapters.spares import Spares
 from edge_agent.core import frames
-from edge_agent.core.frames import ClassCursor, Cursor, Entry, SegmentName
-from edge_agent.core.journal import JournalBounds, Moment, Portion, cut, kept_gaps, victim
+from edge_agent.core.frames import Cursor, Entry, SegmentName
+from edge_agent.core.journal import JournalBounds, Moment, Portion, StoreClock, cut, victim
+from edge_agent.core.standing import Standing
 from edge_agent.ports import Depth, Disk, Wear
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.telemetry import GapReason, RecordClass
 
 CURSOR_EVERY_MS: Final = 1_000
 CURSOR_EVERY_RECORDS: Final = 1_000
-SMALL_COMMIT_BYTES: Final = 16 * 1024
-"""Commits below this are cheapest on a file of zeros, those above on one that only has its room set aside."""
+CURSOR_IDLE_MS: Final = 3_600_000
+"""So often the store's clock is written down while records wait, so that a power cut takes no more of their time."""
 
 Draw = Callable[[int], bytes]
-_MEMORY: Final = 8
-"""How many commits the mean size looks back on."""
 
 
 class Journal:
     """Records that wait, by class. Made by `open`."""
 
-    def __init__(self, disk: Disk, bounds: JournalBounds, *, draw: Draw, state: recovery.Recovered) -> None:
+    def __init__(
+        self, disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Draw, state: recovery.Recovered
+    ) -> None:
         self.epoch = state.epoch
         self._disk = disk
         self._bounds = bounds
         self._draw = draw
         self._chains: Mapping[RecordClass, Chain] = state.chains
         self._spares = state.spares
-        self._has_reserve = state.has_reserve
-        self._foreign = state.foreign
-        self._lost = dict(state.lost)
-        self._generation = state.generation
-        self._place = state.place
-        self._opened = state.opened
-        self._opened_store_ms = state.store_ms
-        self._saved_ms = state.opened.uptime_ms
+        self._cursor = state.cursor
+        self._lost = dict(state.cursor.cursor.lost) if state.cursor.cursor is not None else {}
+        self._store_clock = StoreClock(state.store_ms, moment.uptime_ms)
         self._unsaved = 0
         self.is_dirty = False
-        self._commit_bytes = 0.0
-        self._other_bytes = 0
         self._syncs = 0
 
     @classmethod
@@ -78,10 +73,10 @@ class Journal:
         """
         with _translated():
             state = recovery.recover(disk, bounds, moment=moment, draw=draw)
-            journal = cls(disk, bounds, draw=draw, state=state)
+            journal = cls(disk, bounds, moment=moment, draw=draw, state=state)
             # Ties the store's clock to this boot, and gives back what a crash left behind a cursor that was written.
             journal._checkpoint(moment)
-            journal._restock()
+            journal._spares.restock(has_room=journal._has_room)
         return journal
 
     # Records
@@ -104,17 +99,17 @@ class Journal:
         need = sum([frames.frame_bytes(len(part.entries), part.size) for part in parts])
         if need > self._bounds.segment_bytes:
             raise InvalidValue(f"{len(entries)} records exceed a segment", code="invalid.record")
-        store_ms = self._store_ms(moment)
+        store_ms = self._store_clock.at(moment)
         with _translated():
             if not chain.room_for(need):
                 self._add_segment(chain, moment)
             try:
                 first = chain.append(parts, store_ms=store_ms)
             except OSError:
-                self._leave_segment(chain, moment)
+                self._add_segment(chain, moment)
                 first = chain.append(parts, store_ms=store_ms)
         self._syncs += 1
-        self._commit_bytes += (need - self._commit_bytes) / _MEMORY
+        self._spares.note_commit(need)
         return first
 
     def load(self, klass: RecordClass, *, after: int, moment: Moment) -> Portion | None:
@@ -124,12 +119,18 @@ class Journal:
             StorageError: the disk refused. Damage is no error: it is a gap.
         """
         ttl_ms = self._bounds.ttl_ms.get(klass, 0)
-        expired_ms = self._store_ms(moment) - ttl_ms if ttl_ms else None
+        expired_ms = self._store_clock.at(moment) - ttl_ms if ttl_ms else None
         chain = self._chains[klass]
-        before = len(chain.gaps)
+        before = chain.standing.gaps
         with _translated():
             portion = chain.load(after=after, expired_ms=expired_ms)
-        self.is_dirty |= len(chain.gaps) != before
+            if portion is not None and chain.is_unsure and portion.last + 1 == chain.standing.next:
+                # What failed behind it would be found as a part of it one day: another file ends it for good. Where
+                # that would take room from records it goes out all the same, because only that makes room; should it
+                # grow, the hub compares record by record.
+                with contextlib.suppress(StorageFull):
+                    self._add_segment(chain, moment, may_evict=False)
+        self.is_dirty |= chain.standing.gaps is not before
         return portion
 
     def settle(self, klass: RecordClass, first: int, last: int) -> bool:
@@ -149,31 +150,44 @@ class Journal:
         """Drop everything that waits of this class, leaving a gap; returns how many records. Not class 0."""
         chain = self._chains[klass]
         with _translated():
-            dropped = self._lose(chain, chain.settled + 1, chain.next - 1, "dropped", moment)
-            while chain.segments:
-                self._give_back(chain.take_oldest())
+            dropped = self._lose(chain, chain.standing.settled + 1, chain.standing.next - 1, "dropped", moment)
+            # The last one stays: its name says from where numbers go on, whatever becomes of the cursor.
+            while len(chain.segments) > 1:
+                self._spares.give_back(chain.take_oldest())
+            chain.begin_batch()
         return dropped
 
     def tick(self, moment: Moment) -> None:
-        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError."""
+        """Expire what is due, write the cursor where it is due, give settled segments back; raises StorageError.
+
+        To be called about once a second while `is_dirty`, and once a minute always.
+        """
         with _translated():
             for klass, ttl_ms in self._bounds.ttl_ms.items():
                 chain = self._chains[klass]
                 while ttl_ms and len(chain.segments) > 1:
                     newest_ms = chain.newest_before(0)
-                    if newest_ms is None or newest_ms > self._store_ms(moment) - ttl_ms:
+                    if newest_ms is None or newest_ms > self._store_clock.at(moment) - ttl_ms:
                         break
-                    self._give_back(self._lose_oldest(chain, "expired", moment))
-            due = moment.uptime_ms - self._saved_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
-            if self.is_dirty and due:
+                    self._spares.give_back(self._lose_oldest(chain, "expired", moment))
+            saved = self._cursor.cursor
+            since_ms = moment.uptime_ms - (saved.uptime_ms if saved is not None else 0)
+            due = since_ms >= CURSOR_EVERY_MS or self._unsaved >= CURSOR_EVERY_RECORDS
+            idle = since_ms >= CURSOR_IDLE_MS and any(chain.standing.waiting() for chain in self._chains.values())
+            if (self.is_dirty and due) or idle:
                 self._checkpoint(moment)
-                self._restock()
+                self._spares.restock(has_room=self._has_room)
 
     def close(self, moment: Moment) -> None:
-        """Write the cursor if it changed, and let go of the files. Safe to call twice."""
+        """Write the cursor if it would say something else, and let go of the files. Safe to call twice.
+
+        It then says how far numbers go, so that damage at the very end is known for what it is. After a crash it looks
+        like a commit that never returned.
+        """
         try:
             with _translated():
-                if self.is_dirty:
+                saved = self._cursor.cursor
+                if self.is_dirty or saved is None or saved.classes != _standings(self._chains.values()):
                     self._checkpoint(moment)
         finally:
             self._disk.close()
@@ -181,7 +195,7 @@ class Journal:
     def depth(self, moment: Moment) -> Depth:
         """How much waits, and what it has cost. `buried` is not known here: 0."""
         oldest: dict[RecordClass, int] = {}
-        now_ms = self._store_ms(moment)
+        now_ms = self._store_clock.at(moment)
         for klass, chain in self._chains.items():
             try:
                 began_ms = chain.oldest_ms()
@@ -189,162 +203,107 @@ class Journal:
                 began_ms = None
             if began_ms is not None:
                 oldest[klass] = max(0, now_ms - began_ms)
-        written = self._other_bytes + sum(chain.written_bytes for chain in self._chains.values())
+        written = sum(chain.written_bytes for chain in self._chains.values())
+        written += self._cursor.written_bytes + self._spares.written_bytes
         return Depth(
-            records={klass: chain.waiting() for klass, chain in self._chains.items()},
-            bytes=self._files() * self._bounds.segment_bytes + frames.SLOTS * frames.SLOT_BYTES,
+            records={klass: chain.standing.waiting() for klass, chain in self._chains.items()},
+            bytes=_files(self._chains.values(), self._spares) * self._bounds.segment_bytes
+            + frames.SLOTS * frames.SLOT_BYTES,
             oldest_ms=oldest,
-            lost=self._losses(),
+            lost=_losses(self._lost, self._chains.values()),
             buried=0,
-            wear=Wear(written_bytes=written, syncs=self._syncs),
+            wear=Wear(written_bytes=written, syncs=self._syncs + self._cursor.writes),
         )
 
     # Room
 
-    def _files(self) -> int:
-        used = sum(len(chain.segments) for chain in self._chains.values())
-        return used + len(self._spares) + int(self._has_reserve)
+    def _has_room(self) -> bool:
+        """Whether there may be one file more, and the file system has the room for it."""
+        wanted = self._bounds.segment_bytes + self._bounds.min_free_bytes
+        return _files(self._chains.values(), self._spares) < self._bounds.segments and self._disk.free_bytes() >= wanted
 
-    def _add_segment(self, chain: Chain, moment: Moment) -> None:
+    def _add_segment(self, chain: Chain, moment: Moment, *, may_evict: bool = True) -> None:
         """Let the chain go on in another file: one that is spare, a new one, or one taken from records."""
-        if any(len(one.segments) > 1 and one.stop(0) - 1 <= one.settled for one in self._chains.values()):
+        if any(len(one.segments) > 1 and one.stop(0) - 1 <= one.standing.settled for one in self._chains.values()):
             self._checkpoint(moment)
-        old = self._room(chain, moment)
-        name = SegmentName(int(chain.klass), chain.next, int.from_bytes(self._draw(4), "little"))
-        if old is None:
-            old = self._create(str(name), chain, moment)
-        there = old or str(name)
+        if chain.failed is not None:
+            # Its name must not be found beside that of the file that takes its place.
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.remove(str(chain.failed))
+            chain.failed = None
+        held = self._room(chain, moment, may_evict=may_evict)
+        name = SegmentName(int(chain.klass), chain.standing.next, int.from_bytes(self._draw(4), "little"))
         try:
-            if old is not None:
-                self._disk.rename(old, str(name))
-                there = str(name)
+            if held is None:
+                held = self._create(str(name), chain, moment, may_evict=may_evict)
+            if held != str(name):
+                self._disk.rename(held, str(name))
+                held = str(name)
             self._disk.sync_names()
         except OSError:
-            # The file is there all the same: it counts, and is the next to be used.
-            self._spares.append(there)
+            # There may be a file of this name now, and numbers from its first one on will be looked for in it: nothing
+            # more goes to the file before.
+            chain.leave()
+            if held is not None:
+                self._spares.put(held)
             raise
         self._syncs += 1
         chain.add(name)
 
-    def _room(self, chain: Chain, moment: Moment) -> str | None:
+    def _room(self, chain: Chain, moment: Moment, *, may_evict: bool) -> str | None:
         """A file that may be written over, None for a new one."""
         if len(chain.segments) >= self._bounds.quota(chain.klass):
-            if chain.klass is RecordClass.EVENT:
+            if chain.klass is RecordClass.EVENT or not may_evict:
                 raise _full(chain.klass)
             return self._evict(chain, moment)
-        if self._spares:
-            return self._spares.pop()
-        has_room = self._files() < self._bounds.segments
-        if has_room and self._disk.free_bytes() >= self._bounds.segment_bytes + self._bounds.min_free_bytes:
-            return None
-        return self._make_room(chain, moment)
+        spare = self._spares.take()
+        if spare is not None or self._has_room():
+            return spare
+        return self._make_room(chain, moment, may_evict=may_evict)
 
-    def _create(self, name: str, chain: Chain, moment: Moment) -> str | None:
-        """Make a new file of this name; where the disk has no room after all, a file to rename instead."""
-        zeroed = self._commit_bytes < SMALL_COMMIT_BYTES
+    def _create(self, name: str, chain: Chain, moment: Moment, *, may_evict: bool) -> str:
+        """Make a new file of this name; where the disk has no room after all, another file to write over."""
         try:
-            self._disk.create(name, self._bounds.segment_bytes, zeroed=zeroed)
+            self._spares.create(name)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return self._make_room(chain, moment)
-        self._other_bytes += self._bounds.segment_bytes if zeroed else 0
-        return None
+            return self._make_room(chain, moment, may_evict=may_evict)
+        return name
 
-    def _make_room(self, chain: Chain, moment: Moment) -> str:
+    def _make_room(self, chain: Chain, moment: Moment, *, may_evict: bool) -> str:
+        if not may_evict:
+            raise _full(chain.klass)
         held = {klass: len(one.segments) for klass, one in self._chains.items()}
         loser = victim(held, chain.klass)
         if loser is not None:
             return self._evict(self._chains[loser], moment)
-        if chain.klass is RecordClass.EVENT and self._has_reserve:
-            self._has_reserve = False
-            return frames.RESERVE_NAME
-        raise _full(chain.klass)
+        reserve = self._spares.take_reserve() if chain.klass is RecordClass.EVENT else None
+        if reserve is None:
+            raise _full(chain.klass)
+        return reserve
 
     def _evict(self, chain: Chain, moment: Moment) -> str:
         """A file that may be written over: the chain's oldest, whose records are declared lost."""
-        name = self._lose_oldest(chain, "evicted", moment)
-        if name not in self._foreign:
-            return str(name)
-        self._foreign.discard(name)
-        self._disk.remove(str(name))
-        spare = self._spare_name()
-        self._disk.create(spare, self._bounds.segment_bytes, zeroed=self._commit_bytes < SMALL_COMMIT_BYTES)
-        return spare
+        return self._spares.reuse(self._lose_oldest(chain, "evicted", moment))
 
     def _lose_oldest(self, chain: Chain, reason: GapReason, moment: Moment) -> SegmentName:
         """Declare what waits in the oldest segment lost, durably, and take it out of the chain."""
         self._lose(chain, chain.segments[0].base, chain.stop(0) - 1, reason, moment)
+        if len(chain.segments) == 1:
+            # Then only the cursor says from where numbers go on: so both of its slots do.
+            self._save(moment)
         return chain.take_oldest()
 
     def _lose(self, chain: Chain, first: int, last: int, reason: GapReason, moment: Moment) -> int:
-        gaps, lost = chain.gaps, dict(chain.lost)
+        standing, lost = chain.standing, dict(chain.lost)
         records = chain.lose(first, last, reason)
         try:
             self._save(moment)
         except OSError:
-            chain.gaps, chain.lost = gaps, lost
+            chain.standing, chain.lost = standing, lost
             raise
         return records
-
-    def _losses(self) -> dict[str, int]:
-        losses = dict(self._lost)
-        for chain in self._chains.values():
-            for reason, records in chain.lost.items():
-                losses[reason] = losses.get(reason, 0) + records
-        return losses
-
-    def _leave_segment(self, chain: Chain, moment: Moment) -> None:
-        """The disk failed under the last segment: write no more to it, and go on in another."""
-        empty = chain.leave_last()
-        if empty is not None:
-            # Its name must not be found beside that of the file that takes its place.
-            self._remove(str(empty))
-        self._add_segment(chain, moment)
-
-    def _give_back(self, name: SegmentName) -> None:
-        if name in self._foreign:
-            self._foreign.discard(name)
-            self._disk.remove(str(name))
-            return
-        if len(self._spares) >= self._bounds.spares:
-            self._remove(str(name))
-            return
-        spare = self._spare_name()
-        try:
-            self._disk.rename(str(name), spare)
-        except OSError:
-            self._spares.append(str(name))
-            raise
-        self._spares.append(spare)
-
-    def _remove(self, name: str) -> None:
-        """Take a file away; where the disk refuses, it still counts, and is the next to be used."""
-        try:
-            self._disk.remove(name)
-        except OSError:
-            self._spares.append(name)
-            raise
-
-    def _spare_name(self) -> str:
-        return f"spare-{self._draw(4).hex()}.seg"
-
-    def _restock(self) -> None:
-        """Have a file in reserve for class 0 again, where there is room."""
-        if self._has_reserve:
-            return
-        if self._spares:
-            self._disk.rename(self._spares[-1], frames.RESERVE_NAME)
-            self._spares.pop()
-            self._has_reserve = True
-            return
-        size = self._bounds.segment_bytes
-        if self._files() < self._bounds.segments and self._disk.free_bytes() >= size + self._bounds.min_free_bytes:
-            try:
-                self._disk.create(frames.RESERVE_NAME, size, zeroed=False)
-            except OSError:
-                return
-            self._has_reserve = True
 
     # Cursor
 
@@ -352,37 +311,41 @@ class Journal:
         """Write the cursor, then give back every segment that it no longer needs."""
         self._save(moment)
         for chain in self._chains.values():
-            while len(chain.segments) > 1 and chain.stop(0) - 1 <= chain.settled:
-                self._give_back(chain.take_oldest())
+            while len(chain.segments) > 1 and chain.stop(0) - 1 <= chain.standing.settled:
+                self._spares.give_back(chain.take_oldest())
 
     def _save(self, moment: Moment) -> None:
-        classes = tuple(
-            ClassCursor(chain.settled, chain.next, chain.early, kept_gaps(chain.gaps, base=chain.base()))
-            for chain in self._chains.values()
-        )
         cursor = Cursor(
-            generation=self._generation + 1,
-            store_ms=self._store_ms(moment),
+            generation=self._cursor.generation + 1,
+            store_ms=self._store_clock.at(moment),
             boot=moment.boot,
             uptime_ms=moment.uptime_ms,
             wall_ms=moment.wall_ms,
             synchronised=moment.synchronised,
             segment_bytes=self._bounds.segment_bytes,
-            classes=classes,
-            lost=self._losses(),
+            classes=_standings(self._chains.values()),
+            lost=_losses(self._lost, self._chains.values()),
         )
-        data = frames.encode_slot(cursor)
-        place = (self._place + 1) % frames.SLOTS
-        self._disk.write(frames.CURSOR_NAME, place * frames.SLOT_BYTES, data)
-        self._disk.sync(frames.CURSOR_NAME)
-        # Only now: after a failure the other slot is still the good one, and this one is written again.
-        self._place, self._generation = place, cursor.generation
-        self.is_dirty, self._unsaved, self._saved_ms = False, 0, moment.uptime_ms
-        self._other_bytes += len(data)
-        self._syncs += 1
+        self._cursor.write(cursor)
+        self.is_dirty, self._unsaved = False, 0
 
-    def _store_ms(self, moment: Moment) -> int:
-        return self._opened_store_ms + max(0, moment.uptime_ms - self._opened.uptime_ms)
+
+def _files(chains: Iterable[Chain], spares: Spares) -> int:
+    """How many files of a segment's size there are."""
+    return spares.count() + sum(len(chain.segments) + (chain.failed is not None) for chain in chains)
+
+
+def _standings(chains: Iterable[Chain]) -> tuple[Standing, ...]:
+    return tuple(chain.standing.kept(base=chain.base()) for chain in chains)
+
+
+def _losses(before: Mapping[str, int], chains: Iterable[Chain]) -> dict[str, int]:
+    """Records lost by reason: before the journal was opened, and since."""
+    losses = dict(before)
+    for chain in chains:
+        for reason, records in chain.lost.items():
+            losses[reason] = losses.get(reason, 0) + records
+    return losses
 
 
 def _full(klass: RecordClass) -> StorageFull:
@@ -392,7 +355,7 @@ def _full(klass: RecordClass) -> StorageFull:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield

@@ -56,7 +56,7 @@ _DIGITS: Final = re.compile(rb"[0-9]{1,9}")
 _ANY_WRAPPING: Final = zlib.MAX_WBITS + 32
 """zlib's word for "gzip or zlib, see its first bytes" (zlib manual, inflateInit2)."""
 
-ReplyTo: TypeAlias = Callable[[Request, bytearray], Awaitable[tuple[Reply, Sequence[Buffer]]]]
+ReplyTo: TypeAlias = Callable[[Request, bytearray, float], Awaitable[tuple[Reply, Sequence[Buffer]]]]
 
 
 class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +97,7 @@ class Conversation:
     async def _respond(self, request: HttpRequest, place: Place) -> HttpResponse:
         path = request.target.partition("?")[0]
         if path == METRICS_PATH:
-            return await self._metrics(request)
+            return await self._metrics(request, place)
         target = oip_terms.parse_path(path)
         if target is None:
             raise InputRefused(
@@ -115,18 +115,18 @@ class Conversation:
             case "live":
                 return HttpResponse(status=200, parts=[b'{"live":true}'])
             case "ready":
-                return _readiness(await self._describe(""))
+                return _readiness(await self._describe("", place))
             case "model":
-                return _metadata(await self._model(target))
+                return _metadata(await self._model(target, place))
             case "model_ready":
-                return _readiness((await self._model(target),))
+                return _readiness((await self._model(target, place),))
             case "infer":
                 return await self._infer(request, target, place)
 
-    async def _metrics(self, request: HttpRequest) -> HttpResponse:
+    async def _metrics(self, request: HttpRequest, place: Place) -> HttpResponse:
         if not _fits(request.method, "GET"):
             return _wrong_method("GET")
-        state, _ = await self._reply_to(Status(), bytearray())
+        state, _ = await self._reply_to(Status(), bytearray(), place.arrived)
         if isinstance(state, Refusal):
             raise _Refused(state)
         assert isinstance(state, AgentState)
@@ -134,15 +134,15 @@ class Conversation:
             status=200, headers=((b"content-type", metrics.CONTENT_TYPE),), parts=[metrics.render(state)]
         )
 
-    async def _describe(self, model: str) -> tuple[ModelState, ...]:
-        reply, _ = await self._reply_to(Describe(model=model), bytearray())
+    async def _describe(self, model: str, place: Place) -> tuple[ModelState, ...]:
+        reply, _ = await self._reply_to(Describe(model=model), bytearray(), place.arrived)
         if isinstance(reply, Refusal):
             raise _Refused(reply)
         assert isinstance(reply, Description)
         return reply.models
 
-    async def _model(self, target: oip_terms.Target) -> ModelState:
-        models = await self._describe(target.model)
+    async def _model(self, target: oip_terms.Target, place: Place) -> ModelState:
+        models = await self._describe(target.model, place)
         if not models:
             raise InputRefused(f"there is no model {target.model!r} here", code="model.unknown")
         if target.version not in ("", models[0].version):
@@ -151,7 +151,7 @@ class Conversation:
 
     async def _infer(self, request: HttpRequest, target: oip_terms.Target, place: Place) -> HttpResponse:
         if target.version:
-            await self._model(target)
+            await self._model(target, place)
         body = await self._unpack(request, place)
         asked = oip.decode_request(body, json_length=_json_length(request.headers))
         infer = Infer(
@@ -159,13 +159,13 @@ class Conversation:
             inputs=asked.inputs,
             id=asked.id,
             deadline_ms=asked.deadline_ms(default_ms=DEFAULT_DEADLINE_MS),
+            version=target.version,
+            outputs=tuple(output.name for output in asked.outputs),
         )
-        reply, parts = await self._reply_to(infer, bytearray().join(asked.payload))
+        reply, parts = await self._reply_to(infer, bytearray().join(asked.payload), place.arrived)
         if isinstance(reply, Refusal):
             raise _Refused(reply)
         assert isinstance(reply, Answer)
-        if target.version not in ("", reply.version):
-            raise _no_version(target, reply.version)
         length, pieces = oip.answer_request(asked, _response(reply, parts))
         if length is None:
             return HttpResponse(status=200, parts=pieces)

@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 MEMORY_MS: Final = 30_000
 GROUP_BYTES: Final = 64 * limits.KIB
-"""So much of one class is committed without waiting for more."""
+"""So much of one class is committed without waiting for more; a quarter of a segment, where that is less: a commit lies
+in one segment, with what frames add to small records."""
 MAX_PENDING_BYTES: Final = 2 * limits.MIB
 TICK_MS: Final = 1_000
 IDLE_MS: Final = 60_000
@@ -89,11 +90,14 @@ class JournalTicket:
 class JournalOutbox:
     """`Outbox` on a directory. Made by `open`; `close` commits what waits and ends the thread."""
 
-    def __init__(self, store: RecordStore, *, clock: Clock, moments: Callable[[], Moment], flush_ms: int) -> None:
+    def __init__(
+        self, store: RecordStore, *, clock: Clock, moments: Callable[[], Moment], flush_ms: int, group_bytes: int
+    ) -> None:
         self._store = store
         self._clock = clock
         self._moments = moments
         self._flush_ms = flush_ms
+        self._group_bytes = group_bytes
         self._loop = asyncio.get_running_loop()
         self._ready = threading.Condition()
         self._groups: deque[_Group] = deque()
@@ -141,7 +145,8 @@ class JournalOutbox:
             return RecordStore(Journal.open(disk, bounds, moment=moments(), draw=draw), buried=aside)
 
         store = await asyncio.to_thread(work)
-        return cls(store, clock=clock, moments=moments, flush_ms=flush_ms)
+        group_bytes = min(GROUP_BYTES, bounds.segment_bytes // 4)
+        return cls(store, clock=clock, moments=moments, flush_ms=flush_ms, group_bytes=group_bytes)
 
     @property
     def epoch(self) -> str:
@@ -163,7 +168,7 @@ class JournalOutbox:
                     "the disk is slower than what is to be kept", code="storage.behind", hint="put fewer records"
                 )
             group = self._open.get(klass)
-            if group is None or group.size + len(data) > GROUP_BYTES:
+            if group is None or group.size + len(data) > self._group_bytes:
                 group = self._begin(klass, due_ms)
             elif due_ms < group.due_ms:
                 group.due_ms = due_ms
@@ -271,7 +276,8 @@ class JournalOutbox:
                     break
                 due_ms = min((group.due_ms for group in self._groups), default=now_ms + IDLE_MS)
                 wait_ms = min(due_ms - now_ms, TICK_MS if self._store.is_dirty else IDLE_MS)
-                if not self._ready.wait(wait_ms / 1000) and self._store.is_dirty:
+                # Nothing happened for so long: the store has its own things to do.
+                if not self._ready.wait(wait_ms / 1000) and wait_ms >= TICK_MS:
                     break
             for group in groups:
                 self._groups.remove(group)

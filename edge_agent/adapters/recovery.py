@@ -9,72 +9,58 @@ Writes only where there is no store yet, and takes away what a crash left half-d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from edge_agent.adapters.chain import Chain, Window
+from edge_agent.adapters.cursor import CursorFile, save_again
+from edge_agent.adapters.spares import Spares
 from edge_agent.core import frames
 from edge_agent.core.frames import CONTINUES, Cursor, Frame, SegmentName
 from edge_agent.core.journal import LARGEST_SEGMENT_BYTES, JournalBounds, Moment, store_time
+from edge_agent.core.standing import Standing
 from edge_agent.ports import Disk
 from shared.telemetry import RecordClass
 
 
 @dataclass(slots=True)
 class Recovered:
-    """What was found; `place` and `generation` are those of the newest cursor slot."""
+    """What was found; `store_ms` is what the store's clock says at the moment of opening."""
 
     epoch: str
     chains: dict[RecordClass, Chain]
-    spares: list[str]
-    has_reserve: bool
-    foreign: set[SegmentName]
-    lost: dict[str, int]
-    generation: int
-    place: int
-    opened: Moment
+    spares: Spares
+    cursor: CursorFile
     store_ms: int
 
 
 def recover(disk: Disk, bounds: JournalBounds, *, moment: Moment, draw: Callable[[int], bytes]) -> Recovered:
     """The store on this disk; a new one where there is none. Raises OSError."""
     names = disk.names()
+    file = CursorFile.open(disk, names)
     epoch = _epoch(disk, names, draw)
-    found = _cursor(disk, names)
-    place, cursor = found if found is not None else (frames.SLOTS - 1, None)
-    is_same_size = cursor is None or cursor.segment_bytes == bounds.segment_bytes
     # What a killed process did to the names is seen here and may not be on the disk; what is found is handed out.
     disk.sync_names()
-    spares = [name for name in sorted(names) if name.startswith("spare-")]
-    has_reserve = frames.RESERVE_NAME in names
-    if not is_same_size:
-        for name in (*spares, *([frames.RESERVE_NAME] if has_reserve else [])):
-            disk.remove(name)
-        spares, has_reserve = [], False
     segments = sorted(name for name in map(frames.parse_segment_name, names) if name is not None)
-    window = Window(disk)
+    window, newest_ms = Window(disk), 0
     chains: dict[RecordClass, Chain] = {}
-    lost = dict(cursor.lost) if cursor is not None else {}
-    newest_ms = 0
     for klass in RecordClass:
         chain = Chain(klass, disk=disk, window=window, bounds=bounds)
         chains[klass] = chain
         own = [name for name in segments if name.klass == klass]
-        newest_ms = max(newest_ms, _fill(chain, own, cursor, disk=disk))
-        missing = chain.lose(chain.settled + 1, chain.base() - 1, "damaged")
-        if missing:
-            lost["damaged"] = lost.get("damaged", 0) + missing
+        newest_ms = max(newest_ms, _fill(chain, own, file.cursor, disk=disk))
+        chain.lose(chain.standing.settled + 1, chain.base() - 1, "damaged")
+        if file.cursor is None:
+            # What of it the hub has, the hub knows, and ignores; here it cannot be counted.
+            chain.lost.clear()
     return Recovered(
         epoch=epoch,
         chains=chains,
-        spares=spares,
-        has_reserve=has_reserve,
-        foreign=set() if is_same_size else {name for chain in chains.values() for name in chain.segments},
-        lost=lost,
-        generation=cursor.generation if cursor is not None else 0,
-        place=place,
-        opened=moment,
-        store_ms=store_time(cursor, newest_ms=newest_ms, now=moment),
+        spares=_spares(disk, bounds, names, file.cursor, chains, draw),
+        cursor=file,
+        store_ms=store_time(file.cursor, newest_ms=newest_ms, now=moment),
     )
 
 
@@ -83,40 +69,34 @@ def _epoch(disk: Disk, names: list[str], draw: Callable[[int], bytes]) -> str:
     if known:
         return known[0]
     epoch = draw(8).hex()
-    if frames.CURSOR_NAME not in names:
-        disk.create(frames.CURSOR_NAME, frames.SLOTS * frames.SLOT_BYTES, zeroed=True)
-        disk.sync(frames.CURSOR_NAME)
-        disk.sync_names()
-    # Last: a store whose epoch is there is whole.
+    # After the cursor: a store whose epoch is there is whole.
     disk.create(frames.epoch_name(epoch), 0, zeroed=True)
     disk.sync_names()
     return epoch
 
 
-def _cursor(disk: Disk, names: list[str]) -> tuple[int, Cursor] | None:
-    if frames.CURSOR_NAME not in names and not any(name.startswith("epoch-") for name in names):
-        return None
-    if frames.CURSOR_NAME not in names:
-        disk.create(frames.CURSOR_NAME, frames.SLOTS * frames.SLOT_BYTES, zeroed=True)
-        disk.sync_names()
-        return None
-    data = disk.read(frames.CURSOR_NAME, 0, frames.SLOTS * frames.SLOT_BYTES)
-    found = frames.newest_slot(data)
-    if found is not None:
-        begin = found[0] * frames.SLOT_BYTES
-        _save_again(disk, frames.CURSOR_NAME, data[begin : begin + frames.SLOT_BYTES], offset=begin)
-    return found
+def _spares(
+    disk: Disk,
+    bounds: JournalBounds,
+    names: list[str],
+    cursor: Cursor | None,
+    chains: Mapping[RecordClass, Chain],
+    draw: Callable[[int], bytes],
+) -> Spares:
+    found = [name for name in sorted(names) if name.startswith("spare-")]
+    has_reserve, foreign = frames.RESERVE_NAME in names, set[SegmentName]()
+    if cursor is not None and cursor.segment_bytes != bounds.segment_bytes:
+        for name in (*found, *([frames.RESERVE_NAME] if has_reserve else [])):
+            disk.remove(name)
+        found, has_reserve = [], False
+        foreign = {name for chain in chains.values() for name in chain.segments}
+    return Spares(disk, bounds, draw=draw, names=found, has_reserve=has_reserve, foreign=foreign)
 
 
 def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: Disk) -> int:
     """Give the chain its segments and numbers; returns the store's time of the newest frame that was read."""
-    if cursor is not None:
-        known = cursor.classes[int(chain.klass)]
-        chain.settled, chain.next = known.settled, known.next
-        chain.early, chain.gaps = known.early, known.gaps
-    elif own:
-        chain.settled = own[0].base - 1
-    chain.next = max(chain.next, chain.settled + 1, *(gap.last + 1 for gap in chain.gaps), 1)
+    known = cursor.classes[int(chain.klass)] if cursor is not None else Standing()
+    following = max(known.next, known.settled + 1, *(gap.last + 1 for gap in known.gaps), 1)
     own = _without_empty_twins(own, disk)
     newest_ms = 0
     if own:
@@ -124,10 +104,11 @@ def _fill(chain: Chain, own: list[SegmentName], cursor: Cursor | None, *, disk: 
         last, commit_at = _last_frame(data, own[-1])
         if last is not None:
             newest_ms = last.store_ms
-            _save_again(disk, str(own[-1]), data[commit_at : last.end], offset=commit_at)
+            save_again(disk, str(own[-1]), data[commit_at : last.end], offset=commit_at)
         chain.segments = own
         chain.end = last.end if last is not None else 0
-        chain.next = max(chain.next, last.last + 1 if last is not None else own[-1].base)
+        following = max(following, last.last + 1 if last is not None else own[-1].base)
+    chain.standing = replace(known, next=following)
     chain.begin_batch()
     return newest_ms
 
@@ -145,17 +126,6 @@ def _without_empty_twins(own: list[SegmentName], disk: Disk) -> list[SegmentName
             continue
         kept.append(name)
     return kept
-
-
-def _save_again(disk: Disk, name: str, data: bytes, *, offset: int) -> None:
-    """Write what was found there once more, and sync it.
-
-    It is about to be acted on, and it may not be on the disk: the process before may have been killed before its sync,
-    or the sync may have failed, after which the system takes what it has in memory for saved. The same bytes again
-    cannot tear.
-    """
-    disk.write(name, offset, data)
-    disk.sync(name)
 
 
 def _last_frame(data: bytes, segment: SegmentName) -> tuple[Frame | None, int]:

@@ -102,6 +102,12 @@ class FileShelf:
             raise
         return fd
 
+    def drop(self, digest: Digest) -> None:
+        """Remove this file, finished or not, if it is there."""
+        for path in (self._path(digest), self._part(digest)):
+            with _translated(path):
+                path.unlink(missing_ok=True)
+
     def collect(self, keep: frozenset[Digest]) -> int:
         """Remove every file, finished or not, that is not to be kept and return how many bytes that freed."""
         freed = 0

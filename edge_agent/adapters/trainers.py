@@ -1,12 +1,14 @@
 """Starts trainers, talks to them, notices when one is lost, and leaves none behind.
 
 Rules:
-- A trainer does one lesson at a time. It is nicer than everything that serves and has one thread.
+- A trainer does one lesson at a time. It is nicer than everything that serves and has one thread. Whoever gives up a
+  lesson, or its preparation, ends the trainer: it does not listen while it works.
 - The end of the stream is the end of the trainer: it is killed if need be, reaped, and who waits gets HostLost.
-- A trainer that takes more memory than its budget is killed. Lessons have the deadline of who asks for them.
+- A trainer that takes more memory than its budget is killed. Lessons have no deadline here: who asks has one.
+- What the child has not taken of its samples yet is bounded, here and in the socket.
 
 Not here: the process itself (children.py), what runs inside it (edge_agent/trainers), and when to start or end one
-(edge_agent/driver/rounds.py).
+(edge_agent/core/training.py; edge_agent/driver/rounds.py carries that out).
 """
 
 from __future__ import annotations
@@ -116,6 +118,8 @@ class LiveTrainer:
         self._is_up = False
         self._stopping = False
         self._watch: asyncio.TimerHandle | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
 
     @property
     def pid(self) -> int:
@@ -133,13 +137,16 @@ class LiveTrainer:
 
     async def attach(self, link: socket.socket) -> None:
         """Take over the core's end of the socket pair and start watching."""
-        frames = FrameLink(on_frame=self._on_frame, on_refused=self._on_refused, on_end=self._child.reap)
+        frames = FrameLink(
+            on_frame=self._on_frame, on_refused=self._on_refused, on_end=self._child.reap, on_clogged=self._on_clogged
+        )
         try:
             await self._loop.create_unix_connection(lambda: frames, sock=link)
         except BaseException:  # cancellation included: until a transport has it, the socket is ours to close
             link.close()
             raise
         self._link = frames
+        frames.limit_unsent(_FEED_BYTES)
         self._watch_once()
 
     async def load(self, manifest: Manifest, variant: Variant, features: str) -> protocol.Loaded:
@@ -154,19 +161,29 @@ class LiveTrainer:
                 f"the trainer was not ready after {self._options.start_ms} ms", code="model.load_timeout"
             ) from error
 
-    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
-        """Hand over samples up to the number `newest`, and have those with lower numbers forgotten."""
+    async def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+        """Hand over samples up to the number `newest`, no faster than the child takes them; raises HostLost.
+
+        Those with lower numbers than `forget_before` are forgotten. A feed that is given up ends the trainer.
+        """
         part: list[Sample] = []
         for sample in samples:
             size = sum(len(one.payload) for one in (*part, sample))
             if part and (part[0].inputs != sample.inputs or size > _FEED_BYTES or len(part) == _FEED_SAMPLES):
-                self._feed(part, forget_before)
+                await self._feed(part, forget_before)
                 part = []
             part.append(sample)
-        self._feed(part, forget_before)
+        await self._feed(part, forget_before)
         self._newest = newest
 
-    def _feed(self, part: Sequence[Sample], forget_before: int) -> None:
+    async def _feed(self, part: Sequence[Sample], forget_before: int) -> None:
+        try:
+            await self._flowing.wait()
+        except asyncio.CancelledError:
+            self._child.condemn("it was given up while it was fed")
+            raise
+        if self._stopping or self._child.is_gone:
+            raise HostLost("the trainer is not running")
         feed = protocol.Feed(
             numbers=tuple(sample.number for sample in part),
             labels=tuple(sample.label for sample in part),
@@ -202,6 +219,9 @@ class LiveTrainer:
         try:
             self._send(learn, (labels, *(array.data for _, array in head)))
             return await future
+        except asyncio.CancelledError:
+            self._child.condemn("its lesson was given up")  # it would not hear of it before its end
+            raise
         finally:
             self._lesson = None
 
@@ -232,6 +252,12 @@ class LiveTrainer:
             self._take(protocol.decode_from_trainer(header), payload)
         except ProtocolViolation as error:
             self._child.condemn(error.message)
+
+    def _on_clogged(self, is_clogged: bool) -> None:
+        if is_clogged:
+            self._flowing.clear()
+        else:
+            self._flowing.set()
 
     def _on_refused(self, error: ProtocolViolation) -> None:
         self._child.condemn(error.message)
@@ -270,6 +296,7 @@ class LiveTrainer:
             self._watch.cancel()
         if self._link is not None:
             self._link.abort()
+        self._flowing.set()
         lost = HostLost(f"the trainer ended: {reason}")
         if self._lesson is not None and not self._lesson[2].done():
             self._lesson[2].set_exception(lost)

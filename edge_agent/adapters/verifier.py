@@ -175,6 +175,10 @@ class PassingShelf:
         """Raises StorageError: there is no file behind it."""
         raise StorageError(f"{file.path} is only held in memory")
 
+    def drop(self, digest: Digest) -> None:  # noqa: ARG002
+        """Let go of it."""
+        self._data.clear()
+
     def collect(self, keep: frozenset[Digest]) -> int:  # noqa: ARG002
         """Let go of it."""
         freed = len(self._data)

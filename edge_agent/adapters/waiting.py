@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 MAX_HELD_BYTES: Final = 2 * limits.MAX_FRAME_PAYLOAD_BYTES
 """Memory for payloads that have arrived and wait for their answer, over all connections."""
 
-Handle: TypeAlias = Callable[[Request, bytearray], Awaitable[tuple[Reply, Sequence[Buffer]]]]
-"""Answers one request: the reply and the pieces of its payload; an OutriderError becomes a Refusal."""
+Handle: TypeAlias = Callable[[Request, bytearray, float], Awaitable[tuple[Reply, Sequence[Buffer]]]]
+"""Answers one request, of which it gets the payload and the moment when it was read, on the event loop's clock: the
+reply and the pieces of its payload; an OutriderError becomes a Refusal."""
 
 
 class WaitingRoom:
@@ -64,10 +65,10 @@ class WaitingRoom:
         self._tasks.create_task(self._run(place, work), name="door request")
         return None
 
-    async def reply_to(self, request: Request, payload: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+    async def reply_to(self, request: Request, payload: bytearray, arrived: float) -> tuple[Reply, Sequence[Buffer]]:
         """The agent's reply; whatever goes wrong is a Refusal."""
         try:
-            return await self._handle(request, payload)
+            return await self._handle(request, payload, arrived)
         except OutriderError as error:
             return refusal(request.id, error), ()
         except TimeoutError:
@@ -95,10 +96,16 @@ class WaitingRoom:
 
 
 class Place:
-    """What one request takes in the waiting room."""
+    """What one request takes in the waiting room, and since when.
+
+    Attributes:
+        arrived: when the request had been read, on the event loop's clock.
+        size: bytes of it that are held.
+    """
 
     def __init__(self, room: WaitingRoom) -> None:
         self._room = room
+        self.arrived = asyncio.get_running_loop().time()
         self.size = 0
 
     def grow(self, size: int, *, request: str = "") -> Refusal | None:

@@ -110,7 +110,11 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_ms: int | None = None
 
 
-BreakerEvent = Asked | Succeeded | Failed
+class Declined(msgspec.Struct, frozen=True):
+    """The hub said no to this question, whose fault it is: the hub answers, and others may fare better."""
+
+
+BreakerEvent = Asked | Succeeded | Failed | Declined
 _Step = Decision[Breaker, None]
 
 
@@ -129,11 +133,11 @@ def _try(breaker: Breaker, event: Asked) -> _Step:
     return Decision(replace(breaker, phase=BreakerPhase.HALF_OPEN, until_ms=event.at_ms + TRIAL_MS))
 
 
-def _close(_breaker: Breaker, _: Succeeded) -> _Step:
+def _close(_breaker: Breaker, _: Succeeded | Declined) -> _Step:
     return Decision(Breaker())
 
 
-def _stale(breaker: Breaker, _: Succeeded) -> _Step:
+def _stale(breaker: Breaker, _: Succeeded | Declined) -> _Step:
     return Decision(breaker)
 
 
@@ -174,6 +178,9 @@ BREAKER: Final[Table[BreakerPhase, Breaker, BreakerEvent, None]] = Table(
         (_C, Failed): Row((_C, _O), _count),
         (_O, Failed): Row((_O,), _extend),
         (_H, Failed): Row((_O,), _open),
+        (_C, Declined): Row((_C,), _stale),
+        (_O, Declined): Row((_O,), _stale),
+        (_H, Declined): Row((_C,), _close),
     },
 )
 
@@ -285,8 +292,10 @@ def _obstacle(cascade: Cascade, policy: Policy, question: Question) -> Stay | No
     if not question.online:
         return Stay("offline", "the hub cannot be reached")
     if not may_ask(cascade.breaker, at_ms):
-        rest_ms = cascade.breaker.until_ms - at_ms
-        return Stay("breaker", f"the hub failed {cascade.breaker.opened} times; it is tried again in {rest_ms} ms")
+        then = f"it is tried again in {cascade.breaker.until_ms - at_ms} ms"
+        if cascade.breaker.phase is BreakerPhase.HALF_OPEN:
+            then = "a question is on its way to try whether it answers"
+        return Stay("breaker", f"the hub failed or asked for a pause; {then}")
     if cascade.on_the_way >= MOST_ON_THE_WAY:
         return Stay("budget", f"{cascade.on_the_way} questions are on their way to the hub")
     left_ms = int(question.left_ms) - policy.margin_ms
@@ -327,10 +336,13 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GaveUp(msgspec.Struct, frozen=True):
-    """Nothing of use came after Missed either."""
+    """Nothing of use came after Missed either, or the question was never sent."""
 
 
-def settle(cascade: Cascade, policy: Policy, event: Came | Missed | Refused | GaveUp) -> Cascade:
+Settled = Came | Missed | Refused | Declined | GaveUp
+
+
+def settle(cascade: Cascade, policy: Policy, event: Settled) -> Cascade:
     """What became of a question that went out."""
     match event:
         case Came(took_ms=took_ms, size_bytes=size_bytes, late=late, at_ms=at_ms):
@@ -348,6 +360,9 @@ def settle(cascade: Cascade, policy: Policy, event: Came | Missed | Refused | Ga
         case Refused(at_ms=at_ms, jitter=jitter, retry_after_ms=retry_after_ms):
             failed = Failed(at_ms=at_ms, jitter=jitter, retry_after_ms=retry_after_ms)
             breaker = BREAKER.decide(cascade.breaker, failed).state
+            return replace(cascade, breaker=breaker, on_the_way=cascade.on_the_way - 1)
+        case Declined():
+            breaker = BREAKER.decide(cascade.breaker, event).state
             return replace(cascade, breaker=breaker, on_the_way=cascade.on_the_way - 1)
         case GaveUp():
             return replace(cascade, on_the_way=cascade.on_the_way - 1)

@@ -24,8 +24,8 @@ from typing import Final
 
 import msgspec
 
-from shared.ranges import Ranges
-from shared.telemetry import GapReason, RecordClass
+from edge_agent.core.standing import Standing
+from shared.telemetry import RecordClass
 
 Entry = tuple[int, bytes]
 """When a record happened, by the device's wall clock in milliseconds, and its bytes."""
@@ -197,30 +197,6 @@ def frame_entries(data: bytes, frame: Frame, *, start: int) -> list[Entry]:
 # Cursor
 
 
-class GapSpan(msgspec.Struct, frozen=True, array_like=True):
-    """Numbers that will not come, and why (`shared.telemetry.Gap.reason`)."""
-
-    first: int
-    last: int
-    reason: GapReason
-
-
-class ClassCursor(msgspec.Struct, frozen=True, array_like=True):
-    """Where a class stands.
-
-    Attributes:
-        settled: every number up to it is settled.
-        next: the number after the highest that was given out.
-        early: numbers above `settled` that are settled too.
-        gaps: numbers above `settled` that will not come, and that the hub has not taken yet.
-    """
-
-    settled: int
-    next: int
-    early: Ranges
-    gaps: tuple[GapSpan, ...]
-
-
 class Cursor(msgspec.Struct, frozen=True, array_like=True):
     """What the journal remembers beside its segments.
 
@@ -240,7 +216,7 @@ class Cursor(msgspec.Struct, frozen=True, array_like=True):
     wall_ms: int
     synchronised: bool
     segment_bytes: int
-    classes: tuple[ClassCursor, ...]
+    classes: tuple[Standing, ...]
     lost: dict[str, int]
 
 

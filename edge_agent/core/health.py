@@ -23,6 +23,7 @@ def running_model(slot: Slot, route: str | None) -> RunningModel:
         candidate=_candidate(slot),
         error_code=slot.error_code,
         error=slot.error,
+        failed=slot.failed,
     )
 
 

@@ -11,18 +11,14 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.core.frames import SLOT_BYTES, SLOTS, Cursor, Entry, GapSpan, fits_frame
+from edge_agent.core.frames import SLOT_BYTES, SLOTS, Cursor, Entry, fits_frame
 from shared import limits
 from shared.limits import KIB, MIB
-from shared.ranges import Ranges
 from shared.telemetry import GapReason, RecordClass
 
 LARGEST_SEGMENT_BYTES: Final = 512 * KIB
 SMALLEST_SEGMENT_BYTES: Final = 64 * KIB
 SMALLEST_TOTAL_BYTES: Final = MIB
-MAX_GAPS: Final = 60
-"""Of a class, in the cursor."""
-
 CLASS_SHARES: Final[Mapping[RecordClass, float]] = {
     RecordClass.EVENT: 0.5,
     RecordClass.OUTCOME: 0.8,
@@ -110,6 +106,17 @@ class Portion(msgspec.Struct, frozen=True, kw_only=True):
     reason: GapReason | None = None
 
 
+class StoreClock(msgspec.Struct, frozen=True):
+    """The store's own clock, for as long as the journal is open: it said `store_ms` at `uptime_ms` of this boot."""
+
+    store_ms: int
+    uptime_ms: int
+
+    def at(self, moment: Moment) -> int:
+        """What it says at this moment, in milliseconds."""
+        return self.store_ms + max(0, moment.uptime_ms - self.uptime_ms)
+
+
 def store_time(cursor: Cursor | None, *, newest_ms: int, now: Moment) -> int:
     """What the store's own clock says when the journal is opened.
 
@@ -171,43 +178,3 @@ def cut(entries: Sequence[Entry], *, bounds: JournalBounds) -> list[Part]:
         size += length
     parts.append(Part(entries[begin:], size))
     return parts
-
-
-def with_gaps(gaps: Sequence[GapSpan], found: Ranges, reason: GapReason) -> tuple[GapSpan, ...]:
-    """The gaps and these numbers, which are in none of them; neighbours with one reason become one."""
-    joined: list[GapSpan] = []
-    for gap in sorted((*gaps, *(GapSpan(first, last, reason) for first, last in found)), key=lambda gap: gap.first):
-        if joined and joined[-1].last + 1 == gap.first and joined[-1].reason == gap.reason:
-            joined[-1] = GapSpan(joined[-1].first, gap.last, gap.reason)
-        else:
-            joined.append(gap)
-    return tuple(joined)
-
-
-def kept_gaps(gaps: Sequence[GapSpan], *, base: int) -> tuple[GapSpan, ...]:
-    """The gaps as the cursor keeps them, MAX_GAPS at most.
-
-    Those below `base`, the first number that still lies in a segment, are in no other place. Where they are too many,
-    the two nearest become one, over numbers between them that were settled: the hub ignores the part of a gap that it
-    has. Those above are damage, and are found again.
-    """
-    kept = [gap for gap in gaps if gap.first < base]
-    while len(kept) > MAX_GAPS:
-        at = min(range(len(kept) - 1), key=lambda i: kept[i + 1].first - kept[i].last)
-        kept[at : at + 2] = [GapSpan(kept[at].first, kept[at + 1].last, kept[at].reason)]
-    kept.extend(gap for gap in gaps if gap.first >= base)
-    return tuple(kept[:MAX_GAPS])
-
-
-def without_gaps(gaps: Sequence[GapSpan], first: int, last: int) -> tuple[GapSpan, ...]:
-    """The gaps without the numbers from first to last."""
-    kept: list[GapSpan] = []
-    for gap in gaps:
-        if gap.last < first or gap.first > last:
-            kept.append(gap)
-            continue
-        if gap.first < first:
-            kept.append(GapSpan(gap.first, first - 1, gap.reason))
-        if gap.last > last:
-            kept.append(GapSpan(last + 1, gap.last, gap.reason))
-    return tuple(kept)

@@ -79,6 +79,8 @@ def read_task(message: FlowerMessage, *, routes: Mapping[str, Route], device: st
     if settings is None or arrays is None:
         raise CannotLearn("the message needs a record 'config' of settings and a record 'arrays'")
     release = _release(settings, routes)
+    if why := _untaught(release.manifest.signature):
+        raise CannotLearn(why)
     labels = _labels(settings)
     weight, bias = _head(arrays, classes=len(labels))
     lesson = Lesson(
@@ -108,6 +110,8 @@ def check_sample(manifest: Manifest, inputs: tuple[TensorHead, ...], *, payload_
     if manifest.labels and label not in manifest.labels:
         known = ", ".join(manifest.labels[:20])
         raise InputRefused(f"{label!r} is no label of this model", code="model.label", hint=f"one of {known}")
+    if why := _untaught(manifest.signature):
+        raise InputRefused(why)
     rows = check_inputs(manifest.signature, inputs, payload_bytes)
     if rows != 1:
         raise InputRefused(f"{rows} rows were sent with one label", hint="teach one sample at a time")
@@ -119,6 +123,17 @@ def fits(signature: Signature, inputs: tuple[TensorHead, ...], payload_bytes: in
         return check_inputs(signature, inputs, payload_bytes) == 1
     except InputRefused:
         return False
+
+
+def fixed_rows(signature: Signature) -> int | None:
+    """How many rows the model takes at once, no more and no fewer; None where it takes any number."""
+    return max((spec.shape[0] for spec in signature.inputs if spec.shape and spec.shape[0] > 0), default=None)
+
+
+def _untaught(signature: Signature) -> str:
+    """Why such a model cannot be taught; empty when it can: samples come one at a time."""
+    rows = fixed_rows(signature)
+    return f"the model takes {rows} rows at once, samples are single rows" if rows is not None and rows > 1 else ""
 
 
 def _release(settings: Mapping[str, ConfigValue], routes: Mapping[str, Route]) -> Installed:

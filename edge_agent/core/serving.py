@@ -22,6 +22,8 @@ from shared.inference import Answer, Feedback, Infer, Refusal
 from shared.telemetry import Outcome
 
 RECENT_ANSWERS: Final = 4096
+PATIENT_MS: Final = 1_000
+"""A model that has not answered by then, with nothing else to do, is slow by any measure."""
 MAX_LABEL_BYTES: Final = limits.MAX_RECORD_BYTES - 2 * limits.KIB
 """Of a feedback's label; the rest of the record is for the names of what had answered."""
 
@@ -61,6 +63,13 @@ def admit(
             hint="allow more time or send fewer requests at once",
             retry=True,
         )
+    if request.version and route.release is not None and route.release.manifest.version != request.version:
+        return Refusal(
+            id=request.id,
+            code="model.unknown",
+            message=f"version {request.version[:80]!r} of {request.model!r} is not served here",
+            hint=f"the version {route.release.manifest.version!r} is",
+        )
     if route.release is None or not route.up:
         return Refusal(
             id=request.id,
@@ -79,6 +88,17 @@ def admit(
             retry=True,
         )
     return route.release
+
+
+def is_models_fault(*, had_ms: float, ahead: int, usual_ms: float) -> bool:
+    """Whether a missed deadline speaks against the model: it had nothing else to do, and time enough.
+
+    Args:
+        had_ms: how long the model had the request.
+        ahead: requests that were with a model when this one came.
+        usual_ms: what the family's model takes otherwise; negative where that is not known.
+    """
+    return ahead == 0 and (had_ms >= PATIENT_MS or 0 <= 2 * usual_ms < had_ms)
 
 
 class Answered(msgspec.Struct, frozen=True):

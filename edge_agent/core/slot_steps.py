@@ -107,8 +107,8 @@ def _refused(state: Slot, offer: Installed) -> Step:
         return Decision(state)
     note = _note("release.refused", offer, code="release.quarantined", message=state.error)
     after = replace(state, refused=offer.assignment_version)
-    if not state.error_code:
-        after = replace(after, error_code="release.quarantined", error="this release failed here before")
+    if not state.error_code or state.failed != offer.manifest_digest:
+        after = _blame(after, offer, "release.quarantined", "this release failed here before")
     return Decision(after, (note,))
 
 
@@ -138,7 +138,8 @@ def withdrawn(state: Slot, _: Withdrawn) -> Step:
     for release in (state.active, state.candidate):
         if release is not None:
             effects += [_note("release.withdrawn", release), CancelWork(release.key), StopHost(release.key)]
-    after = replace(_without_candidate(state), phase=Phase.IDLE, active=None, previous=None, error_code="", error="")
+    after = replace(_without_candidate(state), phase=Phase.IDLE, active=None, previous=None)
+    after = _without_error(after)
     stops = tuple(StopTimer(timer) for timer in Timer)
     return Decision(after, (SwitchTo(None), *effects, *stops, CollectGarbage()))
 
@@ -162,7 +163,7 @@ def fetch_failed(state: Slot, event: FetchFailed) -> Step:
     if not event.retry:
         return _abandon(state, event.code, event.message, quarantine=state.quarantine)
     tries = state.fetch_tries + 1
-    after = replace(state, fetch_tries=tries, error_code=event.code, error=event.message[:MAX_ERROR_CHARS])
+    after = _blame(replace(state, fetch_tries=tries), _candidate(state), event.code, event.message)
     return Decision(after, (StartTimer(Timer.FETCH, backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS)),))
 
 
@@ -271,7 +272,7 @@ def host_failed(state: Slot, event: HostFailed) -> Step:
 def _warm_up_failed(state: Slot, event: HostFailed) -> Step:
     if not event.retry or state.tries >= MAX_LOADS:
         return _give_up(state, event.code, event.message)
-    after = replace(_enter(state, Phase.STAGED), error_code=event.code, error=event.message[:MAX_ERROR_CHARS])
+    after = _blame(_enter(state, Phase.STAGED), _candidate(state), event.code, event.message)
     delay_ms = backoff_ms(state.tries, most_ms=MAX_RESTART_DELAY_MS)
     return Decision(after, (StopHost(event.key), StartTimer(Timer.WARM_UP, delay_ms)))
 
@@ -281,7 +282,7 @@ def _lost_on_trial(state: Slot, event: HostFailed) -> Step:
     if failed >= max(1, state.probation.max_failures) or state.tries >= MAX_LOADS:
         return _give_up(state, event.code, event.message)
     after = replace(_enter(state, Phase.STAGED), trial=replace(state.trial, failed=failed, good=0))
-    after = replace(after, error_code=event.code, error=event.message[:MAX_ERROR_CHARS])
+    after = _blame(after, _candidate(state), event.code, event.message)
     return Decision(after, (*_leave(state), RequestWarmUp(event.key)))
 
 
@@ -294,7 +295,7 @@ def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
         name = "host.lost" if crashes == 1 else "host.crash_loop"
         effects.append(_note(name, active, code=event.code, message=event.message))
     if crashes >= CRASH_LOOP and state.candidate is None:
-        after = replace(after, error_code=CRASH_LOOP_CODE, error=event.message[:MAX_ERROR_CHARS])
+        after = _blame(after, active, CRASH_LOOP_CODE, event.message)
     if crashes == 1:
         effects.append(StartHost(active))
     else:
@@ -324,7 +325,7 @@ def answer_good(state: Slot, event: AnswerGood) -> Step:
         return Decision(state)
     after = replace(state, crashes=0)
     if state.error_code == CRASH_LOOP_CODE:
-        after = replace(after, error_code="", error="")
+        after = _without_error(after)
     return Decision(after)
 
 
@@ -359,7 +360,7 @@ def _commit(state: Slot) -> Step:
     ):
         before = None
     after = replace(_without_candidate(state), phase=Phase.COMMITTED, active=new, previous=before, crashes=0)
-    after = replace(after, error_code="", error="")
+    after = _without_error(after)
     return Decision(after, (StopTimer(Timer.PROBATION), _note("release.committed", new), CollectGarbage()))
 
 
@@ -370,19 +371,13 @@ def _give_up(state: Slot, code: str, message: str) -> Step:
     quarantine = quarantine[-MAX_QUARANTINED:]
     if state.phase is not Phase.PROBATION or active is None:
         return _abandon(state, code, message, quarantine=quarantine)
-    after = replace(
-        _enter(state, Phase.ROLLING_BACK),
-        quarantine=quarantine,
-        crashes=0,
-        error_code=code,
-        error=message[:MAX_ERROR_CHARS],
-    )
-    return Decision(after, _leave(state))
+    after = replace(_enter(state, Phase.ROLLING_BACK), quarantine=quarantine, crashes=0)
+    return Decision(_blame(after, candidate, code, message), _leave(state))
 
 
 def _abandon(state: Slot, code: str, message: str, *, quarantine: tuple[Digest, ...]) -> Step:
     """The candidate goes and the active release, if there is one, is what serves already."""
-    failed = replace(state, error_code=code, error=message[:MAX_ERROR_CHARS], quarantine=quarantine)
+    failed = _blame(replace(state, quarantine=quarantine), _candidate(state), code, message)
     name = "release.rolled_back" if state.trial.started else "release.failed"
     return Decision(_without_candidate(failed), (_ended(name, failed), *_leave(state), CollectGarbage()))
 
@@ -390,6 +385,15 @@ def _abandon(state: Slot, code: str, message: str, *, quarantine: tuple[Digest, 
 def _rolled_back(state: Slot) -> Step:
     after = replace(_without_candidate(state), crashes=0)
     return Decision(after, (_ended("release.rolled_back", state), CollectGarbage()))
+
+
+def _blame(state: Slot, release: Installed, code: str, message: str) -> Slot:
+    """Keep why an attempt ended and of which release it was."""
+    return replace(state, error_code=code, error=message[:MAX_ERROR_CHARS], failed=release.manifest_digest)
+
+
+def _without_error(state: Slot) -> Slot:
+    return replace(state, error_code="", error="", failed="")
 
 
 def operator_rollback(state: Slot, _: OperatorRollback) -> Step:

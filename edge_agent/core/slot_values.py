@@ -106,7 +106,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         crashes: losses of the active host since its last good answer.
         quarantine: manifest digests that this device will not run again, oldest first.
         refused: newest assignment version whose quarantined release was refused aloud.
-        error_code, error: why the last attempt ended, until one succeeds.
+        error_code, error: why the last attempt ended, until one succeeds; `failed` is the digest of its manifest.
         revision: grows with every change that the hub is told of.
     """
 
@@ -125,6 +125,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     refused: int = 0
     error_code: str = ""
     error: str = ""
+    failed: str = ""
     revision: int = 0
     schema: int = STATE_SCHEMA
 

@@ -14,7 +14,7 @@ Rules of this file:
 4. A release that failed by its own fault is quarantined by its manifest's digest; one that could not be fetched is not.
 5. Every pair of phase and event is in the table; what may come late is listed there as ignored.
 
-Not here: timers, hosts, files, the outbox (edge_agent/driver.py); whether a release may be trusted (shared/trust).
+Not here: timers, hosts, files, the outbox (edge_agent/driver); whether a release may be trusted (shared/trust).
 The drawing in docs/slots.md is made from the table.
 """
 
@@ -106,7 +106,7 @@ def can_roll_back(state: Slot) -> bool:
 def _shown(state: Slot) -> tuple[object, ...]:
     """What the hub is told of a slot."""
     active, candidate = state.active, state.candidate
-    return state.phase, active and active.key, candidate and candidate.key, state.error_code, state.error
+    return state.phase, active and active.key, candidate and candidate.key, state.error_code, state.error, state.failed
 
 
 # The table

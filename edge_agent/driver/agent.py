@@ -88,6 +88,7 @@ class Agent:
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
+        self._rounds.start()
         self._inbox.post(ReconcileDue())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())

@@ -3,13 +3,15 @@
 Rules of this file:
 1. A request is answered by its deadline or refused by it; a refusal says why and whether to try again. An answer of
    which the hub was to say something waits for it until a margin before the deadline, and then leaves as it is.
-2. An answer does not wait for the disk: its result is buffered and on the disk within the flush interval; a crash
-   takes the results of that interval with it. When results pile up faster than the disk takes them, answers wait
-   rather than results being lost.
+2. A result is what a release did for one request: the time is the model's own, none where it did not run, and a request
+   that a release was asked for in vain leaves a result too (rung `refused`). An answer does not wait for the disk: its
+   result is buffered and on the disk within the flush interval; a crash takes the results of that interval with it.
+   Where results pile up faster than the disk takes them, answers wait, but never beyond their own time: then the result
+   is lost, and counted.
 3. Identical requests that are in the air together are run once, where the cache is on.
 
 Which rung answers is decided in edge_agent/core/ladder.py, what is kept in cache.py; the hub's larger model is asked
-by escalation.py.
+by escalation.py, results are brought to the disk by records.py.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from edge_agent.ports import CloudAnswer, HostAnswer, ModelHost
 from shared.clock import Clock
 from shared.errors import HostLost, InputRefused, ModelError, OutriderError
 from shared.ids import FamilyName
-from shared.inference import Answer, Done, Feedback, Infer, Late, Refusal, Reply, TensorHead, check_inputs
+from shared.inference import Answer, Done, Feedback, Infer, Late, Refusal, Reply, TensorHead, check_heads, check_inputs
 from shared.telemetry import Outcome, Result
 
 logger = logging.getLogger(__name__)
@@ -44,23 +46,37 @@ Response: TypeAlias = tuple[Reply, list[Buffer]]
 _FINAL: Final = frozenset({"model.unknown", "deadline"})
 """Refusals that no lower rung can mend."""
 _ENTRY_OVERHEAD_BYTES: Final = 512
+_ROW_OVERHEAD_BYTES: Final = 100
+"""What a row's label and confidence take in a kept answer."""
 
 
 class _Asked(msgspec.Struct, frozen=True):
-    """A request with its name and the moment when it began, on the event loop's clock."""
+    """A request with its name and the moment when it had been read, on the event loop's clock."""
 
     request: Infer
     payload: Buffer
     id: str
-    began: float
+    arrived: float
 
     @property
     def deadline(self) -> float:
-        return self.began + self.request.deadline_ms / 1000
+        return self.arrived + self.request.deadline_ms / 1000
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """What the model says, and the microseconds that it took for this request: 0 where it did not run for it."""
+
+    answer: HostAnswer
+    model_us: int = 0
 
 
 class Answering:
-    """Answers inference requests and remembers enough of each answer for the feedback on it."""
+    """Answers inference requests and remembers enough of each answer for the feedback on it.
+
+    Attributes:
+        records: where results go.
+        answered, refused: requests since the start.
+    """
 
     def __init__(
         self,
@@ -77,13 +93,17 @@ class Answering:
         self._records = records
         self._escalation = escalation
         self._cache: Store[HostAnswer] = Store(entries=cache_entries, size_bytes=cache_bytes)
-        self._flights: dict[str, asyncio.Future[HostAnswer]] = {}
+        self._flights: dict[str, asyncio.Future[_Told]] = {}
         self._ladders: dict[str, Ladder] = {}
         self._paces: dict[str, Pace] = {}
         self._recent = serving.Recent()
         self._waiting = 0
         self.answered = 0
         self.refused = 0
+
+    def close(self) -> None:
+        """Give up every question to the hub; for the end."""
+        self._escalation.close()
 
     @property
     def escalations(self) -> dict[str, int]:
@@ -104,11 +124,20 @@ class Answering:
         answer = _from_cloud(late.said, id=request.id, took_us=late.took_us, deadline_met=False, reason=reason)
         return answer, list(late.said.payload)
 
-    async def infer(self, request: Infer, payload: Buffer) -> Response:
-        """The answer, or the refusal with its reason; raises OutriderError for what the door shall refuse."""
-        asked = _Asked(request, payload, request.id or secrets.token_hex(8), asyncio.get_running_loop().time())
+    async def infer(self, request: Infer, payload: Buffer, *, arrived: float) -> Response:
+        """The answer, or the refusal with its reason; raises OutriderError for what the door shall refuse.
+
+        `arrived` is when the request had been read, on the event loop's clock.
+        """
+        asked = _Asked(request, payload, request.id or secrets.token_hex(8), arrived)
         state = self._step(request.model)
-        admitted = serving.admit(request, routes=self._models.routes(), waiting=self._waiting, limit=state.most_waiting)
+        admitted = serving.admit(
+            request,
+            routes=self._models.routes(),
+            waiting=self._waiting,
+            waited_ms=_took_us(asked) // 1000,
+            limit=state.most_waiting,
+        )
         if isinstance(admitted, Refusal):
             return await self._below_full(asked, state, admitted)
         host = self._models.hosting.get(admitted.key)
@@ -121,23 +150,29 @@ class Answering:
             state,
             hit=kept is not None,
             cloud=False,
-            left_ms=request.deadline_ms,
+            left_ms=_left_ms(asked),
             expected_ms=self._pace(request.model).expected_ms(self._clock.mono_ms()),
         )
         try:
-            told = kept if kept is not None else await self._run_once(asked, key, admitted, host)
+            told = _Told(kept) if kept is not None else await self._run_once(asked, key, admitted, host)
         except TimeoutError:
-            self.refused += 1
+            await self._note_in_vain(asked, admitted)
             return _too_late(request), []
         except HostLost as error:
-            return await self._below_full(asked, _HOSTLESS, _refusal(request, error))
+            return await self._below_full(asked, _HOSTLESS, _refusal(request, error), tried=admitted)
+        except InputRefused:
+            raise
+        except ModelError as error:
+            await self._note_in_vain(asked, None if error.retry else admitted)  # an overload says nothing of the model
+            raise
         return await self._answer(asked, admitted, told, choice)
 
-    async def _answer(self, asked: _Asked, release: Installed, told: HostAnswer, choice: Choice) -> Response:
+    async def _answer(self, asked: _Asked, release: Installed, ran: _Told, choice: Choice) -> Response:
         """Give the local answer, unless the hub gives a better one in time."""
+        told = ran.answer
         answer = _from_host(asked, release, told, choice, took_us=_took_us(asked))
-        if not self._escalation.wanted(asked.request.model, told.confidences):
-            return await self._finish(answer, [told.payload])
+        if not self._escalation.wanted(asked.request, told.confidences):
+            return await self._finish(asked, answer, [told.payload], model_us=ran.model_us)
         said = await self._escalation.ask(self._doubt(asked, answer))
         took_us = _took_us(asked)
         met = _is_met(asked, took_us)
@@ -145,7 +180,7 @@ class Answering:
             better = _from_cloud(
                 said, id=answer.id, took_us=took_us, deadline_met=met, reason=f"{_unsure(told)}; the hub answered"
             )
-            return await self._finish(better, list(said.payload))
+            return await self._finish(asked, better, list(said.payload), model_us=took_us)
         reasons = (choice.reason, f"{_unsure(told)}; {said.why}")
         local = msgspec.structs.replace(
             answer,
@@ -155,43 +190,67 @@ class Answering:
             escalated=said.escalated,
             reason="; ".join(filter(None, reasons)),
         )
-        return await self._finish(local, [told.payload])
+        return await self._finish(asked, local, [told.payload], model_us=ran.model_us)
 
-    async def _below_full(self, asked: _Asked, state: Ladder, refusal: Refusal) -> Response:
-        """What can be had without the model, or the refusal."""
+    async def _below_full(
+        self, asked: _Asked, state: Ladder, refusal: Refusal, *, tried: Installed | None = None
+    ) -> Response:
+        """What can be had without the model, or the refusal; `tried` is the release that was asked in vain."""
         request = asked.request
         if refusal.code in _FINAL:
-            self.refused += 1
+            await self._note_in_vain(asked, tried)
             return refusal, []
-        route = self._models.routes()[request.model]
+        route = self._models.routes().get(request.model, _NOWHERE)  # none is left when the agent stops
         kept = None
         if route.release is not None:
             check_inputs(route.release.manifest.signature, request.inputs, len(asked.payload))
             if not self._cache.is_off:
                 key = key_of(route.release.served.file.digest, request.inputs, asked.payload)
                 kept = self._cache.get(key) if key is not None else None
-        cloud = self._escalation.wanted(request.model, None) and _rows(request.inputs) == 1
+        cloud = self._escalation.wanted(request, None) and _rows(request.inputs) == 1
         choice = ladder.choose(state, hit=kept is not None, cloud=cloud, why=refusal.message)
         if kept is not None and route.release is not None and choice.kept:
-            return await self._answer(asked, route.release, kept, choice)
+            return await self._answer(asked, route.release, _Told(kept), choice)
         why = choice.reason
         if choice.rung == "cloud":
+            if route.release is None:
+                check_heads(request.inputs, len(asked.payload))
             said = await self._escalation.ask(self._doubt(asked, None))
             if isinstance(said, CloudAnswer):
                 took_us = _took_us(asked)
                 met = _is_met(asked, took_us)
                 reason = f"{why}; the hub answered"
                 answer = _from_cloud(said, id=asked.id, took_us=took_us, deadline_met=met, reason=reason)
-                return await self._finish(answer, list(said.payload))
+                return await self._finish(asked, answer, list(said.payload), model_us=took_us)
             why = f"{why}; {said.why}"
-        self.refused += 1
+        await self._note_in_vain(asked, tried)
         return msgspec.structs.replace(refusal, message=why), []
 
-    async def _finish(self, answer: Answer, parts: list[Buffer]) -> Response:
+    async def _finish(self, asked: _Asked, answer: Answer, parts: list[Buffer], *, model_us: int) -> Response:
+        """Record the answer's result and give it, as late as it is by then."""
         self.answered += 1
+        if await self._records.keep_soon(_result(answer, model_us=model_us), until=self._latest(asked)):
+            took_us = _took_us(asked)
+            answer = msgspec.structs.replace(answer, took_us=took_us, deadline_met=_is_met(asked, took_us))
         self._recent.remember(answer)
-        await self._records.keep_soon(_result(answer))
         return answer, parts
+
+    async def _note_in_vain(self, asked: _Asked, release: Installed | None) -> None:
+        """Count a refusal; where a release had been asked in vain, its figures shall show that."""
+        self.refused += 1
+        if release is not None:
+            result = Result(
+                request=asked.id,
+                model=asked.request.model,
+                version=release.manifest.version,
+                variant=release.variant,
+                rung="refused",
+            )
+            await self._records.keep_soon(result, until=self._latest(asked))
+
+    def _latest(self, asked: _Asked) -> float:
+        """Until when, on the event loop's clock, an answer may wait for something and still leave in time."""
+        return asked.deadline - self._escalation.policy.margin_ms / 1000
 
     def _doubt(self, asked: _Asked, local: Answer | None) -> Doubt:
         return Doubt(
@@ -199,6 +258,7 @@ class Answering:
             family=asked.request.model,
             inputs=asked.request.inputs,
             payload=asked.payload,
+            outputs=asked.request.outputs,
             local=local,
             until=asked.deadline,
         )
@@ -216,14 +276,14 @@ class Answering:
     def _pace(self, family: str) -> Pace:
         return self._paces.get(family, Pace())
 
-    async def _run_once(self, asked: _Asked, key: str | None, release: Installed, host: ModelHost) -> HostAnswer:
+    async def _run_once(self, asked: _Asked, key: str | None, release: Installed, host: ModelHost) -> _Told:
         """Run the model, or wait for the identical request that is running."""
         loop = asyncio.get_running_loop()
         while key is not None and (flight := self._flights.get(key)) is not None:
             async with asyncio.timeout_at(asked.deadline):
                 await asyncio.wait((flight,))
             if not flight.cancelled() and not isinstance(flight.exception(), TimeoutError):
-                return flight.result()
+                return _Told(flight.result().answer)
             # It had less time than this one has: run again, if nobody has begun yet.
         if key is None:
             return await self._run(asked, release, host)
@@ -231,7 +291,7 @@ class Answering:
         try:
             told = await self._run(asked, release, host)
             flight.set_result(told)
-            self._cache.put(key, told, size_bytes=len(told.payload) + _ENTRY_OVERHEAD_BYTES)
+            self._cache.put(key, told.answer, size_bytes=_held_bytes(told.answer))
             return told
         except (OutriderError, TimeoutError) as error:
             flight.set_exception(error)
@@ -241,37 +301,47 @@ class Answering:
             flight.cancel()
             del self._flights[key]
 
-    async def _run(self, asked: _Asked, release: Installed, host: ModelHost) -> HostAnswer:
+    async def _run(self, asked: _Asked, release: Installed, host: ModelHost) -> _Told:
+        """Run the model within what is left of the request's time."""
         request, family = asked.request, FamilyName(asked.request.model)
+        left_ms = int(_left_ms(asked))
+        if left_ms <= 0:
+            raise TimeoutError("no time was left")
         loop = asyncio.get_running_loop()
+        ahead, began = self._waiting, loop.time()
         self._waiting += 1
-        began = loop.time()
         try:
-            told = await host.infer(request.inputs, asked.payload, deadline_ms=request.deadline_ms)
+            told = await host.infer(request.inputs, asked.payload, deadline_ms=left_ms)
         except (InputRefused, HostLost):
             raise  # the caller's fault, or told to the slot by the host's own end
         except ModelError as error:
             if not error.retry:  # an overload says nothing of the model
                 self._models.answer_bad(family, release.key, error)
             raise
+        except TimeoutError:
+            had_ms, usual_ms = (loop.time() - began) * 1000, self._pace(family).mean_ms
+            if serving.is_models_fault(had_ms=had_ms, ahead=ahead, usual_ms=usual_ms):
+                slow = ModelError(f"the model gave no answer within {had_ms:.0f} ms", code="model.slow")
+                self._models.answer_bad(family, release.key, slow)
+            raise
         finally:
             self._waiting -= 1
-        if not self._cache.is_off:
-            pace = self._pace(family)
-            self._paces[family] = pace.measured((loop.time() - began) * 1000, at_ms=self._clock.mono_ms())
+        took_s = loop.time() - began
+        self._paces[family] = self._pace(family).measured(took_s * 1000, at_ms=self._clock.mono_ms())
         self._models.answer_good(family, release.key)
-        return told
-
-    def close(self) -> None:
-        """Give up what the hub's larger model was asked; before the end."""
-        self._escalation.close()
+        return _Told(told, max(int(took_s * 1_000_000), 1))
 
 
 _HOSTLESS: Final = Ladder(ladder.Step.CACHED)
+_NOWHERE: Final = serving.Route()
 
 
 def _took_us(asked: _Asked) -> int:
-    return int((asyncio.get_running_loop().time() - asked.began) * 1_000_000)
+    return int((asyncio.get_running_loop().time() - asked.arrived) * 1_000_000)
+
+
+def _left_ms(asked: _Asked) -> float:
+    return (asked.deadline - asyncio.get_running_loop().time()) * 1000
 
 
 def _is_met(asked: _Asked, took_us: int) -> bool:
@@ -280,6 +350,10 @@ def _is_met(asked: _Asked, took_us: int) -> bool:
 
 def _rows(inputs: tuple[TensorHead, ...]) -> int:
     return inputs[0].shape[0] if inputs and inputs[0].shape else 1
+
+
+def _held_bytes(told: HostAnswer) -> int:
+    return len(told.payload) + _ENTRY_OVERHEAD_BYTES + _ROW_OVERHEAD_BYTES * len(told.labels)
 
 
 def _unsure(told: HostAnswer) -> str:
@@ -322,7 +396,7 @@ def _from_cloud(said: CloudAnswer, *, id: str, took_us: int, deadline_met: bool,
     )
 
 
-def _result(answer: Answer) -> Result:
+def _result(answer: Answer, *, model_us: int) -> Result:
     return Result(
         request=answer.id,
         model=answer.model,
@@ -331,7 +405,7 @@ def _result(answer: Answer) -> Result:
         rung=answer.rung,
         label=answer.labels[0] if len(answer.labels) == 1 else "",
         confidence=answer.confidences[0] if len(answer.confidences) == 1 else -1.0,
-        took_us=answer.took_us,
+        took_us=model_us,
     )
 
 

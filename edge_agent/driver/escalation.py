@@ -27,8 +27,8 @@ from edge_agent.driver.records import Records
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.clock import Clock
-from shared.errors import StorageError, TransferError, Unreachable
-from shared.inference import Answer, TensorHead
+from shared.errors import InputRefused, OutriderError, StorageError, Unreachable
+from shared.inference import Answer, Infer, TensorHead
 from shared.limits import MIB
 from shared.telemetry import Outcome
 
@@ -40,6 +40,8 @@ MAX_LATE_ANSWERS: Final = 1_024
 MAX_LATE_BYTES: Final = 8 * MIB
 _LATE_OVERHEAD_BYTES: Final = 1_024
 """What an answer takes beside its outputs."""
+_NOT_THE_QUESTIONS: Final = frozenset({408, 429})
+"""Statuses from 400 to 499 that speak of the hub's time and load."""
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,7 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
         id: the request's.
         family: the model that was asked.
         inputs, payload: the tensors.
+        outputs: names of those without which an answer is of no use.
         local: what the local model said; None where none could answer.
         until: on the event loop's clock, when the answer must leave.
     """
@@ -57,6 +60,7 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     inputs: tuple[TensorHead, ...]
     payload: Buffer
+    outputs: tuple[str, ...]
     local: Answer | None
     until: float
 
@@ -86,9 +90,9 @@ class Escalation:
         self._late: Store[LateAnswer] = Store(entries=MAX_LATE_ANSWERS, size_bytes=MAX_LATE_BYTES)
         self.told: Counter[str] = Counter()
 
-    def wanted(self, family: str, confidences: tuple[float, ...] | None) -> bool:
-        """Whether the hub should be asked about a local answer, None for none."""
-        return cascade.wanted(self.policy, family=family, confidences=confidences)
+    def wanted(self, request: Infer, confidences: tuple[float, ...] | None) -> bool:
+        """Whether the hub should be asked about a local answer, None for none; never where a version must answer."""
+        return not request.version and cascade.wanted(self.policy, family=request.model, confidences=confidences)
 
     def late(self, request: str) -> LateAnswer | None:
         """The answer that came late to this request."""
@@ -133,7 +137,7 @@ class Escalation:
     async def _carry(self, doubt: Doubt, reply: asyncio.Future[CloudAnswer | Stay], within_ms: int) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        said: CloudAnswer | CloudRefusal | TransferError
+        said: CloudAnswer | CloudRefusal | OutriderError
         try:
             said = await self._cloud.ask(
                 self.policy.model,
@@ -142,8 +146,11 @@ class Escalation:
                 deadline_ms=within_ms,
                 within_ms=within_ms + self.policy.late_ms,
             )
-        except TransferError as error:
+        except OutriderError as error:
             said = error
+        except Exception:  # a defect in one question must not take the agent from the others
+            logger.exception("asking the hub failed")
+            said = OutriderError("asking the hub failed; the log says why", code="internal")
         finally:
             self._pending -= Counter((doubt.id,))
         if isinstance(said, CloudAnswer):
@@ -154,14 +161,14 @@ class Escalation:
             if reply.cancelled():
                 await self._join(doubt, LateAnswer(said, int((loop.time() - began) * 1_000_000)))
             else:
-                reply.set_result(said)
+                reply.set_result(_with(doubt.outputs, said))
         elif reply.cancelled():
             self._settle(cascade.GaveUp())
         else:
-            self._settle(_refused(said, at_ms=self._clock.mono_ms()))
+            self._settle(_no(said, at_ms=self._clock.mono_ms()))
             reply.set_result(_stay(said))
 
-    def _settle(self, event: cascade.Came | cascade.Missed | cascade.Refused | cascade.GaveUp) -> None:
+    def _settle(self, event: cascade.Settled) -> None:
         before = self._state.breaker.phase
         self._state = cascade.settle(self._state, self.policy, event)
         after = self._state.breaker.phase
@@ -189,12 +196,23 @@ class Escalation:
             logger.error("a late answer is not recorded", extra={"why": error.message})
 
 
-def _refused(said: CloudRefusal | TransferError, *, at_ms: int) -> cascade.Refused:
+def _with(outputs: tuple[str, ...], said: CloudAnswer) -> CloudAnswer | Stay:
+    """The answer, unless it lacks an output that it must have."""
+    lacking = set(outputs) - {head.name for head in said.outputs}
+    return Stay("refused", f"the hub's model has no output {min(lacking)[:80]!r}") if lacking else said
+
+
+def _no(said: CloudRefusal | OutriderError, *, at_ms: int) -> cascade.Settled:
+    """What a no in time says of the hub: nothing, where it is the question's own fault."""
+    if isinstance(said, InputRefused):
+        return cascade.GaveUp()
+    if isinstance(said, CloudRefusal) and 400 <= said.status < 500 and said.status not in _NOT_THE_QUESTIONS:
+        return cascade.Declined()
     retry_after_ms = said.retry_after_ms if isinstance(said, CloudRefusal) else None
     return cascade.Refused(at_ms=at_ms, jitter=random.random(), retry_after_ms=retry_after_ms)
 
 
-def _stay(said: CloudRefusal | TransferError) -> Stay:
+def _stay(said: CloudRefusal | OutriderError) -> Stay:
     if isinstance(said, CloudRefusal):
         return Stay("refused", f"the hub said no ({said.status}): {said.message}")
     return Stay("offline" if isinstance(said, Unreachable) else "refused", said.message)

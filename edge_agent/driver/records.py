@@ -45,7 +45,11 @@ class OldRecords(Protocol):
 
 
 class Records:
-    """Puts records into the outbox and wakes the pump."""
+    """Puts records into the outbox and wakes the pump.
+
+    Attributes:
+        lost: records that nobody waited for and that the disk did not take, by class, since the start.
+    """
 
     def __init__(self, *, clock: Clock, loop: Loop, outbox: Outbox) -> None:
         self._clock = clock
@@ -54,6 +58,8 @@ class Records:
         self._newest: dict[RecordClass, Ticket] = {}
         self._watched: set[RecordClass] = set()
         self._refused: set[RecordClass] = set()
+        self._unsure: dict[RecordClass, int] = {}
+        self.lost: dict[RecordClass, int] = {}
 
     async def keep(self, body: Body) -> int:
         """Put a record and return its number once it is durable; raises StorageError, InvalidValue."""
@@ -61,20 +67,36 @@ class Records:
         self._wake(CLASS_OF[type(body)])
         return number
 
-    async def keep_soon(self, body: Body, *, grade: Grade = Grade.BUFFERED) -> None:
-        """Put a record that nobody waits for; takes time only where the disk is behind, and not for long."""
-        klass = CLASS_OF[type(body)]
+    async def keep_soon(self, body: Body, *, grade: Grade = Grade.BUFFERED, until: float | None = None) -> bool:
+        """Put a record that nobody waits for.
+
+        Args:
+            body: the record.
+            grade: what it is worth.
+            until: how long to wait for a disk that is behind, on the event loop's clock; ROOM_WITHIN_S when None.
+
+        Returns:
+            Whether it had to wait. What the disk did not take meanwhile is lost, and counted.
+        """
+        klass, at_ms = CLASS_OF[type(body)], self._clock.wall_ms()
+        waited = False
         try:
-            ticket = await self._put_patiently(body, self._clock.wall_ms(), grade)
+            try:
+                ticket = self._put(body, at_ms, grade)
+            except StorageFull:
+                waited = True
+                ticket = await self._put_patiently(body, at_ms, grade, until=until)
         except (StorageError, InvalidValue) as error:
-            self._note_disk(klass, error.message)
+            self._note_lost(klass, 1, error.message)
         except TimeoutError:
-            self._note_disk(klass, f"the disk took nothing for {ROOM_WITHIN_S:g} s")
+            self._note_lost(klass, 1, "the disk does not keep up")
         else:
             self._newest[klass] = ticket
+            self._unsure[klass] = self._unsure.get(klass, 0) + 1
             if klass not in self._watched:
                 self._watched.add(klass)
                 self._works.start(("durable", klass), self._watch(klass))
+        return waited
 
     async def flush(self) -> None:
         """Bring what was put onto the disk; raises StorageError."""
@@ -140,11 +162,12 @@ class Records:
     def _put(self, body: Body, at_ms: int, grade: Grade) -> Ticket:
         return self._outbox.put(body, at_ms=at_ms, grade=grade)
 
-    async def _put_patiently(self, body: Body, at_ms: int, grade: Grade) -> Ticket:
+    async def _put_patiently(self, body: Body, at_ms: int, grade: Grade, *, until: float | None = None) -> Ticket:
         try:
             return self._put(body, at_ms, grade)
         except StorageFull:
-            async with asyncio.timeout(ROOM_WITHIN_S):
+            latest = asyncio.get_running_loop().time() + ROOM_WITHIN_S if until is None else until
+            async with asyncio.timeout_at(latest):
                 await self._outbox.flush()
             return self._put(body, at_ms, grade)
 
@@ -152,15 +175,20 @@ class Records:
         """Wake the pump each time that the newest record of the class has become durable, until there is no newer."""
         try:
             while (ticket := self._newest.pop(klass, None)) is not None:
+                unsure = self._unsure.pop(klass, 0)
                 try:
                     await ticket.durable()
                 except StorageError as error:
-                    self._note_disk(klass, error.message)
+                    self._note_lost(klass, unsure, error.message)
                 else:
                     self._note_disk(klass, "")
                     self._wake(klass)
         finally:
             self._watched.discard(klass)
+
+    def _note_lost(self, klass: RecordClass, records: int, why: str) -> None:
+        self.lost[klass] = self.lost.get(klass, 0) + records
+        self._note_disk(klass, why)
 
     def _note_disk(self, klass: RecordClass, why: str) -> None:
         """Log that the disk takes none of a class, and that it does again, once each."""

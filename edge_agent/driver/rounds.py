@@ -5,6 +5,8 @@ Rules of this file:
    answer is sent again.
 2. Samples are read here and go to the trainer, which is a child of this process, and nowhere else.
 3. One trainer at a time, for one run and one release; another run or release ends it.
+4. Of tasks' contents the disk holds one at a time, and none for longer than it takes to read it.
+5. What reads, writes or hashes a large message runs beside the event loop.
 
 Not here: what follows on what (edge_agent/core/training.py), and what a task may ask for (edge_agent/core/lessons.py).
 """
@@ -31,7 +33,7 @@ from edge_agent.ports import Fetcher, RoundReplies, Sample, Samples, Shelf, Trai
 from shared import limits
 from shared.clock import Clock
 from shared.errors import ModelError, OutriderError, ProtocolViolation, StorageError, TransferError
-from shared.federated import FAILED, PRECONDITION, FlowerError, Metadata, reply_to
+from shared.federated import FAILED, PRECONDITION, FlowerError, FlowerMessage, Metadata, reply_to
 from shared.ids import Digest
 from shared.inference import Done, Teach
 from shared.model import FileRef
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 INLINE_BYTES: Final = limits.MAX_MQTT_PACKET_BYTES - 4 * limits.KIB
 """What is larger than this, with room for the envelope and its names, travels over HTTPS."""
+CHEAP_BYTES: Final = 64 * limits.KIB
+"""A message up to this size is read sooner than a thread is asked to."""
 MAX_DEADLINE_MS: Final = 86_400_000
 
 
@@ -88,7 +92,7 @@ class Rounds:
         self._routes = routes
         self._send = send
         self._state = Training()
-        self._metadata = Metadata()
+        self._metadata: tuple[training.Key, Metadata] = (("", ""), Metadata())
         self._trainer: Trainer | None = None
         self._trainer_key: tuple[str, ...] = ()
         self._began_ms = 0
@@ -142,6 +146,13 @@ class Rounds:
         for effect in decision.effects:
             self._carry_out(effect)
 
+    def start(self) -> None:
+        """Let go of what the tasks of an earlier life left on the disk."""
+        try:
+            self._room.tasks.collect(frozenset())
+        except StorageError as error:
+            logger.warning("what round tasks left cannot be removed", extra={"why": error.message})
+
     async def stop(self) -> None:
         """End the trainer; for the end."""
         trainer, self._trainer = self._trainer, None
@@ -179,10 +190,11 @@ class Rounds:
     # Work
 
     async def _fetch(self, task: Task) -> None:
-        self._metadata = Metadata(message_id=task.message)
         path = f"rounds/{task.run}/{task.message}"
         file = FileRef(path=path, length=task.length, digest=Digest(task.blob))
         try:
+            # Not in a thread: one that was given up would remove what the next task has fetched by then.
+            self._room.tasks.collect(frozenset({file.digest}))
             await self._room.fetcher.blob(file, self._room.tasks)
             content = await asyncio.to_thread(_take, self._room.tasks, file)
         except (TransferError, StorageError) as error:
@@ -193,11 +205,10 @@ class Rounds:
             self._inbox.post(ForTraining(training.ContentHere(task.key, content)))
 
     async def _work(self, task: Task) -> None:
-        self._metadata = Metadata(message_id=task.message)
         outcome: Outcome
         try:
-            message = decode_message(task.content)
-            self._metadata = message.metadata
+            message = await _read(task.content)
+            self._metadata = task.key, message.metadata
             if not self._room.enabled:
                 raise CannotLearn("training is switched off on this device")
             study = read_task(message, routes=self._routes(), device=self._device)
@@ -216,7 +227,7 @@ class Rounds:
         while batch := await self._room.samples.load(family, after=trainer.newest):
             signature = study.release.manifest.signature
             usable = [sample for sample in batch if fits(signature, sample.inputs, len(sample.payload))]
-            trainer.feed(usable, newest=batch[-1].number, forget_before=oldest)
+            await trainer.feed(usable, newest=batch[-1].number, forget_before=oldest)
         learned = await trainer.learn(study.lesson)
         return records(study.lesson.kind, learned.arrays, learned.metrics)
 
@@ -255,7 +266,7 @@ class Rounds:
 
     async def _reply(self, task: Task, outcome: Outcome) -> None:
         try:
-            content = self._encode(task, outcome)
+            content = await self._encode(task, outcome)
             await self._room.replies.keep(task.run, task.message, content, at_ms=self._clock.wall_ms())
         except StorageError as error:
             # Not sent, since it could not be said again: the hub repeats the task, and the disk may have room then.
@@ -269,11 +280,18 @@ class Rounds:
                 logger.debug("round task answered", extra={"run": task.run, "took_ms": took_ms})
         self._inbox.post(ForTraining(training.Replied(task.key, self._clock.mono_ms())))
 
-    def _encode(self, task: Task, outcome: Outcome) -> bytes:
-        metadata = msgspec.structs.replace(self._metadata, message_id=task.message)
+    async def _encode(self, task: Task, outcome: Outcome) -> bytes:
+        # The message of a task whose deadline passed first was never read: nothing is known of it but its name.
+        known, metadata = self._metadata
+        metadata = msgspec.structs.replace(metadata if known == task.key else Metadata(), message_id=task.message)
         now_s = self._clock.wall_ms() / 1000
+        answer = reply_to(metadata, outcome, created_at=now_s)
         try:
-            return encode_message(reply_to(metadata, outcome, created_at=now_s))
+            return (
+                encode_message(answer)
+                if isinstance(outcome, FlowerError)
+                else await asyncio.to_thread(encode_message, answer)
+            )
         except ProtocolViolation as error:
             return encode_message(reply_to(metadata, FlowerError(FAILED, error.message), created_at=now_s))
 
@@ -290,12 +308,15 @@ class Rounds:
         if len(content) <= INLINE_BYTES:
             self._send(RoundReply(run=task.run, message=task.message, content=content))
             return
+        left_ms = max(task.until_ms - self._clock.mono_ms(), 0)
         try:
-            await self._room.fetcher.upload(f"/v1/rounds/{task.run}/replies/{task.message}", content)
-        except TransferError as error:
-            logger.warning("a round's answer cannot be delivered", extra={"run": task.run, "why": error.message})
+            async with asyncio.timeout(left_ms / 1000):
+                await self._room.fetcher.upload(f"/v1/rounds/{task.run}/replies/{task.message}", content)
+        except (TransferError, TimeoutError) as error:
+            why = error.message if isinstance(error, TransferError) else "nobody waits for it any more"
+            logger.warning("a round's answer cannot be delivered", extra={"run": task.run, "why": why})
             return
-        digest = hashlib.sha256(content).hexdigest()
+        digest = await asyncio.to_thread(_sha256, content)
         self._send(RoundReply(run=task.run, message=task.message, blob=digest, length=len(content)))
 
 
@@ -311,10 +332,20 @@ def _task(message: RoundTask, *, now_ms: int) -> Task:
     )
 
 
+async def _read(content: bytes) -> FlowerMessage:
+    if len(content) <= CHEAP_BYTES:
+        return decode_message(content)
+    return await asyncio.to_thread(decode_message, content)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _take(shelf: Shelf, file: FileRef) -> bytes:
-    """Read a file that is on the shelf, and clear the shelf."""
+    """Read a file that is on the shelf, and remove it, and no other: the next one may be arriving."""
     descriptor = shelf.open(file)
     with os.fdopen(descriptor, "rb") as opened:
         content = opened.read(file.length)
-    shelf.collect(frozenset())
+    shelf.drop(file.digest)
     return content

@@ -72,11 +72,14 @@ class Service:
         self._rounds = rounds
         self._started_ms = clock.mono_ms()
 
-    async def handle(self, request: Request, payload: Buffer) -> Response:
-        """The reply to one request and the payload to send after it; raises OutriderError for the door to refuse."""
+    async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
+        """The reply to one request and the payload to send after it; raises OutriderError for the door to refuse.
+
+        Its deadline counts from `arrived`, a moment on the event loop's clock.
+        """
         match request:
             case Infer():
-                return await self._answering.infer(request, payload)
+                return await self._answering.infer(request, payload, arrived=arrived)
             case Late():
                 return self._answering.late(request)
             case Teach():
@@ -144,6 +147,7 @@ class Service:
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
             escalations=self._answering.escalations,
+            results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 
     async def _control(self, request: Control) -> Reply:

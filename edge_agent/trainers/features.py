@@ -3,7 +3,8 @@
 Rules: preparation and engine are the ones that serve the model, so that what is learned fits what is served; the
 samples themselves are let go at once.
 
-Not here: sockets (child.py), the head (head.py).
+Not here: sockets (child.py), the head (head.py), and models that take several rows only: they are not taught
+(edge_agent/core/lessons.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.core.lessons import CannotLearn
+from edge_agent.core.lessons import CannotLearn, fixed_rows
 from edge_agent.runtimes import Engine
 from shared.errors import ModelError
 from shared.inference import TensorHead, tensor_bytes
@@ -36,6 +37,7 @@ class Features:
             raise CannotLearn(f"the model has no output {output[:80]!r}, it has {list(engine.outputs)[:8]}")
         if set(engine.inputs) != {spec.name for spec in manifest.signature.inputs}:
             raise ModelError("the model's inputs are not those of its manifest", code="model.signature")
+        self._signature = manifest.signature
         self._specs = {spec.name: spec for spec in manifest.signature.inputs}
         self._preparations = {preparation.input: preparation for preparation in manifest.preparations}
         self._engine = engine
@@ -52,19 +54,17 @@ class Features:
         samples = [from_wire(heads, view[at : at + size]) for at in range(0, len(view), size)] if size else []
         if len(samples) != len(numbers) or len(labels) != len(numbers):
             raise CannotLearn("samples, numbers and labels are not as many")
-        fixed = max((spec.shape[0] for spec in self._specs.values() if spec.shape), default=-1)
-        step = fixed if fixed > 0 else ROWS_AT_ONCE
+        step = 1 if fixed_rows(self._signature) is not None else ROWS_AT_ONCE
         for start in range(0, len(samples), step):
             part = samples[start : start + step]
-            filled = part + part[-1:] * (fixed - len(part))  # nothing where the batch is not fixed
-            joined = {name: np.concatenate([sample[name] for sample in filled]) for name in self._specs}
+            joined = {name: np.concatenate([sample[name] for sample in part]) for name in self._specs}
             try:
-                rows = self._compute(joined, rows=len(filled))
+                rows = self._compute(joined, rows=len(part))
             except ModelError as error:
                 self.refusal = error.message
                 continue
             for number, label, row in zip(
-                numbers[start : start + step], labels[start : start + step], rows, strict=False
+                numbers[start : start + step], labels[start : start + step], rows, strict=True
             ):
                 self._rows[number] = (label, row.copy())  # a view would keep the whole table
 

@@ -224,7 +224,7 @@ def rooms_meet_at_desks(sources: Iterable[Source]) -> Iterator[str]:
             there = found.target.split(".")
             if there[0] != "cloud_hub" or len(there) < 2 or there[1] == here or "migrations" in parts:
                 continue
-            if here == "cli" and there[1] in {*rooms, "ground", "main"}:
+            if here == "cli" and there[1] in {*rooms, "composition", "ground", "main"}:
                 yield f"{source.path}:{found.line}: the command line speaks REST only, it imported {found.target}"
             elif there[1] in rooms and here in rooms and (len(there) < 3 or there[2] not in ROOMS_SHARED_FACE):
                 yield f"{source.path}:{found.line}: {here} reads {found.target}; rooms meet desk to desk"

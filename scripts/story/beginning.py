@@ -135,10 +135,10 @@ def push(house: House, version: str, model: str, *, family: str = FAMILY, sample
     )  # fmt: skip
 
 
-def sign(house: House, version: str) -> dict[str, list[dict[str, float]]]:
+def sign(house: House, version: str, *, family: str = FAMILY) -> dict[str, list[dict[str, float]]]:
     """Sign a built model with the offline keys; returns what the command saw."""
     signed: dict[str, list[dict[str, float]]] = house.operator.run(
-        "release", "sign", f"{FAMILY}/{version}", "--keys", str(house.folder.offline), "--yes"
+        "release", "sign", f"{family}/{version}", "--keys", str(house.folder.offline), "--yes"
     )
     for variant in signed["variants"]:
         require(variant["agreement_here"] >= LEAST_AGREEMENT, f"the signer's own run agrees: {variant}")

@@ -17,7 +17,7 @@ from typing import Final
 from shared.errors import OutriderError
 
 from . import books
-from .beginning import push
+from .beginning import push, sign
 from .cast import FAMILY, Device, House
 from .digits import INPUT, LABELS, Part, noisy
 from .killing import hub_asleep
@@ -37,6 +37,8 @@ below = {BELOW}
 per_minute = 6000
 """
 DEADLINE_MS: Final = 300
+ALLOWANCE_MS: Final = 100
+"""What the way through the socket, and an application that shares its interpreter with others, may add to that."""
 READY_S: Final = 20.0
 LEAST_GAIN: Final = 0.05
 STALLED_ROWS: Final = 60
@@ -58,7 +60,7 @@ class Doubts:
         took_ms: per answer, on the application's clock.
         late: requests that the hub did not answer in time.
         unmarked: answers that wanted the hub's word, had to do without it, and do not say so.
-        overdue: answers that came after their deadline.
+        overdue: answers that came after their deadline and the allowance, by the application's clock, or say so.
     """
 
     asked: int = 0
@@ -83,6 +85,8 @@ class Doubts:
 def hard_digits(house: House, tell: Teller) -> Mapping[str, Figure]:
     """The same noisy digits twice: with what the devices know themselves, then with the hub's larger model behind."""
     push(house, "1.0.0", LARGE, family=LARGE)
+    sign(house, "1.0.0", family=LARGE)
+    house.operator.run("release", "publish", f"{LARGE}/1.0.0")
     hard = noisy(house.held_back, noise=NOISE, seed=NOISE_SEED)
     rows = range(ROWS)
     alone = _ask_all(house, hard, rows, title="hard")
@@ -106,9 +110,10 @@ def hard_digits(house: House, tell: Teller) -> Mapping[str, Figure]:
     expect("answers after their deadline", wanted=0, found=overdue)
     require(accuracy_helped >= accuracy_alone + LEAST_GAIN, f"the larger model helps: {helped}")
     tell.say(
-        f"A larger model stays on the hub. Through heavy noise the devices alone read {accuracy_alone:.1%} of the "
-        f"digits. Asking the hub where they were less than {BELOW:.0%} sure, about {share:.0%} of the time, they "
-        f"read {accuracy_helped:.1%}; every answer was there within its {DEADLINE_MS} ms."
+        f"A larger model stays on the hub, signed and published like the others. Through heavy noise the devices alone "
+        f"read {accuracy_alone:.1%} of the digits. Asking the hub where they were less than {BELOW:.0%} sure, about "
+        f"{share:.0%} of the time, they read {accuracy_helped:.1%}; every answer was there in time: on the "
+        f"application's clock, within its {DEADLINE_MS} ms and {ALLOWANCE_MS} ms for the way."
     )
     return {
         "asked": sum(tally.asked for tally in helped.values()),
@@ -148,9 +153,10 @@ def cloud_stalls(house: House, tell: Teller) -> Mapping[str, Figure]:
     tell.table(books.TITLES, [count.row() for count in counted])
     tell.say(
         f"The hub was stopped so that it took questions and answered none. All {asked} answers came within their "
-        f"{DEADLINE_MS} ms all the same (the slowest after {slowest_ms:.0f} ms); {sum(told.values())} of them say that "
-        f"a better one was wanted: {_words(told)}. Awake again, the hub still answered {joined} of the {told['late']} "
-        "that had asked; they can be fetched and are kept as labels, and everything is as before."
+        f"{DEADLINE_MS} ms and {ALLOWANCE_MS} ms for the way all the same (the slowest after {slowest_ms:.0f} ms); "
+        f"{sum(told.values())} of them say that a better one was wanted: {_words(told)}. Awake again, the hub still "
+        f"answered {joined} of the {told['late']} that had asked; they can be fetched and are kept as labels, and "
+        "everything is as before."
     )
     return {
         "asked": asked,
@@ -177,12 +183,13 @@ def _ask(device: Device, hard: Part, rows: Sequence[int], *, title: str, feedbac
                 request, truth = f"{title}-{row}", LABELS[int(hard.labels[row])]
                 began = time.monotonic()
                 answer = client.infer(FAMILY, {INPUT: hard.pixels[row : row + 1]}, id=request, deadline_ms=DEADLINE_MS)
-                seen.took_ms.append(1000 * (time.monotonic() - began))
+                took_ms = 1000 * (time.monotonic() - began)
+                seen.took_ms.append(took_ms)
                 device.answered[request] = str(answer.label)
                 seen.asked += 1
                 seen.right += answer.label == truth
                 seen.rungs[answer.rung] += 1
-                seen.overdue += not answer.deadline_met
+                seen.overdue += took_ms > DEADLINE_MS + ALLOWANCE_MS or not answer.deadline_met
                 if answer.escalated:
                     seen.escalated[answer.escalated] += 1
                     helped = answer.escalated == "answered"

@@ -4,9 +4,9 @@ Rules of this file:
 1. Byte for byte what flwr 1.41 writes for the same message, and everything that it writes is read. A sint64 above
    2**63 - 1 is a uint64 on the wire, and an empty list is what flwr makes of one; both are numbers and lists here.
 2. Arrays stay what they are on the wire, `.npy` bytes, as views of the message: nobody here looks inside them.
-3. Bounded in bytes, records, items and list lengths before anything is made; the format has a fixed depth, so nothing
-   recurses. Malformed bytes raise ProtocolViolation and nothing else. Names that come twice in a record are refused,
-   where protobuf would let the last one win.
+3. Bounded in bytes, fields, records, items and list lengths before anything is made; the format has a fixed depth, so
+   nothing recurses. Malformed bytes raise ProtocolViolation and nothing else. Names that come twice in a record are
+   refused, where protobuf would let the last one win.
 
 Not here: the values (shared/federated.py), and `.npy` (edge_agent/trainers).
 Reference: flwr/proto/{message,recorddict,error}.proto, unchanged since flwr 1.20 but for the optional task ids.
@@ -14,7 +14,7 @@ Reference: flwr/proto/{message,recorddict,error}.proto, unchanged since flwr 1.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeVar, cast
 
 from shared import limits
@@ -60,11 +60,7 @@ def decode_message(data: Buffer) -> FlowerMessage:
     """The message; its arrays are views of `data`, which must not change. Raises ProtocolViolation."""
     if len(data) > limits.MAX_ROUND_MESSAGE_BYTES:
         raise ProtocolViolation(f"message of {len(data)} bytes", code="protocol.too_large")
-    found = _once(memoryview(data), {1: "metadata", 2: "content", 3: "error"})
-    metadata = _metadata(found["metadata"]) if "metadata" in found else Metadata()
-    content = _content(found["content"]) if "content" in found else None
-    error = _error(found["error"]) if "error" in found else None
-    return FlowerMessage(metadata=metadata, content=content, error=error)
+    return _Reading().message(memoryview(data))
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -241,150 +237,191 @@ def _signed(number: int) -> int:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _metadata(data: memoryview) -> Metadata:
-    texts = {2: "", 5: "", 6: "", 8: ""}
-    numbers: dict[int, int] = {}
-    doubles = {7: 0.0, 9: 0.0}
-    for field, kind, value in protobuf.fields(data):
-        if field in texts:
-            texts[field] = protobuf.as_text(kind, value)
-        elif field in doubles:
-            doubles[field] = protobuf.as_double(kind, value)
-        elif field in (1, 3, 4, 10, 11):
-            numbers[field] = protobuf.as_unsigned(kind, value)
-    return Metadata(
-        run_id=numbers.get(1, 0),
-        message_id=texts[2],
-        src_node_id=numbers.get(3, 0),
-        dst_node_id=numbers.get(4, 0),
-        reply_to_message_id=texts[5],
-        group_id=texts[6],
-        ttl=doubles[7],
-        message_type=texts[8],
-        created_at=doubles[9],
-        src_task_id=numbers.get(10),
-        dst_task_id=numbers.get(11),
-    )
+class _Reading:
+    """One message being read, with what may still be looked at in it."""
 
+    def __init__(self) -> None:
+        self._left = limits.MAX_ROUND_FIELDS
 
-def _content(data: memoryview) -> dict[str, FlowerRecord]:
-    content: dict[str, FlowerRecord] = {}
-    for entry in _entries(data):
-        found = _once(entry, {2: "arrays", 3: "metrics", 4: "settings"})
-        name = _key(entry, content)
-        match list(found.items()):
-            case [("arrays", record)]:
-                content[name] = ArrayRecord(_items(record, _array))
-            case [("metrics", record)]:
-                content[name] = MetricRecord(_items(record, _metric))
-            case [("settings", record)]:
-                content[name] = ConfigRecord(_items(record, _config))
-            case _:
-                raise _bad(f"the record {name[:80]!r} holds {len(found)} kinds, one is expected")
-    return content
+    def message(self, data: memoryview) -> FlowerMessage:
+        """The whole of it."""
+        found = self._once(data, {1: "metadata", 2: "content", 3: "error"})
+        return FlowerMessage(
+            metadata=self._metadata(found["metadata"]) if "metadata" in found else Metadata(),
+            content=self._content(found["content"]) if "content" in found else None,
+            error=self._error(found["error"]) if "error" in found else None,
+        )
 
+    def _fields(self, data: memoryview) -> Iterator[tuple[int, int, Value]]:
+        for found in protobuf.fields(data):
+            self._left -= 1
+            if self._left < 0:
+                self._spend(0)
+            yield found
 
-def _entries(data: memoryview) -> list[memoryview]:
-    entries: list[memoryview] = []
-    for field, kind, value in protobuf.fields(data):
-        if field == 1:
-            entries.append(protobuf.as_view(kind, value))
-            _check_count(len(entries), limits.MAX_ROUND_ITEMS, "items")
-    return entries
+    def _spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ProtocolViolation(f"more than {limits.MAX_ROUND_FIELDS} fields", code="protocol.too_large")
 
+    def _metadata(self, data: memoryview) -> Metadata:
+        texts = {2: "", 5: "", 6: "", 8: ""}
+        numbers: dict[int, int] = {}
+        doubles = {7: 0.0, 9: 0.0}
+        for field, kind, value in self._fields(data):
+            if field in texts:
+                texts[field] = protobuf.as_text(kind, value)
+            elif field in doubles:
+                doubles[field] = protobuf.as_double(kind, value)
+            elif field in (1, 3, 4, 10, 11):
+                numbers[field] = protobuf.as_unsigned(kind, value)
+        return Metadata(
+            run_id=numbers.get(1, 0),
+            message_id=texts[2],
+            src_node_id=numbers.get(3, 0),
+            dst_node_id=numbers.get(4, 0),
+            reply_to_message_id=texts[5],
+            group_id=texts[6],
+            ttl=doubles[7],
+            message_type=texts[8],
+            created_at=doubles[9],
+            src_task_id=numbers.get(10),
+            dst_task_id=numbers.get(11),
+        )
 
-def _items(data: memoryview, read: Callable[[memoryview], _T]) -> dict[str, _T]:
-    items: dict[str, _T] = {}
-    for entry in _entries(data):
-        key = _key(entry, items)
-        found = _once(entry, {2: "value"})
-        if not found:
-            raise _bad(f"the item {key[:80]!r} has no value")
-        items[key] = read(found["value"])
-    return items
+    def _content(self, data: memoryview) -> dict[str, FlowerRecord]:
+        content: dict[str, FlowerRecord] = {}
+        for entry in self._entries(data):
+            found = self._once(entry, {2: "arrays", 3: "metrics", 4: "settings"})
+            name = self._key(entry, content)
+            match list(found.items()):
+                case [("arrays", record)]:
+                    content[name] = ArrayRecord(self._items(record, self._array))
+                case [("metrics", record)]:
+                    content[name] = MetricRecord(self._items(record, self._metric))
+                case [("settings", record)]:
+                    content[name] = ConfigRecord(self._items(record, self._config))
+                case _:
+                    raise _bad(f"the record {name[:80]!r} holds {len(found)} kinds, one is expected")
+        return content
 
+    def _entries(self, data: memoryview) -> list[memoryview]:
+        entries: list[memoryview] = []
+        for field, kind, value in self._fields(data):
+            if field == 1:
+                entries.append(protobuf.as_view(kind, value))
+                _check_count(len(entries), limits.MAX_ROUND_ITEMS, "items")
+        return entries
 
-def _key(entry: memoryview, taken: Mapping[str, object]) -> str:
-    key = ""
-    for field, kind, value in protobuf.fields(entry):
-        if field == 1:
-            key = protobuf.as_text(kind, value)
-    if key in taken:
-        raise _bad(f"{key[:80]!r} comes twice")
-    return key
+    def _items(self, data: memoryview, read: Callable[[memoryview], _T]) -> dict[str, _T]:
+        items: dict[str, _T] = {}
+        for entry in self._entries(data):
+            key = self._key(entry, items)
+            found = self._once(entry, {2: "value"})
+            if not found:
+                raise _bad(f"the item {key[:80]!r} has no value")
+            items[key] = read(found["value"])
+        return items
 
+    def _key(self, entry: memoryview, taken: Mapping[str, object]) -> str:
+        key = ""
+        for field, kind, value in self._fields(entry):
+            if field == 1:
+                key = protobuf.as_text(kind, value)
+        if key in taken:
+            raise _bad(f"{key[:80]!r} comes twice")
+        return key
 
-def _array(data: memoryview) -> Array:
-    dtype = stype = ""
-    shape: list[int] = []
-    content: memoryview = data[:0]
-    for field, kind, value in protobuf.fields(data):
+    def _array(self, data: memoryview) -> Array:
+        dtype = stype = ""
+        shape: list[int] = []
+        content: memoryview = data[:0]
+        for field, kind, value in self._fields(data):
+            match field:
+                case 1:
+                    dtype = protobuf.as_text(kind, value)
+                case 2:
+                    numbers = protobuf.unpack_varints(kind, value, at_most=limits.MAX_TENSOR_RANK)
+                    shape.extend(protobuf.as_int32(protobuf.VARINT, number) for number in numbers)
+                    _check_count(len(shape), limits.MAX_TENSOR_RANK, "axes")
+                case 3:
+                    stype = protobuf.as_text(kind, value)
+                case 4:
+                    content = protobuf.as_view(kind, value)
+                case _:
+                    pass
+        if any(size < 0 for size in shape):
+            raise _bad(f"an array of shape {shape}")
+        return Array(dtype=dtype, shape=tuple(shape), stype=stype, data=content)
+
+    def _metric(self, data: memoryview) -> MetricValue:
+        return cast(MetricValue, self._oneof(data, _NUMERIC))
+
+    def _config(self, data: memoryview) -> ConfigValue:
+        return self._oneof(data, _ANY)
+
+    def _oneof(self, data: memoryview, known: frozenset[int]) -> ConfigValue:
+        result: ConfigValue | None = None
+        for field, kind, value in self._fields(data):
+            if field not in known:
+                continue
+            read = _SINGLE.get(field)
+            result = self._list(field, protobuf.as_view(kind, value)) if read is None else read(kind, value)
+        if result is None:
+            raise _bad("a value of an unknown type")
+        return result
+
+    def _list(self, field: int, data: memoryview) -> ConfigValue:
+        at_most = limits.MAX_ROUND_LIST
+        doubles: list[float] = []
+        numbers: list[int] = []
+        views: list[memoryview] = []
+        for inner, kind, value in self._fields(data):
+            if inner != 1:
+                continue
+            if field == 21:
+                doubles.extend(protobuf.unpack_doubles(kind, value, at_most=at_most))
+            elif field in (22, 23, 24):
+                found = protobuf.unpack_varints(kind, value, at_most=at_most)
+                self._spend(len(found))
+                numbers.extend(found)
+            else:
+                views.append(protobuf.as_view(kind, value))
+            _check_count(len(doubles) + len(numbers) + len(views), at_most, "list elements")
         match field:
-            case 1:
-                dtype = protobuf.as_text(kind, value)
-            case 2:
-                numbers = protobuf.unpack_varints(kind, value, at_most=limits.MAX_TENSOR_RANK)
-                shape.extend(protobuf.as_int32(protobuf.VARINT, number) for number in numbers)
-                _check_count(len(shape), limits.MAX_TENSOR_RANK, "axes")
-            case 3:
-                stype = protobuf.as_text(kind, value)
-            case 4:
-                content = protobuf.as_view(kind, value)
+            case 21:
+                return doubles
+            case 22:
+                return [protobuf.as_signed(protobuf.VARINT, number) for number in numbers]
+            case 23:
+                return numbers
+            case 24:
+                return [number != 0 for number in numbers]
+            case 25:
+                return [protobuf.as_text(protobuf.LENGTH, view) for view in views]
             case _:
-                pass
-    if any(size < 0 for size in shape):
-        raise _bad(f"an array of shape {shape}")
-    return Array(dtype=dtype, shape=tuple(shape), stype=stype, data=content)
+                return [bytes(view) for view in views]
 
+    def _error(self, data: memoryview) -> FlowerError:
+        code, reason = 0, ""
+        for field, kind, value in self._fields(data):
+            if field == 1:
+                code = protobuf.as_signed(kind, value)
+            elif field == 2:
+                reason = protobuf.as_text(kind, value)
+        return FlowerError(code, reason)
 
-def _metric(data: memoryview) -> MetricValue:
-    return cast(MetricValue, _oneof(data, _NUMERIC))
-
-
-def _config(data: memoryview) -> ConfigValue:
-    return _oneof(data, _ANY)
-
-
-def _oneof(data: memoryview, known: frozenset[int]) -> ConfigValue:
-    result: ConfigValue | None = None
-    for field, kind, value in protobuf.fields(data):
-        if field not in known:
-            continue
-        read = _SINGLE.get(field)
-        result = _list(field, protobuf.as_view(kind, value)) if read is None else read(kind, value)
-    if result is None:
-        raise _bad("a value of an unknown type")
-    return result
-
-
-def _list(field: int, data: memoryview) -> ConfigValue:
-    at_most = limits.MAX_ROUND_LIST
-    doubles: list[float] = []
-    numbers: list[int] = []
-    views: list[memoryview] = []
-    for inner, kind, value in protobuf.fields(data):
-        if inner != 1:
-            continue
-        if field == 21:
-            doubles.extend(protobuf.unpack_doubles(kind, value, at_most=at_most))
-        elif field in (22, 23, 24):
-            numbers.extend(protobuf.unpack_varints(kind, value, at_most=at_most))
-        else:
-            views.append(protobuf.as_view(kind, value))
-        _check_count(len(doubles) + len(numbers) + len(views), at_most, "list elements")
-    match field:
-        case 21:
-            return doubles
-        case 22:
-            return [protobuf.as_signed(protobuf.VARINT, number) for number in numbers]
-        case 23:
-            return numbers
-        case 24:
-            return [number != 0 for number in numbers]
-        case 25:
-            return [protobuf.as_text(protobuf.LENGTH, view) for view in views]
-        case _:
-            return [bytes(view) for view in views]
+    def _once(self, data: memoryview, names: Mapping[int, str]) -> dict[str, memoryview]:
+        """The embedded messages of these fields, each of which may come once."""
+        found: dict[str, memoryview] = {}
+        for field, kind, value in self._fields(data):
+            name = names.get(field)
+            if name is None:
+                continue
+            if name in found:
+                raise _bad(f"{name} comes twice")
+            found[name] = protobuf.as_view(kind, value)
+        return found
 
 
 def _as_bytes(kind: int, value: Value) -> bytes:
@@ -401,29 +438,6 @@ _SINGLE: Final[dict[int, Callable[[int, Value], ConfigValue]]] = {
 }
 _NUMERIC: Final = frozenset({1, 2, 3, 21, 22, 23})
 _ANY: Final = frozenset({1, 2, 3, 4, 5, 6, 21, 22, 23, 24, 25, 26})
-
-
-def _error(data: memoryview) -> FlowerError:
-    code, reason = 0, ""
-    for field, kind, value in protobuf.fields(data):
-        if field == 1:
-            code = protobuf.as_signed(kind, value)
-        elif field == 2:
-            reason = protobuf.as_text(kind, value)
-    return FlowerError(code, reason)
-
-
-def _once(data: memoryview, names: Mapping[int, str]) -> dict[str, memoryview]:
-    """The embedded messages of these fields, each of which may come once."""
-    found: dict[str, memoryview] = {}
-    for field, kind, value in protobuf.fields(data):
-        name = names.get(field)
-        if name is None:
-            continue
-        if name in found:
-            raise _bad(f"{name} comes twice")
-        found[name] = protobuf.as_view(kind, value)
-    return found
 
 
 def _check_count(count: int, at_most: int, what: str) -> None:

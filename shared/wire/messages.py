@@ -25,6 +25,7 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         manifest: SHA-256 of the manifest that serves now.
         candidate: version in progress, if any.
         error_code, error: why the last attempt ended, until the next one succeeds.
+        failed: SHA-256 of the manifest which that attempt was for; empty from an agent that does not say.
     """
 
     family: str
@@ -36,6 +37,7 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     candidate: str = ""
     error_code: str = ""
     error: str = ""
+    failed: str = ""
 
 
 class Birth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

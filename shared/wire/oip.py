@@ -75,7 +75,7 @@ class OipRequest(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[OipOutput, ...] = ()
     parameters: Parameters = {}
 
-    def deadline_ms(self, *, default_ms: int, most_ms: int = 3_600_000) -> int:
+    def deadline_ms(self, *, default_ms: int, most_ms: int = limits.MAX_REQUEST_DEADLINE_MS) -> int:
         """The `timeout` parameter (microseconds) as a deadline; 0 or none gives the default.
 
         Raises:

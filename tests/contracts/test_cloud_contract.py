@@ -19,7 +19,7 @@ from edge_agent.adapters.cloud import CONNECTIONS, HubCloud
 from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.system import SystemClock
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
-from shared.errors import OutriderError, TransferCorrupt, TransferRefused, Unreachable
+from shared.errors import InputRefused, OutriderError, TransferCorrupt, TransferRefused, Unreachable
 from shared.inference import TensorHead
 from shared.limits import MAX_CLOUD_ANSWER_BYTES
 from shared.wire.oip import JSON_LENGTH_HEADER, OipResponse, decode_request, encode_response
@@ -35,13 +35,21 @@ PAYLOAD = struct.pack("<4f", 1, 2, 3, 4)
 
 
 def tell(
-    handler: BaseHTTPRequestHandler, *, labels: tuple[str, ...] = ("7",), confidence: float = 0.99, keep: bool = True
+    handler: BaseHTTPRequestHandler,
+    *,
+    labels: tuple[str, ...] = ("7",),
+    confidence: float = 0.99,
+    model: str = "digits-large",
+    version: str = "3.0.0",
+    variant: str = "fp32",
+    digest: str = "c" * 64,
+    keep: bool = True,
 ) -> None:
     """A whole answer of the larger model."""
-    said = Provenance(rung="full", digest="c" * 64, variant="fp32", labels=labels, confidences=(confidence,))
+    said = Provenance(rung="full", digest=digest, variant=variant, labels=labels, confidences=(confidence,))
     response = OipResponse(
-        model="digits-large",
-        version="3.0.0",
+        model=model,
+        version=version,
         outputs=(TensorHead(name="y", dtype="fp32", shape=(1, 2)),),
         payload=(bytes(range(8)),),
         parameters=write_provenance(said),
@@ -199,6 +207,29 @@ def test_closing_ends_what_is_on_its_way(prepared: Prepared) -> None:
     asyncio.run(main())
 
 
+def test_a_payload_that_does_not_fit_its_heads_is_the_askers_fault(prepared: Prepared) -> None:
+    cloud, _ = prepared
+
+    async def main() -> None:
+        for payload in (PAYLOAD[:-1], PAYLOAD + b"x", b""):
+            with pytest.raises(InputRefused):
+                await cloud.ask("digits-large", HEAD, payload, deadline_ms=100, within_ms=5_000)
+        assert isinstance(await ask(cloud), CloudAnswer)
+
+    asyncio.run(main())
+
+
+def test_a_deadline_beyond_all_measure_is_only_a_long_one(prepared: Prepared) -> None:
+    cloud, _ = prepared
+
+    async def main() -> None:
+        async with asyncio.timeout(10):
+            said = await cloud.ask("digits-large", HEAD, PAYLOAD, deadline_ms=2**63 - 1, within_ms=2**63 + 5_000)
+        assert isinstance(said, CloudAnswer)
+
+    asyncio.run(main())
+
+
 # Real sockets only
 
 
@@ -302,6 +333,10 @@ def endless(_: Request, handler: BaseHTTPRequestHandler) -> None:
         (lambda _, handler: tell(handler, labels=("x" * 2_000,)), TransferCorrupt),
         (lambda _, handler: tell(handler, confidence=7.5), TransferCorrupt),
         (lambda _, handler: tell(handler, labels=("1", "2")), TransferCorrupt),
+        (lambda _, handler: tell(handler, model="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, version="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, variant="x" * 129), TransferCorrupt),
+        (lambda _, handler: tell(handler, digest="x" * 129), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"{}", headers={JSON_LENGTH_HEADER: "-1"}), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"{}", headers={JSON_LENGTH_HEADER: "9999"}), TransferCorrupt),
         (lambda _, handler: answer(handler, 200, b"x" * 10, headers={"Content-Length": "100"}), Unreachable),

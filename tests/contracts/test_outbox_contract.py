@@ -368,6 +368,15 @@ def test_dropping_leaves_a_gap_and_events_cannot_be_dropped(play: Play) -> None:
     play(story, later)
 
 
+def test_a_burst_of_small_records_is_kept_within_the_smallest_budget(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        tickets = [outbox.put(reading(i), at_ms=i % 2 * 2**40, grade=Grade.BUFFERED) for i in range(3_000)]
+        await outbox.flush()
+        assert [await ticket.durable() for ticket in tickets] == list(range(1, 3_001))
+
+    play(story, total_bytes=MIB)
+
+
 def test_more_than_the_memory_may_hold_is_refused_not_kept(tmp_path: Path) -> None:
     async def story() -> None:
         outbox = await JournalOutbox.open(

@@ -117,3 +117,17 @@ def test_collecting_keeps_what_is_named_and_says_what_it_freed(kit: tuple[Shelf,
     assert shelf.resume_at(unfinished.digest) == 0
     assert shelf.resume_at(wanted.digest) == 3
     assert shelf.collect(frozenset({kept.digest, wanted.digest})) == 0
+
+
+def test_one_file_is_dropped_finished_or_not_and_no_other(kit: tuple[Shelf, Spoil]) -> None:
+    shelf, _ = kit
+    whole, other = shelved(shelf, DATA), shelved(shelf, DATA[:100])
+    part, kept = ref(DATA[:200]), ref(DATA[:300])
+    for file in (part, kept):
+        shelf.append(file.digest, DATA[:50], offset=0)
+    for file in (whole, part, whole):
+        shelf.drop(file.digest)
+    assert not shelf.has(whole.digest)
+    assert shelf.resume_at(part.digest) == 0
+    assert shelf.has(other.digest)
+    assert shelf.resume_at(kept.digest) == 50

@@ -369,7 +369,7 @@ class AgentWorld:
 
     async def ask(self, request: Request, payload: bytes = b"") -> Reply:
         """One request through the door's handler."""
-        reply, _ = await self.service.handle(request, payload)
+        reply, _ = await self.service.handle(request, payload, asyncio.get_running_loop().time())
         return reply
 
     async def infer(self, request_id: str = "", *, rows: int = 1) -> Reply:

@@ -7,8 +7,9 @@ import asyncio
 import msgspec
 
 from edge_agent.ports import CloudAnswer, CloudRefusal
-from shared.errors import TransferError, Unreachable
+from shared.errors import Unreachable
 from shared.inference import TensorHead
+from shared.wire.oip import cut_payload
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -41,13 +42,13 @@ class FakeCloud:
     """`ports.Cloud` in memory.
 
     Attributes:
-        says: the reply to the next questions, raised if it is an error.
+        says: the reply to the next questions, raised if it is an error, a defect of an implementation included.
         stalls: while set, questions are taken and not answered; clearing it with `go_on` answers them.
         asked: every question that came in.
     """
 
     def __init__(self) -> None:
-        self.says: CloudAnswer | CloudRefusal | TransferError = cloud_answer()
+        self.says: CloudAnswer | CloudRefusal | Exception = cloud_answer()
         self.stalls = False
         self.asked: list[Question] = []
         self.closed = False
@@ -69,7 +70,8 @@ class FakeCloud:
         deadline_ms: int,
         within_ms: int,
     ) -> CloudAnswer | CloudRefusal:
-        """Reply as told."""
+        """Reply as told; raises InputRefused as every implementation does."""
+        cut_payload(inputs, payload)
         self.asked.append(Question(model, inputs, bytes(payload), deadline_ms, within_ms))
         await asyncio.sleep(0)
         if self.stalls:
@@ -84,7 +86,7 @@ class FakeCloud:
                 self._waiting.discard(waiting)
         if self.closed:
             raise Unreachable("it was closed")
-        if isinstance(self.says, TransferError):
+        if isinstance(self.says, Exception):
             raise self.says
         return self.says
 

@@ -27,7 +27,7 @@ from shared.model import Manifest, Variant, decode_manifest
 def handle_for(host: ModelHost, manifest: Manifest, variant: Variant) -> Handle:
     """Answers `infer` for one model and `describe`; acknowledges everything else."""
 
-    async def handle(request: Request, payload: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+    async def handle(request: Request, payload: bytearray, _arrived: float) -> tuple[Reply, Sequence[Buffer]]:
         match request:
             case Infer():
                 if request.model != manifest.family:

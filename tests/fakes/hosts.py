@@ -53,6 +53,7 @@ class FakeHost:
     Attributes:
         healthy: what `probe` answers.
         hang: while set, requests get no answer.
+        deadlines_ms: what each request gave.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FakeHost:
         self._pending: set[asyncio.Future[None]] = set()
         self.healthy = True
         self.hang = False
+        self.deadlines_ms: list[int] = []
         self.stopped = False
 
     @property
@@ -80,6 +82,7 @@ class FakeHost:
         check_inputs(self.manifest.signature, inputs, len(payload))
         if self.stopped:
             raise HostLost("the model host is not running")
+        self.deadlines_ms.append(deadline_ms)
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending.add(waiting)
         try:

@@ -190,6 +190,28 @@ class HubProcess:
         """The first operator's token."""
         return (self.folder / "token").read_text().strip()
 
+    def operate(self, *arguments: str) -> str:
+        """One `outrider` command of a person who is logged in on this machine, to its end; what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "cloud_hub.cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "OUTRIDER_CONFIG": str(self.folder / "contexts.json")},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def publish(self, release: str) -> None:
+        """Sign a built release with the offline keys and publish it; nobody is told to run it."""
+        ca = str(self.data / "ca" / "ca.pem")
+        self.operate("login", f"https://localhost:{self.port}", "--token-file", str(self.folder / "token"), "--ca", ca)
+        bundle = str(self.folder / f"{release.replace('/', '-')}.json")
+        keys = str(self.folder / "offline")
+        self.operate("release", "sign", release, "--keys", keys, "--out", bundle, "--yes")
+        self.operate("release", "publish", bundle)
+
     def join_token(self, *arguments: str) -> str:
         """A join token, made by the command while the hub runs or not."""
         done = run_command("token", "create", "--data", str(self.data), "--kind", "join", *arguments)

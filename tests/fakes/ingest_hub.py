@@ -14,7 +14,7 @@ from pathlib import Path
 import uvloop
 
 from cloud_hub.ground import migrate
-from cloud_hub.ground.courier import HubCourier, Inbound, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
@@ -45,7 +45,7 @@ async def serve(folder: Path, name: str, port: int, url: str) -> None:
         certificate=folder / f"{name}.pem",
         key=folder / f"{name}.key",
     )
-    courier = HubCourier(settings, on_messages=deliver, metrics=metrics)
+    courier = HubCourier(settings, on_messages=deliver, metrics=metrics, link=Link(clock))
     post = Post(publish=courier.publish, clock=clock)
 
     is_new = True

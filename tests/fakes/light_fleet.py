@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from shared.wire.messages import (
 from tests.fakes.hub_process import Device
 
 INLINE_BYTES = 192 * 1024
+NO_MATCHING_SUBSCRIBERS = 0x10
 
 
 class LightDevice:
@@ -59,6 +61,8 @@ class LightDevice:
         self._client.reconnect_delay_set(min_delay=1, max_delay=1)
         self._client.on_connect = self._connected
         self._client.on_message = self._arrived
+        self._client.on_publish = self._published
+        self._birth_mid = 0
         self._client.connect("localhost", device.port, keepalive=30)
         self._client.loop_start()
 
@@ -73,12 +77,22 @@ class LightDevice:
     def _connected(self, client: mqtt.Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
             return
-        self._session += 1
         client.subscribe(topics.down_filter(self.name), qos=1)
+        self._announce()
+
+    def _announce(self) -> None:
+        self._session += 1
         birth = Birth(boot=1, epoch="e1", agent_version="0", profile="pi", models=(self._model,), session=self._session)
-        self._send(birth, "birth")
+        self._birth_mid = self._send(birth, "birth")
         report = Reported(revision=self._session, assignment_version=0, models=(self._model,))
         self._send(report, "reported")
+
+    def _published(self, _client: mqtt.Client, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
+        # A broker that has just started may know us before it knows the hub, and our birth reaches nobody. An agent
+        # mends that with its next heartbeat; tests have no time for one.
+        if mid == self._birth_mid and reason.value == NO_MATCHING_SUBSCRIBERS:
+            time.sleep(0.2)
+            self._announce()
 
     def _arrived(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         if not message.topic.endswith("/down/round"):
@@ -118,7 +132,7 @@ class LightDevice:
             raise OutriderError(f"{method} {path}: {response.status} {data[:300]!r}")
         return data
 
-    def _send(self, message: Message, leaf: topics.UpLeaf) -> None:
+    def _send(self, message: Message, leaf: topics.UpLeaf) -> int:
         envelope = Envelope(
             v=1,
             id=secrets.token_hex(8),
@@ -129,4 +143,4 @@ class LightDevice:
             mono_ms=1,
             body=encode_body(message),
         )
-        self._client.publish(topics.up(self.name, leaf), encode_envelope(envelope), qos=1)
+        return self._client.publish(topics.up(self.name, leaf), encode_envelope(envelope), qos=1).mid

@@ -43,7 +43,7 @@ class Shelf:
         self.opened: list[str] = []
         self.failing: Exception | None = None
 
-    async def find(self, family: str, version: str) -> Release:
+    async def find(self, family: str, version: str, *, candidates: bool) -> Release:
         """The build of this family."""
         build = self.builds.get(family)
         if build is None or version not in ("", build.manifest.version):

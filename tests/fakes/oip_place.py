@@ -36,7 +36,7 @@ class Agent:
         self.hold: asyncio.Event | None = None
         self.models: tuple[ModelState, ...] = (LOADED,)
 
-    async def handle(self, request: Request, payload: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+    async def handle(self, request: Request, payload: bytearray, _arrived: float) -> tuple[Reply, Sequence[Buffer]]:
         self.asked.append(request)
         if isinstance(request, Describe):
             models = tuple(model for model in self.models if request.model in ("", model.family))

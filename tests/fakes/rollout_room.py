@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.releases.desk import Outcome, Selector
 from cloud_hub.rollouts.desk import Desk
+from shared.errors import OutriderError
 from shared.ids import DeviceId
 from shared.rollout import ENDED, RolloutView, parse_spec
 from shared.sketch import Sketch, sketch_of
+from tests.fakes.clock import FakeClock
 from tests.fakes.release_room import ReleaseRoom
 
 OLD, NEW = "1.0.0", "1.1.0"
@@ -38,15 +40,24 @@ class FakeFigure:
 
 @dataclass(slots=True)
 class FakeFigures:
-    """The telemetry room, as far as rollouts ask."""
+    """The telemetry room, as far as rollouts ask; `asked` is what for: since when, of whom."""
 
     kept: dict[tuple[str, str], FakeFigure]
+    asked: list[tuple[int, frozenset[DeviceId]]] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    takes_ms: int = 0
+    clock: FakeClock | None = None
 
     async def figures(
         self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None
     ) -> list[FakeFigure]:
         """As the telemetry desk."""
         wanted = None if devices is None else set(devices)
+        self.asked.append((since_ms, frozenset(wanted or ())))
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.clock is not None:
+            self.clock.advance(self.takes_ms)
         return [figure for figure in self.kept.values() if wanted is None or figure.device in wanted]
 
     def say(self, device: str, version: str, *, right: int, wrong: int, took_us: int = 2000) -> None:
@@ -85,6 +96,9 @@ class RolloutRoom:
         self.database = self.releases.database
         self.figures = FakeFigures({})
         self.power = Power()
+        self.link: int | None = 0
+        self.refusals: list[OutriderError] = []
+        self.away: set[str] = set()
         self.manifests: dict[str, str] = {}
         for version in (OLD, NEW):
             row = self.releases.make_ready(version)
@@ -103,7 +117,11 @@ class RolloutRoom:
             self.figures.say(name, version, right=195, wrong=5)
 
     def open_desk(self) -> Desk:
-        """Another start of the hub over the same data."""
+        """Another start of the hub over the same data: who was connected is forgotten, births tell it anew."""
+        for name, device in self.releases.fleet.devices.items():
+            if device.online and hasattr(self, "desk"):
+                self.releases.fleet.devices[name] = replace(device, online=False)
+                self.away.add(name)
         desk = Desk(
             database=self.database,
             clock=self.clock,
@@ -113,6 +131,7 @@ class RolloutRoom:
             figures=self.figures,
             bus=self.bus,
             assigner=self,
+            link=lambda: self.link,
         )
         write = self.database.write
 
@@ -129,6 +148,8 @@ class RolloutRoom:
     async def assign(self, selector: Selector, *, actor: str) -> Outcome:
         """As the releases room, with power cuts around it."""
         self.power.step("before")
+        if self.refusals:
+            raise self.refusals.pop(0)
         outcome = await self.releases.desk.assigning.assign(selector, actor=actor)
         self.power.step("after")
         return outcome
@@ -145,6 +166,13 @@ class RolloutRoom:
     def look(self) -> None:
         """One look of the controller."""
         asyncio.run(self.desk.controller.look())
+
+    def connect(self) -> None:
+        """Devices that the hub has forgotten are born again."""
+        for name in sorted(self.away):
+            device = self.releases.fleet.devices[name]
+            self.releases.fleet.devices[name] = replace(device, online=True, last_seen_ms=self.clock.wall)
+        self.away.clear()
 
     def report(self, name: str, *, version: str, **fields: Any) -> None:
         """The device's newest report of its slot."""
@@ -188,6 +216,7 @@ class RolloutRoom:
         """Look once a minute until it has ended."""
         for _ in range(minutes):
             self.look()
+            self.connect()
             self.deliver(behave)
             self.clock.advance(MINUTE_MS)
             view = asyncio.run(self.desk.get(rollout))

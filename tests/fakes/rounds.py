@@ -11,7 +11,7 @@ import numpy as np
 from edge_agent.core.lessons import BIAS, WEIGHT, CannotLearn, Lesson
 from edge_agent.ports import Learned, Sample
 from edge_agent.trainers import head, npy
-from shared.errors import HostLost, InvalidValue, StorageError
+from shared.errors import HostLost, InvalidValue, ModelError, StorageError
 from shared.federated import Array
 from shared.model import Manifest, Variant
 
@@ -123,8 +123,10 @@ class FakeTrainer:
         """Up to where it was fed."""
         return self._newest
 
-    def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
+    async def feed(self, samples: Sequence[Sample], *, newest: int, forget_before: int) -> None:
         """Take them."""
+        if self.stopped:
+            raise HostLost("the trainer is not running")
         self._newest = newest
         self.samples.update({sample.number: sample for sample in samples})
         self.samples = {number: sample for number, sample in self.samples.items() if number >= forget_before}
@@ -133,11 +135,18 @@ class FakeTrainer:
         """Learn here and now."""
         if self.stopped:
             raise HostLost("the trainer is not running")
+        if self._lesson is not None and not self._lesson.done():
+            raise ModelError("the trainer is at another lesson", code="overload")
         self.lessons.append(lesson)
         self._lesson = asyncio.get_running_loop().create_future()
         if not self._room.hang:
             self._lesson.set_result(None)
-        await self._lesson
+        try:
+            await self._lesson
+        except asyncio.CancelledError:
+            if not self.stopped:
+                self.crash("its lesson was given up")
+            raise
         chosen = [sample for _, sample in sorted(self.samples.items()) if sample.label in lesson.labels]
         if not chosen:
             raise CannotLearn("the device has no sample with one of the run's labels")

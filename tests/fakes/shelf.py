@@ -62,6 +62,11 @@ class FakeShelf:
                 freed += len(store.pop(digest))
         return freed
 
+    def drop(self, digest: Digest) -> None:
+        """Forget this one."""
+        self.files.pop(digest, None)
+        self.parts.pop(digest, None)
+
     def spoil(self, digest: Digest, data: bytes) -> None:
         """Replace a kept file's content behind the shelf's back."""
         self.files[digest] = data

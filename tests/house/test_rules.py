@@ -97,6 +97,7 @@ def test_every_rule_has_a_planted_violation() -> None:
         ("cloud_hub/ground/auth.py", "import cloud_hub.devices.desk"),
         ("cloud_hub/cli/models.py", "from cloud_hub.releases import desk"),
         ("cloud_hub/cli/models.py", "import cloud_hub.ground.database"),
+        ("cloud_hub/cli/models.py", "import cloud_hub.composition.house"),
     ],
 )
 def test_a_room_that_reads_another_is_found(path: str, statement: str, tmp_path: Path) -> None:

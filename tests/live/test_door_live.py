@@ -56,7 +56,7 @@ pytestmark = pytest.mark.live
 Answered = tuple[Reply, Sequence[Buffer]]
 
 
-async def accept(request: Request, _payload: bytearray) -> Answered:
+async def accept(request: Request, _payload: bytearray, _arrived: float) -> Answered:
     """Says yes to everything."""
     return Done(id=request.id), ()
 
@@ -280,7 +280,7 @@ def test_a_request_that_does_not_parse_leaves_the_connection_alive(short_tmp: Pa
 def test_errors_become_refusals_and_typed_exceptions(short_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = short_tmp / "door.sock"
 
-    async def fail(request: Request, _payload: bytearray) -> Answered:
+    async def fail(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         assert isinstance(request, Measure)
         if request.name == "full":
             raise StorageFull("no room", hint="make some")
@@ -309,14 +309,14 @@ def test_large_payloads_pass_both_ways(short_tmp: Path) -> None:
     path = short_tmp / "door.sock"
     data = os.urandom(5 * limits.MIB + 3)
 
-    async def echo(request: Request, payload: bytearray) -> Answered:
+    async def echo(request: Request, payload: bytearray, _arrived: float) -> Answered:
         assert payload == data
         return Done(id=request.id), (payload,)
 
     async def work(door: Door) -> None:
         def both() -> tuple[Reply, bytearray]:
             with Client(path) as agent:
-                return agent._call(Status(id="a"), (data[:100], data[100:]), 20.0)
+                return agent._call(Status(id="a"), (data[:100], data[100:]), 20_000)
 
         reply, payload = await asyncio.to_thread(both)
         assert reply == Done(id="a")
@@ -356,7 +356,7 @@ def test_many_waiting_requests_are_bounded(short_tmp: Path, monkeypatch: pytest.
 
     release = asyncio.Event()
 
-    async def wait(request: Request, _payload: bytearray) -> Answered:
+    async def wait(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         await release.wait()
         return Done(id=request.id), ()
 
@@ -368,7 +368,7 @@ def test_one_connection_cannot_take_all_places(short_tmp: Path) -> None:
     release = asyncio.Event()
     begun = 0
 
-    async def wait(request: Request, _payload: bytearray) -> Answered:
+    async def wait(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         nonlocal begun
         begun += 1
         if isinstance(request, Measure):
@@ -394,7 +394,7 @@ def test_who_does_not_read_is_not_read_from_and_then_cut_off(short_tmp: Path, mo
     monkeypatch.setattr(door_module, "CLOGGED_S", 0.2)
     answered = 0
 
-    async def flood(request: Request, _payload: bytearray) -> Answered:
+    async def flood(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         nonlocal answered
         answered += 1
         return Done(id=request.id), (bytes(limits.MIB),)
@@ -500,7 +500,7 @@ def test_clients_do_not_wait_for_ever(short_tmp: Path) -> None:
     path = short_tmp / "door.sock"
     ended = asyncio.Event()
 
-    async def never(request: Request, _payload: bytearray) -> Answered:
+    async def never(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         await ended.wait()
         return Done(id=request.id), ()
 
@@ -524,7 +524,7 @@ def test_feedback_is_sent_once_and_the_next_call_connects_anew(short_tmp: Path) 
     path = short_tmp / "door.sock"
     received: list[str] = []
 
-    async def take(request: Request, _payload: bytearray) -> Answered:
+    async def take(request: Request, _payload: bytearray, _arrived: float) -> Answered:
         if isinstance(request, Feedback):
             received.append(request.request)
             if request.request == "hang-up":

@@ -28,7 +28,7 @@ def test_large_requests_that_wait_are_bounded_together(short_tmp: Path, monkeypa
         go_on = asyncio.Event()
         begun = 0
 
-        async def wait(request: Request, _: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+        async def wait(request: Request, _: bytearray, _arrived: float) -> tuple[Reply, Sequence[Buffer]]:
             nonlocal begun
             begun += 1
             await go_on.wait()

@@ -15,8 +15,9 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud_hub.ground import courier as courier_module
-from cloud_hub.ground.courier import HubCourier, Inbound, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.metrics import Metrics
+from cloud_hub.ground.system import SystemClock
 from shared.errors import Unreachable
 from tests.fakes.ingest_place import IngestPlace, ingest_place
 
@@ -34,7 +35,8 @@ async def connected(place: IngestPlace, arrived: Callable[[Sequence[Inbound]], N
         host="127.0.0.1", port=place.hub_port, ca=folder / "ca.pem", certificate=folder / "hub.pem",
         key=folder / "hub.key",
     )  # fmt: skip
-    courier, ready = HubCourier(settings, on_messages=arrived, metrics=Metrics()), asyncio.Event()
+    link = Link(SystemClock())
+    courier, ready = HubCourier(settings, on_messages=arrived, metrics=Metrics(), link=link), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         task = group.create_task(courier.run(ready=ready))
         async with asyncio.timeout(WAIT_S):

@@ -19,9 +19,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud_hub.ground.database import Database
 from cloud_hub.telemetry import tables
-from cloud_hub.telemetry.ranges import ranges_of
 from cloud_hub.telemetry.rules import explode
 from shared.ids import DeviceId
+from shared.ranges import ranges_of
 from shared.telemetry import BatchId, Record, RecordClass, Result
 from shared.wire import topics
 from shared.wire.envelope import decode_envelope, encode_envelope

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, mosquitto_path: str) -> Iterat
     hub.start()
     try:
         push(hub, "1.0.0")
+        hub.publish("digits/1.0.0")
         yield hub
     finally:
         hub.stop()
@@ -158,6 +160,22 @@ def test_only_who_is_known_is_answered(hub: HubProcess) -> None:
     refused = hub.call("POST", INFER, body)
     assert (refused.status, refused.body["code"]) == (401, "auth.missing")
     assert hub.call("POST", INFER, body, token=hub.admin).status == 200
+
+
+def test_a_device_is_answered_from_what_was_published_and_a_person_from_candidates_too(
+    hub: HubProcess, device: Device
+) -> None:
+    push(hub, "1.1.0")
+    path = "/v2/models/digits/versions/1.1.0/infer"
+    pixels, _ = samples(1, seed=13)
+    response, _ = ask(hub, pixels, context=hub.context(), token=hub.admin, path=path)
+    assert response.version == "1.1.0"
+    assert hub.call("GET", "/v2/models/digits/versions/1.1.0/ready", context=device.context()).status == 404
+    assert hub.call("GET", "/v2/models/digits", context=device.context()).body["versions"] == ["1.0.0"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(hub, pixels, context=device.context(), path=path)
+    assert refused.value.code == 404
+    refused.value.close()
 
 
 def test_a_version_can_be_named_and_figures_are_kept(hub: HubProcess, device: Device) -> None:

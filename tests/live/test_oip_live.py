@@ -91,10 +91,10 @@ def test_nvidias_client_gets_the_models_answers(short_tmp: Path) -> None:
 def known(handle: Handle) -> Handle:
     """Describes only the model that there is."""
 
-    async def only(request: Request, payload: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+    async def only(request: Request, payload: bytearray, arrived: float) -> tuple[Reply, Sequence[Buffer]]:
         if isinstance(request, Describe) and request.model == "other":
             return Refusal(id="", code="model.unknown", message="there is no model 'other' here"), ()
-        return await handle(request, payload)
+        return await handle(request, payload, arrived)
 
     return only
 

@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_agent.adapters import trainers as adapter
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.trainers import LiveTrainer, LiveTrainers, TrainerOptions
 from edge_agent.core.lessons import BIAS, WEIGHT, CannotLearn, Lesson
@@ -26,6 +27,7 @@ from edge_agent.trainers import head, npy
 from shared.errors import HostLost, ModelError
 from shared.federated import Array
 from shared.inference import TensorHead
+from shared.limits import MIB
 from shared.model import Preparation
 from shared.tensors import prepare
 from tests.conftest import ROOT
@@ -157,7 +159,7 @@ def test_what_is_learned_is_what_the_arithmetic_says(tmp_path: Path) -> None:
     samples = taught(150, seed=1)
 
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(samples, newest=150, forget_before=1)
+        await trainer.feed(samples, newest=150, forget_before=1)
         told = await trainer.learn(lesson(fresh()))
         assert told.metrics["num-examples"] == 150
         assert told.metrics["accuracy"] > 0.9
@@ -174,7 +176,7 @@ def test_what_is_learned_is_what_the_arithmetic_says(tmp_path: Path) -> None:
 
 def test_features_may_come_from_a_quantized_model(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(taught(150, seed=1), newest=150, forget_before=1)
+        await trainer.feed(taught(150, seed=1), newest=150, forget_before=1)
         assert (await trainer.learn(lesson(fresh()))).metrics["accuracy"] > 0.85
 
     play(tmp_path, work, made=quantized(backbone()))
@@ -194,14 +196,14 @@ def reference(samples: Sequence[Sample]) -> head.Head:
 def test_a_warm_trainer_takes_what_is_new_and_forgets_what_is_old(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
         assert trainer.newest == 0
-        trainer.feed(taught(50, seed=1), newest=50, forget_before=1)
-        trainer.feed(taught(30, seed=2, first=51), newest=80, forget_before=11)
+        await trainer.feed(taught(50, seed=1), newest=50, forget_before=1)
+        await trainer.feed(taught(30, seed=2, first=51), newest=80, forget_before=11)
         assert trainer.newest == 80
         assert (await trainer.learn(lesson(fresh()))).metrics["num-examples"] == 70
-        trainer.feed([], newest=90, forget_before=81)
+        await trainer.feed([], newest=90, forget_before=81)
         with pytest.raises(CannotLearn, match="no sample"):
             await trainer.learn(lesson(fresh()))
-        trainer.feed(taught(20, seed=3, first=91), newest=110, forget_before=81)
+        await trainer.feed(taught(20, seed=3, first=91), newest=110, forget_before=81)
         assert (await trainer.learn(lesson(fresh()))).metrics["num-examples"] == 20
 
     play(tmp_path, work)
@@ -209,7 +211,7 @@ def test_a_warm_trainer_takes_what_is_new_and_forgets_what_is_old(tmp_path: Path
 
 def test_it_is_nicer_than_what_serves_and_has_one_thread(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(taught(50, seed=1), newest=50, forget_before=1)
+        await trainer.feed(taught(50, seed=1), newest=50, forget_before=1)
         await trainer.learn(lesson(fresh()))
         fields = Path(f"/proc/{trainer.pid}/stat").read_text().rpartition(")")[2].split()
         assert int(fields[16]) >= os.nice(0) + 10 or int(fields[16]) == 19
@@ -220,7 +222,7 @@ def test_it_is_nicer_than_what_serves_and_has_one_thread(tmp_path: Path) -> None
 
 def test_a_lesson_that_cannot_be_is_refused_and_the_next_one_is_done(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(taught(30, seed=1), newest=30, forget_before=1)
+        await trainer.feed(taught(30, seed=1), newest=30, forget_before=1)
         junk = msgspec.structs.replace(
             lesson(fresh()), weight=Array(dtype="float32", shape=(HIDDEN, 10), data=b"\x80\x04junk")
         )
@@ -245,7 +247,7 @@ def test_a_model_without_the_output_or_with_other_bytes_is_refused(tmp_path: Pat
 
 def test_a_killed_trainer_is_told_to_who_waits_and_to_the_owner(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(taught(100, seed=1), newest=100, forget_before=1)
+        await trainer.feed(taught(100, seed=1), newest=100, forget_before=1)
         learning = asyncio.get_running_loop().create_task(trainer.learn(lesson(fresh(), epochs=1_000)))
         await asyncio.sleep(0.05)
         os.kill(trainer.pid, signal.SIGKILL)
@@ -260,7 +262,7 @@ def test_a_killed_trainer_is_told_to_who_waits_and_to_the_owner(tmp_path: Path) 
 
 def test_a_long_lesson_can_be_stopped(tmp_path: Path) -> None:
     async def work(trainer: LiveTrainer) -> None:
-        trainer.feed(taught(300, seed=1), newest=300, forget_before=1)
+        await trainer.feed(taught(300, seed=1), newest=300, forget_before=1)
         learning = asyncio.get_running_loop().create_task(trainer.learn(lesson(fresh(), epochs=1_000)))
         await asyncio.sleep(0.05)
         began = time.monotonic()
@@ -270,6 +272,48 @@ def test_a_long_lesson_can_be_stopped(tmp_path: Path) -> None:
             await learning
 
     assert play(tmp_path, work) == []
+
+
+def test_a_lesson_that_was_given_up_ends_the_trainer_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_GRACE_S", 60.0)
+
+    async def work(trainer: LiveTrainer) -> None:
+        await trainer.feed(taught(300, seed=1), newest=300, forget_before=1)
+        learning = asyncio.get_running_loop().create_task(trainer.learn(lesson(fresh(), epochs=1_000)))
+        while trainer._lesson is None:
+            await asyncio.sleep(0)
+        os.kill(trainer.pid, signal.SIGSTOP)  # a lesson without end, which does not listen either
+        learning.cancel()
+        async with asyncio.timeout(20):
+            with pytest.raises(asyncio.CancelledError):
+                await learning
+            await trainer.stop()
+
+    play(tmp_path, work)
+
+
+def test_samples_are_handed_over_no_faster_than_they_are_taken(tmp_path: Path) -> None:
+    wide = TensorHead(name="pixels", dtype="fp32", shape=(1, 256 * 1024))
+    many = [Sample(number=number, label="1", inputs=(wide,), payload=bytes(MIB)) for number in range(1, 33)]
+
+    async def work(trainer: LiveTrainer) -> None:
+        os.kill(trainer.pid, signal.SIGSTOP)
+        feeding = asyncio.get_running_loop().create_task(trainer.feed(many, newest=32, forget_before=1))
+        while trainer._flowing.is_set():
+            await asyncio.sleep(0)
+        transport = trainer._link._transport if trainer._link is not None else None
+        assert transport is not None
+        assert transport.get_write_buffer_size() <= 9 * MIB
+        assert not feeding.done()
+        feeding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await feeding
+        async with asyncio.timeout(20):
+            await trainer.stop()
+            with pytest.raises(HostLost):
+                await trainer.feed(many, newest=32, forget_before=1)
+
+    play(tmp_path, work)
 
 
 def test_a_trainer_beyond_its_memory_is_killed(tmp_path: Path) -> None:
@@ -291,7 +335,7 @@ sys.path.insert(0, sys.argv[1])
 from tests.live.test_trainers_live import backbone, fresh, lesson, start, taught
 async def main():
     trainer = await start(Path(sys.argv[2]), backbone())
-    trainer.feed(taught(200, seed=1), newest=200, forget_before=1)
+    await trainer.feed(taught(200, seed=1), newest=200, forget_before=1)
     learning = asyncio.get_running_loop().create_task(trainer.learn(lesson(fresh(), epochs=1000)))
     await asyncio.sleep(0)
     print(trainer.pid, flush=True)
@@ -350,14 +394,14 @@ def test_three_devices_learn_together_what_none_of_them_learns_alone(tmp_path: P
     async def main() -> tuple[float, list[float]]:
         trainers = [await start(tmp_path, made) for _ in shares]
         judge = await start(tmp_path, made)
-        judge.feed(unseen, newest=400, forget_before=1)
+        await judge.feed(unseen, newest=400, forget_before=1)
 
         async def judged(one: head.Head) -> float:
             return (await judge.learn(lesson(one, kind="evaluate"))).metrics["accuracy"]
 
         try:
             for place, (trainer, share) in enumerate(zip(trainers, shares, strict=True)):
-                trainer.feed(taught(120, seed=20 + place, only=share), newest=120, forget_before=1)
+                await trainer.feed(taught(120, seed=20 + place, only=share), newest=120, forget_before=1)
             alone = [fresh() for _ in trainers]
             together = fresh()
             for number in range(rounds):

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from cloud_hub.rollouts import planning, rules
-from cloud_hub.rollouts.gates import Answers
+from cloud_hub.rollouts.answers import Answers
 from cloud_hub.rollouts.values import Event, Looked, Note, Rollout, Seen, Sighting, Started, WishesDone
 from shared.ids import DeviceId
 from shared.rollout import ENDED, Phase, Wish, parse_spec

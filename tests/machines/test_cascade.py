@@ -19,6 +19,7 @@ from edge_agent.core.cascade import (
     Bucket,
     Came,
     Cascade,
+    Declined,
     Failed,
     GaveUp,
     Missed,
@@ -202,3 +203,38 @@ def test_a_trial_that_was_never_heard_of_again_is_repeated() -> None:
 def test_an_answer_from_before_it_opened_does_not_close_it() -> None:
     opened = Breaker(phase=BreakerPhase.OPEN, opened=1, until_ms=500)
     assert BREAKER.decide(opened, Succeeded()).state == opened
+
+
+def test_a_question_that_was_at_fault_itself_opens_nothing_for_the_others() -> None:
+    cascade = Cascade()
+    for number in range(3 * FAILURES_TO_OPEN):
+        cascade = settle(asked(replace(cascade, requests=Bucket()), at_ms=number), POLICY, Declined())
+    assert cascade.breaker == Breaker()
+    assert cascade.on_the_way == 0
+
+
+def test_a_fault_of_the_question_does_not_make_failures_forgotten() -> None:
+    cascade = settle(asked(Cascade()), POLICY, Refused(at_ms=0, jitter=1.0))
+    assert settle(asked(cascade), POLICY, Declined()).breaker == cascade.breaker
+
+
+def test_a_trial_that_was_at_fault_itself_shows_that_the_hub_answers() -> None:
+    trial = Cascade(breaker=Breaker(phase=BreakerPhase.HALF_OPEN, opened=2, until_ms=TRIAL_MS), on_the_way=1)
+    assert settle(trial, POLICY, Declined()).breaker == Breaker()
+
+
+def test_a_fault_from_before_it_opened_does_not_close_it() -> None:
+    opened = Breaker(phase=BreakerPhase.OPEN, opened=1, until_ms=500)
+    assert settle(Cascade(breaker=opened, on_the_way=1), POLICY, Declined()).breaker == opened
+
+
+def test_the_reason_of_a_rest_says_what_is_known() -> None:
+    def why(breaker: Breaker) -> str:
+        verdict = judge(Cascade(breaker=breaker), POLICY, question(at_ms=100))[1]
+        assert isinstance(verdict, Stay)
+        return verdict.why
+
+    opened = BREAKER.decide(Breaker(failures=FAILURES_TO_OPEN - 1), Failed(at_ms=0, jitter=1.0)).state
+    assert why(opened) == "the hub failed or asked for a pause; it is tried again in 400 ms"
+    trying = BREAKER.decide(opened, Asked(500)).state
+    assert why(trying) == "the hub failed or asked for a pause; a question is on its way to try whether it answers"

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from edge_agent.core import slots
+from edge_agent.core.health import running_model
 from edge_agent.core.slot_steps import CRASH_LOOP_CODE
 from edge_agent.core.slot_values import (
     CRASH_LOOP,
@@ -211,6 +212,21 @@ def test_a_failed_golden_check_is_not_tried_twice() -> None:
     assert (script.slot.error_code, script.slot.error) == ("model.golden", "7 of 10")
     script.wants(StopHost(V2))
     script.wants_no(SwitchTo)
+
+
+def test_an_error_names_the_release_that_it_is_of() -> None:
+    script = Script().say(*committed("1.0.0", at=1))
+    for _ in range(CRASH_LOOP):
+        script.say(HostFailed(key=V1, code="host.exited", message="gone", retry=True))
+    assert script.slot.failed == V1
+    script.say(*on_probation("2.0.0", at=2)[:-1])
+    script.say(HostFailed(key=V2, code="model.golden", message="7 of 10", retry=False))
+    assert script.slot.failed == V2
+    script.say(*committed("3.0.0", at=3))
+    assert (script.slot.error_code, script.slot.failed) == ("", "")
+    script.say(offer("2.0.0", at=4))
+    assert (script.slot.error_code, script.slot.failed) == ("release.quarantined", V2)
+    assert running_model(script.slot, None).failed == V2
 
 
 def test_a_quarantined_release_is_refused_once_per_assignment_unless_forced() -> None:

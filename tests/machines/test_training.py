@@ -272,6 +272,28 @@ def test_what_cannot_be_learned_here_is_said(changes: dict[str, Any], why: str) 
         read_task(message(**changes), routes=routes(), device="a")
 
 
+def test_a_model_that_takes_several_rows_only_is_not_taught() -> None:
+    known = routes()
+    release = known["digits"].release
+    assert release is not None
+    (spec,) = release.manifest.signature.inputs
+    for rows, fixed in ((1, False), (8, True)):
+        several = msgspec.structs.replace(
+            release.manifest.signature, inputs=(msgspec.structs.replace(spec, shape=(rows, *spec.shape[1:])),)
+        )
+        manifest = msgspec.structs.replace(release.manifest, signature=several, labels=("a", "b"))
+        changed = {"digits": Route(release=msgspec.structs.replace(release, manifest=manifest), up=True)}
+        one = (TensorHead(name=spec.name, dtype=spec.dtype, shape=(1, *spec.shape[1:])),)
+        if not fixed:
+            assert read_task(message(), routes=changed, device="a")
+            lessons.check_sample(manifest, one, payload_bytes=16, label="a")
+            continue
+        with pytest.raises(CannotLearn, match="8 rows at once"):
+            read_task(message(), routes=changed, device="a")
+        with pytest.raises(InputRefused, match="8 rows at once"):
+            lessons.check_sample(manifest, one, payload_bytes=16, label="a")
+
+
 def test_a_message_without_its_records_is_refused() -> None:
     bare = FlowerMessage(metadata=Metadata(message_type="train"), error=FlowerError(1, "?"))
     with pytest.raises(CannotLearn, match="needs a record"):

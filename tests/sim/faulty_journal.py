@@ -6,6 +6,8 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from edge_agent.adapters import chain as chain_module
 from edge_agent.adapters import journal as journal_module
 from edge_agent.adapters import recovery
@@ -13,8 +15,7 @@ from edge_agent.adapters.chain import Chain
 from edge_agent.adapters.journal import Journal
 from edge_agent.core import frames
 from edge_agent.core.frames import CURSOR_NAME, SegmentName
-from edge_agent.core.journal import JournalBounds
-from shared import ranges
+from edge_agent.core.journal import JournalBounds, StoreClock
 from shared.telemetry import RecordClass
 from tests.sim.disk import SimDisk
 from tests.sim.fault import Patch
@@ -153,9 +154,10 @@ def settled_is_highest() -> tuple[Patch, ...]:
     def settling(original: Callable[..., bool]) -> Callable[..., bool]:
         def settle(self: Chain, first: int, last: int) -> bool:
             done = original(self, first, last)
-            if done and last > self.settled:
-                self.settled = last
-                self.early = tuple(one for one in self.early if one[0] > last)
+            before = self.standing
+            if done and last > before.settled:
+                early = tuple(one for one in before.early if one[0] > last)
+                self.standing = replace(before, settled=last, early=early)
             return done
 
         return settle
@@ -169,8 +171,8 @@ def freed_before_cursor() -> tuple[Patch, ...]:
     def freeing(original: Callable[..., None]) -> Callable[..., None]:
         def checkpoint(self: Journal, moment: Any) -> None:
             for chain in self._chains.values():
-                while len(chain.segments) > 1 and chain.stop(0) - 1 <= chain.settled:
-                    self._give_back(chain.take_oldest())
+                while len(chain.segments) > 1 and chain.stop(0) - 1 <= chain.standing.settled:
+                    self._spares.give_back(chain.take_oldest())
             self._disk.sync_names()
             original(self, moment)
 
@@ -187,12 +189,7 @@ def gap_forgotten() -> tuple[Patch, ...]:
 
     def losing(_: Any) -> Callable[..., int]:
         def lose(self: Chain, first: int, last: int, reason: str) -> int:
-            low = max(first, self.settled + 1)
-            if low <= last:
-                early = ranges.union(self.early, [(low, last)])
-                if early[0][0] == self.settled + 1:
-                    self.settled, early = early[0][1], early[1:]
-                self.early = early
+            self.standing = self.standing.with_settled(first, last) or self.standing
             return 0
 
         return lose
@@ -224,10 +221,7 @@ def no_start_mark() -> tuple[Patch, ...]:
 def overwrites_when_full() -> tuple[Patch, ...]:
     """After a new segment could not be had, the end of that one is taken for the end of the one before."""
 
-    def leaving(_: Any) -> Callable[[Chain], Any]:
-        return lambda self: self.segments.pop() if self.segments[-1].base == self.next else None
-
-    return (Patch(Chain, "leave_last", leaving),)
+    return (Patch(Chain, "leave", lambda _: lambda self: None),)
 
 
 def tail_not_read() -> tuple[Patch, ...]:
@@ -268,7 +262,7 @@ def room_miscounted() -> tuple[Patch, ...]:
 
 def wall_clock() -> tuple[Patch, ...]:
     """Ages are counted by the wall clock."""
-    return (Patch(Journal, "_store_ms", lambda _: lambda self, moment: moment.wall_ms),)
+    return (Patch(StoreClock, "at", lambda _: lambda self, moment: moment.wall_ms),)
 
 
 def clock_restarts() -> tuple[Patch, ...]:

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 
 from edge_agent.adapters.journal import Journal
-from edge_agent.core.frames import CURSOR_NAME, ClassCursor, Cursor, encode_slot, newest_slot
+from edge_agent.core.frames import CURSOR_NAME, Cursor, encode_slot, newest_slot
 from edge_agent.core.journal import JournalBounds, Moment, store_time
+from edge_agent.core.standing import Standing
 from shared.errors import StorageError, StorageFull
 from shared.limits import KIB
 from shared.telemetry import RecordClass
@@ -160,7 +161,7 @@ def test_files_that_an_error_left_behind_still_count(calls_ahead: int) -> None:
 
 def test_the_time_since_the_start_counts_for_what_was_written_last_before_it() -> None:
     # Found as `late` in "mixed": it was added to the cursor's time, and the frames behind the cursor got less of it.
-    cursor = encode_slot(Cursor(1, 49_000, "boot 1", 49_000, 0, False, KIB, (ClassCursor(0, 1, (), ()),) * 4, {}))
+    cursor = encode_slot(Cursor(1, 49_000, "boot 1", 49_000, 0, False, KIB, (Standing(0, 1, (), ()),) * 4, {}))
     found = newest_slot(cursor)
     assert found is not None
     now = Moment("boot 2", 24_000, 0, False)

@@ -101,6 +101,34 @@ def test_a_draft_is_started_by_its_name(logged_in: SmallHub, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("start", "digits-1.1.0-1", "--soak", "10"),
+        ("start", "digits-1.1.0-1", "--max-harmed", "0"),
+        ("start", "digits-1.1.0-1", "--all"),
+        ("start", "digits-1.1.0-1", "--selector", "site=north"),
+        ("start", "digits-1.1.0-1", "--draft"),
+        ("start", "digits/1.1.0", "--draft", "--wait"),
+        ("start", "digits/1.1.0", "--timeout", "5"),
+        ("status", "--wait"),
+        ("status", "digits-1.1.0-1", "--timeout", "5"),
+        ("status", "digits-1.1.0-1", "--watch", "--wait"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(logged_in: SmallHub, run: Run, words: tuple[str, ...]) -> None:
+    prepare(logged_in)
+    ended = run("rollout", *words)
+    assert ended.code == 2, ended.err
+    assert "does nothing here" in ended.err
+    assert logged_in.asked == []
+
+
+def test_a_plan_is_not_made_of_a_draft(logged_in: SmallHub, run: Run) -> None:
+    assert "DRAFT" not in run("rollout", "plan", "--help").out
+    assert run("rollout", "plan", "digits-1.1.0-1").code == 2
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("digits/1.1.0", "--stages", "50%,5%,100%"),

@@ -7,6 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from cloud_hub.cli import hub as hub_room
+from cloud_hub.cli import rounds
+from shared.errors import Unreachable
 from tests.fakes.small_hub import Asked, SmallHub
 from tests.unit.cli.conftest import Run
 
@@ -68,6 +71,55 @@ def test_waiting_tells_of_each_round_and_ends_with_what_to_do_next(logged_in: Sm
     assert "outrider release sign digits/1.1.0" in ended.err
     assert "50.0%" in ended.out
     assert "dev-3: no samples" in ended.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [(*START, "--wait"), ("round", "status", "r-1", "--wait")], ids=["start", "status"]
+)
+def test_a_hub_that_is_away_for_a_while_is_waited_for(
+    logged_in: SmallHub, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(rounds, "POLL_MS", 1)
+    looks: list[tuple[int, Any]] = [
+        (200, document(rounds=1)),
+        (503, {"detail": "restarting", "code": "transfer.unreachable"}),
+        (200, document("finished", rounds=2)),
+    ]
+    gone = [False, True, True, False]
+    inner = hub_room.Hub.get
+
+    def get(hub: hub_room.Hub, path: str, kind: Any, **more: Any) -> Any:
+        if gone and gone.pop(0):
+            raise Unreachable("nobody answers")
+        return inner(hub, path, kind, **more)
+
+    monkeypatch.setattr(hub_room.Hub, "get", get)
+    logged_in.answers[("POST", "/v1/rounds")] = (201, document())
+    logged_in.answers[("GET", "/v1/rounds/r-1")] = lambda _: looks.pop(0)
+    ended = run(*arguments)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("round 1/2") == ended.err.count("round 2/2") == 1
+    assert (looks, gone) == ([], [])
+
+
+def test_a_hub_that_says_no_while_it_is_watched_ends_the_wait(
+    logged_in: SmallHub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "POLL_MS", 1)
+    looks: list[tuple[int, Any]] = [(200, document()), (401, {"detail": "expired", "code": "auth.expired_token"})]
+    logged_in.answers[("GET", "/v1/rounds/r-1")] = lambda _: looks.pop(0)
+    assert run("round", "status", "r-1", "--wait").code not in (0, 8)
+    assert looks == []
+
+
+def test_a_wait_that_takes_too_long_ends_with_eight(
+    logged_in: SmallHub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "POLL_MS", 200)
+    logged_in.answers[("GET", "/v1/rounds/r-1")] = (200, document())
+    ended = run("round", "status", "r-1", "--wait", "--wait-s", "1")
+    assert ended.code == 8
+    assert "still running" in ended.err
 
 
 @pytest.mark.parametrize(("state", "code"), [("failed", 1), ("stopped", 7)])

@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from edge_agent.core.serving import MAX_LABEL_BYTES, Recent, Route, admit
+from edge_agent.core.serving import MAX_LABEL_BYTES, PATIENT_MS, Recent, Route, admit, is_models_fault
 from shared.inference import Answer, Feedback, Infer, Refusal
 from shared.limits import MAX_RECORD_BYTES, MAX_REQUEST_ID_CHARS, MAX_WAITING_REQUESTS
 from shared.telemetry import Outcome
@@ -148,3 +148,21 @@ def test_the_longest_label_fits_into_a_record_with_the_longest_names() -> None:
     outcome = recent(longest).outcome(Feedback(request=request, label="x" * MAX_LABEL_BYTES, value=1.5))
     assert isinstance(outcome, Outcome)
     assert len(msgspec.msgpack.encode(outcome)) <= MAX_RECORD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("expected", "had_ms", "ahead", "usual_ms"),
+    [
+        (True, 50, 0, 5.0),  # ten times what it takes otherwise
+        (False, 50, 1, 5.0),  # it had something else to do
+        (False, 8, 0, 5.0),  # the application is in a hurry
+        (False, 900, 0, -1.0),  # nobody knows what is usual here
+        (True, PATIENT_MS, 0, -1.0),
+        (True, PATIENT_MS, 0, 5_000.0),
+        (False, 60_000, 1, 5.0),
+    ],
+)
+def test_a_missed_deadline_speaks_against_a_model_that_had_time_and_nothing_else_to_do(
+    expected: bool, had_ms: float, ahead: int, usual_ms: float
+) -> None:
+    assert is_models_fault(had_ms=had_ms, ahead=ahead, usual_ms=usual_ms) is expected

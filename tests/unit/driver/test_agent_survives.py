@@ -102,6 +102,7 @@ def test_an_accepted_assignment_is_carried_out_once_the_disk_takes_it(monkeypatc
 def test_one_warm_up_at_a_time_however_many_slots_ask_at_once() -> None:
     world = AgentWorld()
     families = [FamilyName("a-first"), FamilyName("b-second"), FamilyName("c-third")]
+    resting = (Phase.STAGED, Phase.PROBATION, Phase.COMMITTED)
     start = world.hosts.start
     most = 0
 
@@ -110,8 +111,10 @@ def test_one_warm_up_at_a_time_however_many_slots_ask_at_once() -> None:
 
     async def slowly(**wanted: Any) -> Any:
         nonlocal most
+        # As long as anybody else might begin too: every other slot rests until this one is through.
+        others = [family for family in families if family != wanted["manifest"].family]
+        await until(lambda: all(phase(world, family) in resting for family in others), "the others rest")
         most = max(most, sum(phase(world, family) is Phase.WARMUP for family in families))
-        await asyncio.sleep(0.01)
         return await start(**wanted)
 
     async def first() -> None:
@@ -273,19 +276,23 @@ def test_no_more_than_two_families_are_fetched_at_once() -> None:
     families = [FamilyName(f"family-{number}") for number in range(5)]
     fetch = world.fetcher.blob
     running = most = 0
+    go_on = asyncio.Event()
 
     async def slowly(file: FileRef, shelf: Shelf) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.01)
-        running -= 1
+        await go_on.wait()
         await fetch(file, shelf)
+        running -= 1
 
     async def story() -> None:
         world.fetcher.blob = slowly  # type: ignore[method-assign]
         releases = (other_family(release(world, f"{number}.0.0"), name) for number, name in enumerate(families, 1))
         world.arrive(world.publish(*releases))
+        await until(lambda: all(phase(world, family) is Phase.FETCHING for family in families), "all want to fetch")
+        await until(lambda: running == 2, "two do")
+        go_on.set()
         await until(lambda: all(phase(world, family) is Phase.COMMITTED for family in families), "all committed")
 
     world.life(story)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
-from edge_agent.core.cascade import FAILURES_TO_OPEN, MOST_ON_THE_WAY, Policy
+from edge_agent.adapters.oip import Conversation, HttpRequest
+from edge_agent.adapters.waiting import Place, WaitingRoom
+from edge_agent.core.cascade import FAILURES_TO_OPEN, LONGEST_OPEN_MS, MOST_ON_THE_WAY, Policy
 from edge_agent.core.slot_values import Phase
-from edge_agent.ports import CloudRefusal
+from edge_agent.ports import CloudRefusal, HostAnswer
 from shared.errors import HostLost, InputRefused, StorageFull, TransferCorrupt, TransferError, Unreachable
 from shared.inference import AgentState, Answer, Done, Feedback, Infer, Late, Refusal, Reply, Status, TensorHead
+from shared.model import Manifest, Variant
 from shared.telemetry import Body, Grade, Outcome, Result
 from tests.fakes.agent_world import AgentWorld, profile, release, until
+from tests.fakes.agent_world import answer as local_answer
 from tests.fakes.cloud import cloud_answer
 from tests.fakes.hosts import FakeHost
 from tests.fakes.outbox import KeptTicket
@@ -139,6 +145,71 @@ def test_the_local_answer_comes_marked_when_the_hub_fails(
     tell(story)
 
 
+def test_a_defect_in_asking_the_hub_is_told_and_takes_nothing_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.says = OverflowError("a number that fits nowhere")
+        told = [(await infer(world, f"r{number}")).escalated for number in range(MOST_ON_THE_WAY + 2)]
+        assert told == ["refused"] * FAILURES_TO_OPEN + ["breaker"] * (len(told) - FAILURES_TO_OPEN)
+        world.cloud.says = cloud_answer()
+        world.clock.advance(LONGEST_OPEN_MS)
+        assert (await infer(world)).escalated == "answered"
+
+    tell(story)
+    assert "asking the hub failed" in [record.message for record in caplog.records]
+
+
+def test_a_defect_that_comes_late_gives_its_place_back_too() -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.stalls = True
+        world.cloud.says = OverflowError("a number that fits nowhere")
+        for number in range(2):
+            assert (await infer(world, f"r{number}", deadline_ms=50)).escalated == "late"
+        world.cloud.go_on()
+        for number in range(2):
+            while await world.ask(Late(request=f"r{number}", id="q")) != Done(id="q", detail="none"):
+                await asyncio.sleep(0.002)
+        world.cloud.says = cloud_answer()
+        answers = await asyncio.gather(*(infer(world, f"s{number}") for number in range(MOST_ON_THE_WAY)))
+        assert [answer.escalated for answer in answers] == ["answered"] * MOST_ON_THE_WAY
+
+    tell(story)
+
+
+def test_a_request_without_a_release_is_held_against_its_shape_before_the_hub_is_asked() -> None:
+    world = AgentWorld()
+    world.policy = Policy(model="digits-large")
+    world.fetcher.away = True
+    head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: world.models.slot("digits") is not None and world.uplink.online, "assigned, not here")
+        for wrong in (head, *(TensorHead(name="x", dtype="fp32", shape=shape) for shape in ((1, -4), (1,) * 9))):
+            with pytest.raises(InputRefused):
+                await world.ask(Infer(model="digits", inputs=(wrong,), id="bad"), bytes(15))
+        with pytest.raises(InputRefused):
+            await world.ask(Infer(model="digits", inputs=(head,) * 65, id="bad"), bytes(16 * 65))
+        assert world.cloud.asked == []
+        answer = await world.ask(Infer(model="digits", inputs=(head,), id="good"), bytes(16))
+        assert isinstance(answer, Answer)
+        assert answer.rung == "cloud"
+
+    world.life(story)
+
+
+@pytest.mark.parametrize(
+    ("status", "escalated"), [(400, "refused"), (413, "refused"), (408, "breaker"), (429, "breaker"), (503, "breaker")]
+)
+def test_a_no_to_one_request_is_not_held_against_the_hub(status: int, escalated: str) -> None:
+    async def story(world: AgentWorld) -> None:
+        world.cloud.says = CloudRefusal(status=status, message="no")
+        for number in range(FAILURES_TO_OPEN):
+            assert (await infer(world, f"r{number}")).escalated == "refused"
+        assert (await infer(world)).escalated == escalated
+
+    tell(story)
+
+
 def test_retry_after_is_heard() -> None:
     async def story(world: AgentWorld) -> None:
         world.cloud.says = CloudRefusal(status=429, message="queue full", retry_after_ms=2_000)
@@ -189,6 +260,82 @@ def test_a_short_deadline_is_not_spent_on_the_hub() -> None:
     async def story(world: AgentWorld) -> None:
         answer = await infer(world, deadline_ms=11)
         assert answer.escalated == "no_time"
+        assert world.cloud.asked == []
+
+    tell(story)
+
+
+def test_the_time_before_a_requests_turn_is_a_part_of_its_deadline() -> None:
+    async def story(world: AgentWorld) -> None:
+        head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+        request = Infer(model="digits", inputs=(head,), id="r", deadline_ms=500)
+        now = asyncio.get_running_loop().time()
+        reply, _ = await world.service.handle(request, bytes(16), now - 0.5)
+        assert isinstance(reply, Refusal)
+        assert reply.code == "deadline"
+        reply, _ = await world.service.handle(request, bytes(16), now - 0.3)
+        assert isinstance(reply, Answer)
+        assert reply.took_us >= 300_000
+        (question,) = world.cloud.asked
+        assert question.deadline_ms <= 190
+
+    tell(story)
+
+
+@pytest.mark.parametrize(
+    ("path", "outputs", "rung", "escalated"),
+    [
+        ("digits", ["y"], "cloud", "answered"),
+        ("digits", [], "cloud", "answered"),
+        ("digits/versions/1.0.0", ["y"], "full", ""),
+        ("digits", ["h"], "full", "refused"),
+    ],
+)
+def test_a_good_local_answer_never_becomes_an_error_because_the_hub_was_asked(
+    path: str, outputs: list[str], rung: str, escalated: str
+) -> None:
+    body = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0, 0, 0, 0]}],
+        "outputs": [{"name": name} for name in outputs],
+        "parameters": {"timeout": 5_000_000},
+    }
+
+    def two_outputs(manifest: Manifest, variant: Variant, inputs: tuple[TensorHead, ...], payload: bytes) -> HostAnswer:
+        told = local_answer(manifest, variant, inputs, payload)
+        more = TensorHead(name="h", dtype="fp32", shape=(1, 1))
+        return msgspec.structs.replace(told, outputs=(*told.outputs, more), payload=bytes(12))
+
+    async def story(world: AgentWorld) -> None:
+        running = host(world)
+        assert running is not None
+        running._script = two_outputs
+        asked = HttpRequest(
+            method="POST", target=f"/v2/models/{path}/infer", headers={}, body=bytearray(json.dumps(body).encode())
+        )
+        async with asyncio.TaskGroup() as tasks:
+            room = WaitingRoom(handle=world.service.handle, tasks=tasks)
+            said = await Conversation(reply_to=room.reply_to).respond(asked, Place(room))
+        document = json.loads(b"".join(bytes(part) for part in said.parts))
+        assert said.status == 200, document
+        assert document["parameters"]["rung"] == rung
+        assert document["parameters"].get("escalated", "") == escalated
+        assert outputs in ([], [output["name"] for output in document["outputs"]])
+
+    tell(story)
+
+
+def test_a_version_that_is_not_served_is_nobodys_to_answer() -> None:
+    async def story(world: AgentWorld) -> None:
+        head = TensorHead(name="x", dtype="fp32", shape=(1, 4))
+        for _ in range(2):
+            refused = await world.ask(Infer(model="digits", inputs=(head,), id="r", version="2.0.0"), bytes(16))
+            assert isinstance(refused, Refusal)
+            assert (refused.code, refused.retry) == ("model.unknown", False)
+            running = host(world)
+            if running is not None:
+                running.crash()
+        pinned = await world.ask(Infer(model="digits", inputs=(head,), id="r", version="1.0.0"), bytes(16))
+        assert isinstance(pinned, Refusal)  # the hub's model has another version
         assert world.cloud.asked == []
 
     tell(story)
@@ -353,6 +500,11 @@ def test_a_release_switch_forgets_what_was_kept() -> None:
     tell(story, policy=Policy(), cache_entries=8)
 
 
+def joined(world: AgentWorld) -> int:
+    """How many requests wait for an identical one that runs."""
+    return sum(len(flight._callbacks or ()) for flight in world.answering._flights.values())
+
+
 def version(world: AgentWorld) -> str:
     release = world.models.routes()["digits"].release
     return "" if release is None else release.manifest.version
@@ -365,9 +517,7 @@ def test_identical_requests_in_the_air_run_once() -> None:
         running.hang = True
         asking = [asyncio.create_task(infer(world, f"r{number}", deadline_ms=2_000)) for number in range(5)]
         other = asyncio.create_task(infer(world, "other", deadline_ms=2_000, value=9))
-        await until(lambda: len(running._pending) == 2, "on their way")
-        await asyncio.sleep(0.01)
-        assert len(running._pending) == 2
+        await until(lambda: len(running._pending) == 2 and joined(world) == 4, "on their way")
         for waiting in list(running._pending):
             waiting.set_result(None)
         answers = [await task for task in asking]
@@ -404,7 +554,7 @@ def test_a_request_that_was_given_up_leaves_its_work_to_those_who_wait() -> None
         first = asyncio.create_task(infer(world, "first", deadline_ms=5_000))
         await until(lambda: len(running._pending) == 1, "on its way")
         second = asyncio.create_task(infer(world, "second", deadline_ms=5_000))
-        await asyncio.sleep(0.01)
+        await until(lambda: joined(world) == 1, "it waits for the first")
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first

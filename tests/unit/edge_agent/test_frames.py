@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import frames
-from edge_agent.core.frames import BEGINS, CONTINUES, ClassCursor, Cursor, Entry, GapSpan, SegmentName
+from edge_agent.core.frames import BEGINS, CONTINUES, Cursor, Entry, SegmentName
+from edge_agent.core.standing import GapSpan, Standing
 from shared import limits
 from shared.telemetry import RecordClass
 
@@ -92,7 +93,7 @@ def test_names_say_class_first_number_and_generation_and_sort_by_them() -> None:
 
 
 def cursor(generation: int) -> Cursor:
-    one = ClassCursor(10, 20, ((12, 13),), (GapSpan(15, 16, "evicted"),))
+    one = Standing(10, 20, ((12, 13),), (GapSpan(15, 16, "evicted"),))
     return Cursor(
         generation=generation,
         store_ms=5,
@@ -126,7 +127,7 @@ def test_the_newest_slot_that_checks_is_the_cursor() -> None:
 def test_the_largest_cursor_fits_its_slot() -> None:
     far = 2**62
     gaps = tuple(GapSpan(far + i, far + i, "evicted") for i in range(60))
-    one = ClassCursor(far, far, tuple((far + i, far + i) for i in range(12)), gaps)
+    one = Standing(far, far, tuple((far + i, far + i) for i in range(12)), gaps)
     full = cursor(far)
     full = Cursor(
         generation=far,

@@ -228,6 +228,16 @@ class Flaky(MemoryDisk):
         self._fail("sync", name)
         super().sync(name)
 
+    def remove(self, name: str) -> None:
+        """As told."""
+        self._fail("remove", name)
+        super().remove(name)
+
+    def sync_names(self) -> None:
+        """As told; the names are there all the same."""
+        self._fail("sync_names", ".seg")
+        super().sync_names()
+
     def _fail(self, kind: str, name: str) -> None:
         if name.endswith(".seg") and self.failing.get(kind, 0):
             self.failing[kind] -= 1
@@ -259,6 +269,49 @@ def test_a_disk_that_fails_twice_is_told_and_no_number_is_used() -> None:
     assert [portion[:2] for portion in bench.drain(READING)] == [(1, 1), (2, 2)]
 
 
+def test_a_file_that_failed_and_stays_leads_nobody_to_write_over_the_one_before() -> None:
+    disk = Flaky()
+    bench = Bench(disk=disk)
+    bench.put(READING, 30_000)
+    (name,) = bench.segments(READING)
+    before = bytes(disk.files[name])
+    disk.failing |= {"sync": 1, "remove": 1}
+    with pytest.raises(StorageError):
+        bench.put(READING, *[30_000] * 2)
+    assert bench.put(READING, 10) == 2
+    assert bytes(disk.files[name]) == before
+    bench.crash()
+    assert [portion[1:] for portion in bench.drain(READING)] == [(1, None), (2, None)]
+
+
+def test_numbers_do_not_go_on_in_the_file_before_a_new_one_that_may_have_its_name() -> None:
+    disk = Flaky()
+    bench = Bench(disk=disk)
+    bench.put(READING, 30_000)
+    disk.failing["sync_names"] = 1
+    with pytest.raises(StorageError):
+        bench.put(READING, *[30_000] * 2)
+    assert bench.put(READING, 10) == 2
+    assert bench.put(READING, *[30_000] * 2) == 3
+    bench.crash()
+    assert [portion[2] for portion in bench.drain(READING)] == [None] * 3
+
+
+def test_what_failed_is_not_found_later_as_a_part_of_a_batch_that_was_handed_out() -> None:
+    disk = Flaky()
+    bench = Bench(disk=disk)
+    bench.put(READING, 100)
+    disk.failing |= {"sync": 1, "sync_names": 1}
+    with pytest.raises(StorageError):
+        bench.put(READING, 100)
+    disk.failing["sync_names"] = 1
+    with pytest.raises(StorageError):
+        bench.load(READING)
+    assert bench.load(READING) == (1, 1, None)
+    bench.crash()
+    assert bench.load(READING) == (1, 1, None)
+
+
 # Damage
 
 
@@ -282,8 +335,11 @@ def test_a_segment_that_vanished_is_a_gap() -> None:
         bench.put(READING, 30_000)
     del bench.disk.files[bench.segments(READING)[0]]
     bench.crash()
+    lost = bench.journal.depth(bench.now).lost
+    bench.crash()
     portions = bench.drain(READING)
     assert portions[0][2] == "damaged"
+    assert bench.journal.depth(bench.now).lost == lost == {"damaged": portions[0][1]}
     assert [portion[2] for portion in portions[1:]] == [None] * (len(portions) - 1)
 
 
@@ -299,6 +355,19 @@ def test_without_any_cursor_everything_is_sent_again_under_the_same_epoch() -> N
     assert bench.journal.epoch == epoch
     assert bench.drain(READING) == [(1, 1, None)]
     assert bench.put(READING, 10) == 2
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_numbers_go_on_though_the_last_file_was_taken_and_a_cursor_slot_is_damaged(place: int) -> None:
+    bench = Bench()
+    bench.put(READING, 10, 10)
+    bench.disk.size = sum(map(len, bench.disk.files.values()))
+    while bench.segments(READING):
+        bench.put(EVENT, 30_000)
+    bench.disk.size *= 2
+    bench.disk.files["cursor"][place * frames.SLOT_BYTES + 10] ^= 1
+    bench.crash()
+    assert bench.put(READING, 10) == 3
 
 
 def test_a_torn_tail_is_written_over() -> None:

@@ -43,7 +43,7 @@ def samples(page: bytes) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def respond(method: str, reply: Reply = STATE) -> HttpResponse:
-    async def reply_to(request: Request, _: bytearray) -> tuple[Reply, Sequence[Buffer]]:
+    async def reply_to(request: Request, _: bytearray, _arrived: float) -> tuple[Reply, Sequence[Buffer]]:
         assert isinstance(request, Status)
         return reply, ()
 

@@ -14,11 +14,13 @@ from cloud_hub.ground import broker, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
 from cloud_hub.ground.ca import make_ca
+from cloud_hub.ground.courier import Link
 from cloud_hub.ground.folder import DataFolder
 from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.ground.tlsport import bind
 from shared.errors import ConfigError, Conflict
 from shared.ids import DeviceId
+from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, NOW_MS
 
 
@@ -202,3 +204,18 @@ def test_a_busy_port_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             asyncio.run(broker.require_free_port(settings))
         assert caught.value.code == "config.port_busy"
         assert "broker.port" in caught.value.hint
+
+
+def test_a_link_says_since_when_it_is_up() -> None:
+    clock = FakeClock()
+    link = Link(clock)
+    assert link.up_since_ms() is None
+    link.set(is_up=True)
+    up_ms = clock.wall
+    clock.advance(1000)
+    link.set(is_up=True)
+    assert link.up_since_ms() == up_ms
+    link.set(is_up=False)
+    assert link.up_since_ms() is None
+    link.set(is_up=True)
+    assert link.up_since_ms() == up_ms + 1000

@@ -273,6 +273,88 @@ def test_memory_for_bodies_is_bounded_over_all(monkeypatch: pytest.MonkeyPatch) 
     story(work)
 
 
+class Slow:
+    """A request whose body comes as it is let; `headers` announce what they like."""
+
+    def __init__(self, app: Any, *, token: str, announced: int) -> None:
+        self._app = app
+        self._parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._sent: list[dict[str, Any]] = []
+        self._scope = {
+            "type": "http",
+            "method": "POST",
+            "path": INFER,
+            "headers": [(b"content-length", b"%d" % announced), (b"authorization", token.encode())],
+            "extensions": {PEER_CERTIFICATE: None},
+        }
+
+    def give(self, body: bytes, *, more: bool = True) -> None:
+        """Let this much of the body come."""
+        self._parts.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    async def run(self) -> Answer:
+        """Send it; what comes back."""
+
+        async def send(message: dict[str, Any]) -> None:
+            self._sent.append(message)
+
+        await self._app(self._scope, self._parts.get, send)
+        return Answer(self._sent)
+
+
+class NamedGate(Gate):
+    """Believes whatever name it is given."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def identify(self, request: Any) -> Principal:
+        """By the name that stands where the token would."""
+        return Principal(name=request.headers["authorization"], role=Role.VIEWER)
+
+
+def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out() -> None:
+    async def work(app: OffloadApp, _: Desk) -> None:
+        async with asyncio.TaskGroup() as group:
+            count = asgi.MAX_HELD_BYTES // asgi.MAX_BODY_BYTES
+            idle = [Slow(app, token="mallory", announced=asgi.MAX_BODY_BYTES) for _ in range(count)]
+            tasks = [group.create_task(one.run()) for one in idle]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            good = {"authorization": "alice"}
+            assert (await call(app, "POST", INFER, json.dumps(JSON_BODY).encode(), headers=good)).status == 200
+            for task in tasks:
+                task.cancel()
+        assert app._held_bytes == 0
+
+    story(work, gate=NamedGate())
+
+
+def test_one_principals_bodies_leave_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps(JSON_BODY).encode()
+    monkeypatch.setattr(asgi, "MAX_PRINCIPAL_BYTES", 3 * len(body))
+    monkeypatch.setattr(asgi, "MAX_HELD_BYTES", 4 * len(body))
+
+    async def work(app: OffloadApp, _: Desk) -> None:
+        async with asyncio.TaskGroup() as group:
+            many = [Slow(app, token="mallory", announced=2 * len(body)) for _ in range(3)]
+            tasks = [group.create_task(one.run()) for one in many]
+            for one in many:
+                one.give(body)
+            while app._held_bytes < 3 * len(body):
+                await asyncio.sleep(0)
+            greedy = await call(app, "POST", INFER, body, headers={"authorization": "mallory"})
+            assert (greedy.status, greedy.json["code"]) == (429, "overload.share")
+            assert "retry-after" in greedy.headers
+            assert (await call(app, "POST", INFER, body, headers={"authorization": "alice"})).status == 200
+            for task in tasks:
+                task.cancel()
+        assert app._held_bytes == 0
+        assert not app._shares
+
+    story(work, gate=NamedGate())
+
+
 class StrictGate(Gate):
     """Knows one token and one certificate."""
 
@@ -309,6 +391,28 @@ def test_only_who_is_known_gets_in_and_is_not_looked_up_each_time() -> None:
         assert (await call(app, "GET", "/v2/health/live")).status == 200
 
     story(work, gate=gate)
+
+
+def test_devices_get_answers_of_published_releases_only_and_people_of_candidates_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(app: OffloadApp, desk: Desk) -> None:
+        found: list[bool] = []
+        inner = Shelf.find
+
+        async def find(shelf: Shelf, family: str, version: str, *, candidates: bool) -> Any:
+            found.append(candidates)
+            return await inner(shelf, family, version, candidates=candidates)
+
+        monkeypatch.setattr(Shelf, "find", find)
+        body = json.dumps(JSON_BODY).encode()
+        for given in ({"headers": {"authorization": "Bearer good"}}, {"certificate": b"der"}):
+            assert (await call(app, "POST", INFER, body, **given)).status == 200
+            for path in ("/v2/models/sign", "/v2/models/sign/ready"):
+                assert (await call(app, "GET", path, **given)).status == 200
+        assert found == [True] * 3 + [False] * 3
+
+    story(work, gate=StrictGate())
 
 
 def test_other_paths_are_the_other_applications() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cloud_hub.offload import desk as desk_room
 from cloud_hub.offload import engine as engine_room
+from cloud_hub.offload import served
 from cloud_hub.offload.desk import FAILURE_US, Answered, Ask, Desk, OffloadSettings, Overload
-from shared.errors import InputRefused, ModelError, StorageError
+from shared.errors import InputRefused, ModelError, OutriderError, StorageError
 from shared.tensors import from_wire, to_wire
 from tests.fakes.offload_room import Shelf, now_us, running
 from tests.fakes.releases import sign_classifier
@@ -31,6 +33,15 @@ def scores(answered: Answered) -> list[list[float]]:
 
 def sample(metrics: Any, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+async def outcome_of(desk: Desk, one: Ask) -> str:
+    """`answered`, or the code of what went wrong."""
+    try:
+        await desk.infer(one)
+    except OutriderError as error:
+        return error.code
+    return "answered"
 
 
 async def all_of(desk: Desk, asks: list[Ask]) -> list[Answered]:
@@ -152,6 +163,146 @@ def test_a_model_that_has_to_go_ends_what_waits_for_it(monkeypatch: pytest.Monke
             gateway.go.set()
             assert [scores(await one) for one in first] == [[[n, -n]] for n in range(5)]
             assert scores(await other) == [[1, -1]]
+
+    asyncio.run(story())
+
+
+class Census:
+    """Counts the engines that are in memory, and the loads that run at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive = self.loads = self.most_alive = self.most_loads = 0
+        make, end, warm = engine_room.Engine.__init__, engine_room.Engine.close, engine_room.Engine.warm_up
+
+        def made(engine: engine_room.Engine, **given: Any) -> None:
+            self.alive, self.loads = self.alive + 1, self.loads + 1
+            self.most_alive, self.most_loads = max(self.most_alive, self.alive), max(self.most_loads, self.loads)
+            make(engine, **given)
+
+        def warmed(engine: engine_room.Engine, *args: Any, **given: Any) -> Any:
+            try:
+                return warm(engine, *args, **given)
+            finally:
+                self.loads -= 1
+
+        def ended(engine: engine_room.Engine) -> None:
+            self.alive -= 1
+            end(engine)
+
+        for name, function in (("__init__", made), ("warm_up", warmed), ("close", ended)):
+            monkeypatch.setattr(engine_room.Engine, name, function)
+
+
+def test_however_many_models_are_asked_at_once_only_so_many_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    census = Census(monkeypatch)
+    names = "abcdefgh"
+    shelf = Shelf(**dict.fromkeys(names, sign_classifier()))
+
+    async def story() -> None:
+        async with running(shelf, settings=OffloadSettings(max_models=2)) as (desk, _):
+            found = await all_of(desk, [ask((2, 0), model=name) for name in names])
+            assert [scores(one) for one in found] == [[[2, -2]]] * len(names)
+
+    asyncio.run(story())
+    assert shelf.opened == list(names)
+    assert (census.most_alive, census.most_loads) == (2, 1)
+
+
+def test_only_so_many_models_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(desk_room, "MAX_LOADS", 2)
+    shelf = Shelf(a=sign_classifier(), b=sign_classifier(), c=sign_classifier())
+    inner = shelf.files
+    monkeypatch.setattr(shelf, "files", lambda manifest: (held.wait(20), inner(manifest))[1])
+
+    async def story() -> None:
+        async with running(shelf) as (desk, _), asyncio.TaskGroup() as group:
+            first = [group.create_task(desk.infer(ask((1, 0), model=name))) for name in "ab"]
+            await asyncio.sleep(0)
+            with pytest.raises(Overload) as refused:
+                await desk.infer(ask((1, 0), model="c"))
+            assert refused.value.code == "model.loading"
+            held.set()
+            assert [scores(await one) for one in first] == [[[1, -1]]] * 2
+            assert scores(await desk.infer(ask((1, 0), model="c"))) == [[1, -1]]
+
+    asyncio.run(story())
+
+
+def test_a_load_that_does_not_end_is_given_up_and_keeps_its_place_until_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(desk_room, "LOAD_S", 0.05)
+    shelf = Shelf(a=sign_classifier(), b=sign_classifier())
+    inner = shelf.files
+    monkeypatch.setattr(
+        shelf, "files", lambda manifest: (held.wait(20) if manifest.family == "a" else None, inner(manifest))[1]
+    )
+
+    async def story() -> None:
+        async with running(shelf, settings=OffloadSettings(max_models=1)) as (desk, _):
+            with pytest.raises(ModelError) as stuck:
+                await desk.infer(ask((1, 0), model="a"))
+            assert stuck.value.code == "model.stuck"
+            with pytest.raises(Overload) as full:
+                await desk.infer(ask((1, 0), model="b"))
+            assert full.value.code == "overload.stuck"
+            monkeypatch.setattr(desk_room, "LOAD_S", 20)
+            held.set()
+            while desk._engines:
+                await asyncio.sleep(0.01)
+            desk._places.clear()
+            assert scores(await desk.infer(ask((1, 0), model="b"))) == [[1, -1]]
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_does_not_come_back_is_given_up_and_tried_again_when_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shelf = Shelf(a=sign_classifier(), b=sign_classifier())
+
+    async def story() -> None:
+        async with running(shelf, settings=OffloadSettings(max_models=2)) as (desk, metrics), asyncio.TaskGroup() as g:
+            for model in "ab":
+                await desk.infer(ask((1, 0), model=model))
+            with monkeypatch.context() as patched:
+                gateway = Gateway(patched)
+                patched.setattr(served, "STUCK_S", 0.1)
+                runs = g.create_task(outcome_of(desk, ask((2, 0), model="a")))
+                await asyncio.to_thread(gateway.entered.wait, 20)
+                waits = g.create_task(outcome_of(desk, ask((3, 0), model="a")))
+                assert [await runs, await waits] == ["model.stuck", "model.unavailable"]
+                assert await outcome_of(desk, ask((4, 0), model="a")) == "model.stuck"
+                assert shelf.opened == ["a", "b"]
+            assert await outcome_of(desk, ask((4, 0), model="b")) == "answered"
+            gateway.go.set()
+            while sample(metrics, "outrider_hub_offload_models_loaded") > 1:
+                await asyncio.sleep(0.01)
+            assert await outcome_of(desk, ask((5, 0), model="a")) == "answered"
+
+    asyncio.run(story())
+    assert shelf.opened == ["a", "b", "a"]
+
+
+def test_who_waits_in_vain_is_told_at_the_deadline_and_leaves_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with running(Shelf(sign=sign_classifier())) as (desk, _), asyncio.TaskGroup() as group:
+            await desk.infer(ask((0, 0)))
+            gateway = Gateway(monkeypatch)
+            first = group.create_task(desk.infer(ask((1, 0))))
+            await asyncio.to_thread(gateway.entered.wait, 20)
+            patient = group.create_task(desk.infer(ask((2, 0))))
+            hasty = group.create_task(outcome_of(desk, ask((3, 0), within_ms=200)))
+            gone = group.create_task(desk.infer(ask((4, 0))))
+            while desk_line(desk).waiting_rows < 3:
+                await asyncio.sleep(0)
+            gone.cancel()
+            assert await hasty == "overload.late"
+            assert desk_line(desk).waiting_rows == 1
+            gateway.go.set()
+            assert [scores(await one) for one in (first, patient)] == [[[1, -1]], [[2, -2]]]
 
     asyncio.run(story())
 

@@ -81,6 +81,33 @@ def test_the_running_batch_counts_with_what_is_left_of_it() -> None:
     assert queue.offer(ticket(1, deadline=22_000), now_us=9_000) is None
 
 
+def test_an_engine_that_is_overdue_is_not_predicted_to_be_free_at_once() -> None:
+    queue = line(per_batch_us=10_000)
+    queue.offer(ticket(0), now_us=0)
+    queue.form(now_us=0)
+    stuck_us = 5_000_000
+    assert queue.wait_us(now_us=10_000) == 0
+    assert queue.wait_us(now_us=stuck_us) >= stuck_us - 10_000
+    refused = queue.offer(ticket(1, deadline=stuck_us + 1_000_000), now_us=stuck_us)
+    assert refused == Refused("late", retry_after_us=stuck_us - 10_000)
+    assert queue.offer(ticket(2, deadline=stuck_us + 10_000_000), now_us=stuck_us) is None
+    queue.finish(1, took_us=stuck_us)
+    assert queue.wait_us(now_us=stuck_us) == 0
+
+
+def test_who_no_longer_waits_leaves_the_line_and_the_others_keep_their_order() -> None:
+    queue = line()
+    several = [ticket(number, rows=2) for number in range(3)]
+    for one in several:
+        queue.offer(one, now_us=0)
+    assert queue.withdraw(several[1])
+    assert not queue.withdraw(several[1])
+    assert not queue.withdraw(ticket(0, rows=2)), "an equal one is another one"
+    assert queue.waiting_rows == 4
+    assert loads(queue.form(now_us=0)) == [0, 2]
+    assert not queue.withdraw(several[0]), "it runs"
+
+
 def test_full_batches_before_it_count() -> None:
     queue = line(per_batch_us=10_000, max_batch_rows=4)
     for number in range(8):

@@ -31,14 +31,21 @@ def room(tmp_path: Path) -> Iterator[ReleaseRoom]:
     room.close()
 
 
-def find(room: ReleaseRoom, family: str = "digits", version: str = "", *, registry: Registry | None = None) -> Release:
+def find(
+    room: ReleaseRoom,
+    family: str = "digits",
+    version: str = "",
+    *,
+    registry: Registry | None = None,
+    candidates: bool = True,
+) -> Release:
     registry = registry or Registry(releases=room.desk, now_us=Hands())
-    return asyncio.run(registry.find(family, version))
+    return asyncio.run(registry.find(family, version, candidates=candidates))
 
 
-def unknown(room: ReleaseRoom, family: str = "digits", version: str = "") -> None:
+def unknown(room: ReleaseRoom, family: str = "digits", version: str = "", *, candidates: bool = True) -> None:
     with pytest.raises(ModelError) as refused:
-        find(room, family, version)
+        find(room, family, version, candidates=candidates)
     assert refused.value.code == "model.unknown"
 
 
@@ -51,6 +58,21 @@ def test_the_newest_published_version_is_served_else_the_newest_that_is_ready(ro
     assert find(room).manifest.version == "1.10.0"
     assert find(room).versions == ("1.10.0", "1.9.0")
     assert find(room, version="1.9.0").manifest.version == "1.9.0"
+
+
+def test_without_candidates_there_is_only_what_somebody_signed(room: ReleaseRoom) -> None:
+    for version in ("1.0.0", "1.1.0"):
+        room.make_ready(version)
+    registry = Registry(releases=room.desk, now_us=Hands())
+    assert find(room, registry=registry).manifest.version == "1.1.0"
+    for version in ("", "1.0.0"):
+        with pytest.raises(ModelError):
+            find(room, version=version, registry=registry, candidates=False)
+    asyncio.run(room.publish("1.0.0"))
+    published = find(room, candidates=False)
+    assert (published.manifest.version, published.versions) == ("1.0.0", ("1.0.0",))
+    unknown(room, version="1.1.0", candidates=False)
+    assert find(room, version="1.1.0").manifest.version == "1.1.0"
 
 
 def test_what_is_not_there_or_no_name_is_unknown(room: ReleaseRoom) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cloud_hub.releases.blobs import BUFFER_BYTES, Blobs
+from cloud_hub.ground.arrivals import BUFFER_BYTES
+from cloud_hub.releases.blobs import Blobs
 from shared.errors import InvalidValue, StorageError, StorageFull, TransferCorrupt
 from shared.ids import Digest
 
@@ -133,7 +134,7 @@ def test_a_full_disk_is_told_as_such_and_leaves_nothing(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cloud_hub.releases.blobs.os.fsync", full)
+    monkeypatch.setattr("cloud_hub.ground.arrivals.os.fsync", full)
     with pytest.raises(StorageFull) as refusal:
         receive(blobs, digest_of(DATA), len(DATA), DATA)
     assert refusal.value.code == "storage.full"

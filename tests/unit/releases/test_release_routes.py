@@ -123,7 +123,7 @@ def test_a_full_disk_is_a_507(api: Api, monkeypatch: pytest.MonkeyPatch) -> None
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cloud_hub.releases.blobs.os.fsync", full)
+    monkeypatch.setattr("cloud_hub.ground.arrivals.os.fsync", full)
     assert is_problem(api("PUT", f"/v1/blobs/{DIGEST}", content=DATA), 507, "storage.full")
 
 

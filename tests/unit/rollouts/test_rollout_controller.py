@@ -234,6 +234,8 @@ def test_the_hub_may_end_at_any_step_and_goes_on_to_the_right_end(
             room.clock.advance(MINUTE_MS // 2)
             view = room.run(name, behave)
             assert (view.phase, set(room.versions())) == (end, {version}), (step, when)
+            if end is Phase.COMPLETED:
+                assert view.devices["healthy"] == 3, (step, when)  # nobody was given it unwatched
             assert room.database.read_now(audit.verify).broken_at is None
             room.close()
 
@@ -255,3 +257,106 @@ def test_a_state_that_somebody_else_has_moved_on_is_not_overwritten(room: Rollou
         asyncio.run(room.desk.controller._decide(stale, event))
     assert caught.value.code == "conflict.rollout_moved"
     assert asyncio.run(room.desk.get(name)).phase is Phase.RUNNING
+
+
+def test_a_long_look_does_not_keep_operators_waiting(room: RolloutRoom) -> None:
+    name = room.start().id
+
+    async def work() -> None:
+        room.figures.gate = asyncio.Event()
+        look = asyncio.create_task(room.desk.controller.look())
+        while not room.figures.asked:
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await room.desk.pause(name, actor="token:ann")
+        room.figures.gate.set()
+        await look
+
+    asyncio.run(work())
+    view = asyncio.run(room.desk.get(name))
+    assert (view.phase, view.devices["offered"]) == (Phase.PAUSED, 0)
+
+
+def test_a_conflict_that_passes_strands_nobody(room: RolloutRoom) -> None:
+    name = room.start().id
+    room.refusals = [Conflict("somebody else is writing", code="conflict.assignment_moved")]
+    room.look()
+    view = asyncio.run(room.desk.get(name))
+    assert (view.stranded, view.devices["offered"]) == (0, 1)
+    assert room.run(name, well).phase is Phase.COMPLETED
+
+
+def test_a_conflict_that_stays_is_told(room: RolloutRoom) -> None:
+    name = room.start().id
+    room.refusals = [Conflict("below the floor", code="conflict.floor")]
+    room.look()
+    view = asyncio.run(room.desk.get(name))
+    assert (view.stranded, view.devices["unresolved"]) == (1, 1)
+
+
+def test_what_an_earlier_attempt_left_behind_is_no_evidence(room: RolloutRoom) -> None:
+    """Each cohort's figures of the release are read from its own offer on."""
+    name = room.start(stages=[1, "100%"], soak_s=0).id
+    room.run(name, well)
+    (first, *others) = asyncio.run(room.desk.devices(name, limit=10))
+    room.figures.asked.clear()
+    again = asyncio.run(room.desk.controller.load(name))
+    asyncio.run(room.desk._lookout.picture(again, {}))
+    asked = {devices: since_ms for since_ms, devices in room.figures.asked}
+    assert asked[frozenset({first.device})] == first.offered_ms
+    assert asked[frozenset(one.device for one in others)] == others[0].offered_ms > first.offered_ms
+
+
+def test_of_the_control_only_some_are_asked_for(tmp_path: Path) -> None:
+    room = RolloutRoom(tmp_path, devices=70)
+    room.start()
+    room.look()
+    room.figures.asked.clear()
+    room.look()
+    assert sorted(len(devices) for _, devices in room.figures.asked) == [1, 50, 70]
+    room.close()
+
+
+def test_what_takes_long_to_read_is_not_read_again_soon(room: RolloutRoom) -> None:
+    room.start()
+    room.figures.takes_ms, room.figures.clock = 1000, room.clock
+    everybody = frozenset(room.releases.fleet.devices)
+
+    def reads() -> int:
+        return sum(devices == everybody for _, devices in room.figures.asked)
+
+    room.look()
+    room.clock.advance(10_000)
+    room.look()
+    assert reads() == 1 + 1  # the past, and once the control, which was everybody before the first offer
+    room.clock.advance(20_000)
+    room.look()
+    assert reads() == 3
+
+
+def test_silence_counts_from_when_the_link_came_up_again(room: RolloutRoom) -> None:
+    lookout = room.desk._lookout
+    state = asyncio.run(room.desk.controller.load(room.start().id))
+    started_ms = room.clock.wall
+
+    def since_ms() -> int:
+        return asyncio.run(lookout.picture(state, {})).watching_since_ms
+
+    room.clock.advance(MINUTE_MS)
+    assert since_ms() == started_ms
+    room.link = None
+    room.clock.advance(MINUTE_MS)
+    assert since_ms() == room.clock.wall
+    room.link = up_ms = room.clock.wall + MINUTE_MS
+    room.clock.advance(5 * MINUTE_MS)
+    assert since_ms() == up_ms
+
+
+def test_a_rollout_of_devices_that_were_heard_begins_at_once_however_late_it_is_asked_for(room: RolloutRoom) -> None:
+    room.link = room.clock.wall
+    for name in list(room.releases.fleet.devices):
+        room.report(name, version=OLD)
+    room.clock.advance(1000)
+    name = room.start().id
+    room.look()
+    assert asyncio.run(room.desk.get(name)).devices["offered"] == 1

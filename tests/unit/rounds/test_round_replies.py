@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_hub.rounds import checkpoint, replies
+from edge_agent.adapters import samples
+from shared import limits
 from shared.errors import ProtocolViolation
 from shared.federated import Array, ArrayRecord, FlowerError, FlowerMessage, FlowerRecord, Metadata, MetricRecord
 from shared.wire.flower import encode_message
@@ -74,6 +76,14 @@ def test_a_good_answer_keeps_its_numbers_and_gets_the_requests_metadata(read: Ca
     assert (found.run_id, found.message_type) == (2, "train")
 
 
+def test_a_device_weighs_as_much_as_it_may_hold_and_not_more(read: Callable[..., Any]) -> None:
+    assert limits.MAX_ROUND_SAMPLES == samples.MAX_SAMPLES
+    fullest = read(answer(records(metrics=MetricRecord({"num-examples": limits.MAX_ROUND_SAMPLES}))))
+    assert dict(fullest.content["metrics"]) == {"num-examples": float(samples.MAX_SAMPLES)}
+    claimed = read(answer(records(metrics=MetricRecord({"num-examples": limits.MAX_ROUND_SAMPLES + 1}))))
+    assert "2001" in claimed.error.reason
+
+
 def test_an_error_stays_an_error(read: Callable[..., Any]) -> None:
     reply = read(answer(error=FlowerError(6, "x" * 10_000)))
     assert reply.has_error()
@@ -105,6 +115,7 @@ BAD: dict[str, dict[str, Any]] = {
     "examples below zero": {"metrics": MetricRecord({"num-examples": -3})},
     "examples not a number": {"metrics": MetricRecord({"num-examples": float("nan")})},
     "examples without end": {"metrics": MetricRecord({"num-examples": 10**12})},
+    "more examples than a device holds": {"metrics": MetricRecord({"num-examples": 2_001})},
     "examples in a list": {"metrics": MetricRecord({"num-examples": [1, 2]})},
     "a tensor of another kind": {
         "arrays": ArrayRecord(

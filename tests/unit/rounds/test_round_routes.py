@@ -88,7 +88,7 @@ def put_task(room: RoundRoom, *, closed: bool = False) -> None:
 
     def work(conn: Any) -> None:
         tables.add_run(conn, RUN, spec=spec(), head=Head(features="r", width=2, classes=2), at_ms=1, actor="test")
-        tables.add_tasks(conn, RUN, "1t1", {MESSAGE: (1, DeviceId("dev-1"))}, at_ms=1)
+        tables.add_tasks(conn, RUN, "1t1", {MESSAGE: (1, DeviceId("dev-1"))}, number=1, at_ms=1)
         if closed:
             tables.close_tasks(conn, RUN)
 

@@ -195,6 +195,27 @@ def test_malformed_bytes_say_what_is_wrong(data: bytes, why: str) -> None:
         decode_message(data)
 
 
+def test_a_message_of_very_many_fields_is_refused_before_they_are_all_read() -> None:
+    unknown = b"\x78\x01"  # field 15, a number
+    half = limits.MAX_ROUND_FIELDS // 2
+    decode_message(unknown * half)
+    entry = Part()
+    entry.data(1, unknown * (half + 1))
+    for data in (unknown * (limits.MAX_ROUND_FIELDS + 1), unknown * half + entry.join(), unknown * 2**22):
+        with pytest.raises(ProtocolViolation, match="fields") as caught:
+            decode_message(data)
+        assert caught.value.code == "protocol.too_large"
+
+
+def test_the_numbers_of_all_lists_together_are_bounded() -> None:
+    numbers: list[int] = [1] * limits.MAX_ROUND_LIST
+    few = FlowerMessage(metadata=Metadata(), content={"m": MetricRecord({"a": numbers, "b": numbers})})
+    assert decode_message(encode_message(few)) == few
+    many = FlowerMessage(metadata=Metadata(), content={"m": MetricRecord({str(key): numbers for key in range(4)})})
+    with pytest.raises(ProtocolViolation, match="fields"):
+        decode_message(encode_message(many))
+
+
 def test_what_is_too_much_is_refused_before_it_is_made() -> None:
     many = Part()
     for _ in range(limits.MAX_ROUND_ITEMS + 1):

@@ -146,3 +146,28 @@ def test_a_request_id_is_a_name_and_not_a_document() -> None:
             decode_request(encode_header(request))
     with pytest.raises(InputRefused, match="request"):
         decode_request(encode_header(inference.Feedback(request=longest + "x", correct=True)))
+
+
+@pytest.mark.parametrize(("asked_ms", "given_ms"), [(50, 50), (3_600_000, 3_600_000), (2**63 - 1, 3_600_000), (-5, -5)])
+def test_a_deadline_beyond_an_hour_is_an_hour(asked_ms: int, given_ms: int) -> None:
+    request = decode_request(encode_header(inference.Infer(model="m", inputs=(), deadline_ms=asked_ms)))
+    assert isinstance(request, inference.Infer)
+    assert request.deadline_ms == given_ms
+
+
+@pytest.mark.parametrize(
+    ("shapes", "payload_bytes"),
+    [([(1, 4)], 15), ([(1, 4)], 17), ([(-1, -4)], 16), ([(0, 4)], 0), ([(1,) * 9], 4), ([(1,)] * 65, 260), ([], 0)],
+)
+def test_tensors_that_nobody_declared_must_still_fit_their_payload(
+    shapes: list[tuple[int, ...]], payload_bytes: int
+) -> None:
+    heads = tuple(TensorHead(name=str(number), dtype="fp32", shape=shape) for number, shape in enumerate(shapes))
+    with pytest.raises(InputRefused):
+        inference.check_heads(heads, payload_bytes)
+
+
+def test_tensors_that_fit_their_payload_are_taken() -> None:
+    inference.check_heads(
+        (TensorHead(name="a", dtype="fp32", shape=(1, 4)), TensorHead(name="b", dtype="int8", shape=())), 17
+    )

@@ -55,3 +55,16 @@ def test_bytes_that_are_no_sketch_and_shares_that_are_none_are_refused() -> None
     assert refused.value.code == "storage.sketch"
     with pytest.raises(ValueError, match="between 0 and 1"):
         sketch_of([1]).quantile(1.5)
+
+
+def test_taking_numbers_out() -> None:
+    whole, part = sketch_of([1000.0] * 5 + [9000.0] * 3), sketch_of([9000.0] * 2)
+    assert whole.without(part) == sketch_of([1000.0] * 5 + [9000.0])
+    assert part.without(whole) == Sketch()
+
+
+def test_several_quantiles_are_those_of_one_at_a_time() -> None:
+    sketch = sketch_of([float(number) for number in range(1, 400)])
+    shares = (0.0, 0.5, 0.5, 0.95, 1.0)
+    assert sketch.quantiles(shares) == tuple(sketch.quantile(q) for q in shares)
+    assert Sketch().quantiles(shares) == (0.0,) * 5

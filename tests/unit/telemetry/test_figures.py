@@ -13,7 +13,7 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.telemetry import tables
 from cloud_hub.telemetry.desk import Desk
-from cloud_hub.telemetry.figures import MAX_GROUPS, Figures, tally
+from cloud_hub.telemetry.figures import MAX_GROUPS, NEVER_US, Figures, tally
 from cloud_hub.telemetry.rules import open_batch
 from shared.ids import DeviceId
 from shared.telemetry import Body, Outcome, Record, Result
@@ -85,10 +85,18 @@ def test_a_record_that_comes_again_counts_once(room: Room) -> None:
     assert counts(room.figures()) == [("pi-1", "1.0.0", 3, 0, 0, 3)]
 
 
-def test_only_the_models_own_answers_are_timed_and_refusals_are_none(room: Room) -> None:
-    rungs = ("full", "smaller", "cached", "cloud", "refused")
+def test_only_the_models_own_answers_are_timed(room: Room) -> None:
+    rungs = ("full", "smaller", "cached", "cloud")
     room.take(numbered(*(result(n, rung=rung) for n, rung in enumerate(rungs))))
     assert counts(room.figures()) == [("pi-1", "1.0.0", 4, 0, 0, 2)]
+
+
+def test_a_request_without_an_answer_is_a_time_without_end_and_no_answer(room: Room) -> None:
+    room.take(numbered(*(result(n, took_us=1000) for n in range(90)), *(result(n, rung="refused") for n in range(10))))
+    (figures,) = room.figures()
+    assert (figures.answered, figures.latency.count) == (90, 100)
+    assert figures.latency.quantile(0.5) == pytest.approx(1000, rel=0.05)
+    assert figures.latency.quantile(0.95) == pytest.approx(NEVER_US, rel=0.05)
 
 
 def test_what_the_hub_said_is_no_verdict(room: Room) -> None:

@@ -22,7 +22,7 @@ from shared.telemetry import DeviceEvent, Outcome, Reading, Record, RecordClass,
 from tests.fakes.batches import EPOCH, batch_of
 
 PI, OTHER = DeviceId("pi-1"), DeviceId("pi-2")
-BEFORE = "0007_rounds"
+BEFORE = "0009_round_tasks"
 Row = tuple[DeviceId, str, int, Record, int]
 
 

@@ -79,12 +79,12 @@ def test_the_oldest_are_forgotten() -> None:
         features.select(("a",), width=2)
 
 
-def test_a_fixed_batch_is_filled_up_and_a_free_one_is_kept_small() -> None:
-    fixed = Engine(batch=4)
-    features = Features(manifest=manifest(batch=4), engine=fixed, output="scores")
-    feed(features, *[(float(number), 0.0) for number in range(6)])
-    assert fixed.rows == [4, 4]
-    assert features.select(("a",), width=2)[0][:, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+def test_a_model_of_one_row_runs_row_by_row_and_a_free_batch_is_kept_small() -> None:
+    single = Engine(batch=1)
+    features = Features(manifest=manifest(batch=1), engine=single, output="scores")
+    feed(features, *[(float(number), 0.0) for number in range(3)])
+    assert single.rows == [1, 1, 1]
+    assert features.select(("a",), width=2)[0][:, 0].tolist() == [0, 0.5, 1]
     free = Engine()
     features = Features(manifest=manifest(), engine=free, output="scores")
     feed(features, *[(1.0, 1.0)] * (ROWS_AT_ONCE + 5))

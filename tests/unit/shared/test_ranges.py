@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_hub.telemetry import ranges
-from cloud_hub.telemetry.ranges import Ranges, ranges_of
+from shared import ranges
+from shared.ranges import Ranges, ranges_of
 
 NUMBERS = st.sets(st.integers(1, 60))
 FIRST, MORE = st.integers(1, 60), st.integers(0, 10)
@@ -48,13 +48,13 @@ def test_parts_of_a_span_are_in_or_not(found: set[int], first: int, more: int) -
     asked = set(range(first, first + more + 1))
     made = made_of(found)
     assert ranges.meets(made, first, first + more) == bool(asked & found)
-    assert ranges.overlap(made, first, first + more) == made_of(asked & found)
-    assert ranges.without(made, first, first + more) == made_of(asked - found)
+    assert ranges.within(made, first, first + more) == made_of(asked & found)
+    assert ranges.missing(made, first, first + more) == made_of(asked - found)
 
 
 @given(NUMBERS)
 def test_missing_is_what_lies_below_the_highest_and_is_not_in(found: set[int]) -> None:
-    assert numbers(ranges.missing(made_of(found))) == set(range(1, max(found, default=0) + 1)) - found
+    assert numbers(ranges.holes(made_of(found))) == set(range(1, max(found, default=0) + 1)) - found
 
 
 @given(NUMBERS)

@@ -18,8 +18,8 @@ from shared.telemetry import Body, Record
 from shared.wire.columns import decode_columns, encode_columns
 from shared.wire.messages import digest_of
 
-revision = "0008_batches"
-down_revision = "0007_rounds"
+revision = "0010_batches"
+down_revision = "0009_round_tasks"
 branch_labels = None
 depends_on = None
 

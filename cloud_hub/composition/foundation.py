@@ -1,0 +1,28 @@
+"""What every room of the hub is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cloud_hub.config import HubConfig
+from cloud_hub.ground.bus import Bus
+from cloud_hub.ground.ca import Authority
+from cloud_hub.ground.courier import Link
+from cloud_hub.ground.database import Database
+from cloud_hub.ground.metrics import Metrics
+from cloud_hub.releases.desk import OnlineKeys
+from shared.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What every room is given."""
+
+    config: HubConfig
+    clock: Clock
+    database: Database
+    authority: Authority
+    metrics: Metrics
+    bus: Bus
+    link: Link
+    keys: OnlineKeys
