@@ -10,7 +10,8 @@ The properties, each with the name under which a failing seed reports it:
   words; a record whose append failed may be there once, if a crash or a failing disk left that open.
 - `reused`: no number of an epoch and class is given to two records.
 - `undurable`: nothing is sent that a power cut at that moment could take back.
-- `boundaries`: a batch that is sent again has the same numbers and digest; batches that were sent do not overlap.
+- `boundaries`: a batch that is sent again has the same numbers and digest; batches that were sent do not overlap. It
+  may have grown only by records whose append failed: what failed behind a batch may be found as a part of it one day.
 - `settled`: nothing is let go before the hub has committed it, or refused it.
 - `refused`: the hub refuses nothing, unless a disk has rotted, or was set back so that numbers were given twice.
 - `order`: first effects of an epoch and class come in ascending order. This is promised as long as no message of the
@@ -179,7 +180,8 @@ class Truth:
         before = truth.batches.get(claim.first)
         if before is not None:
             self.reached["sent_again"] += 1
-            if before != claim and device not in self.rotten:
+            grown = [number for number in range(before.last + 1, claim.last + 1) if number in truth.tokens]
+            if before != claim and device not in self.rotten and (grown or claim.last <= before.last):
                 raise Violation("boundaries", f"{_text(device, claim)} was sent before as {before.first}-{before.last}")
             return False
         if device not in self.rotten:
