@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ READ_AT_ONCE: Final = 64
 """Messages that are read before others have their turn."""
 LOOK_S: Final = 1.0
 """How often the client may see to its keepalive."""
+GREET_LOOKS: Final = 50
+GREET_LOOK_S: Final = 0.1
+"""How often, and for how long, we look for the broker's answers when we come in."""
 _PAUSES_S: Final = (1.0, 2.0, 5.0, 10.0)
 _KEEPALIVE_S: Final = 30
 _SESSION_S: Final = 3600
@@ -129,6 +133,7 @@ class HubCourier:
         self._ready = asyncio.Event()
         self._socket: LineSocket | None = None
         self._is_write_planned = False
+        self._is_subscribed = False
         self._generation = 0
         self._arrived: list[Inbound] = []
         self._held_bytes = 0
@@ -160,8 +165,10 @@ class HubCourier:
             while True:
                 self._lost.clear()
                 if await self._connect():
+                    failures = 0
                     await self._attend()
-                failures = 0 if self._connected.is_set() else failures + 1
+                else:
+                    failures += 1
                 self._set_link(False)
                 await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
         finally:
@@ -198,36 +205,47 @@ class HubCourier:
     # The connection's life.
 
     async def _connect(self) -> bool:
-        """Whether a connection is made and the broker is asked to let us in; takes a few seconds at most."""
+        """Whether we are connected and the broker has taken our subscription; takes a few seconds at most."""
+        self._generation += 1
+        self._is_subscribed = False
+        try:
+            # In a thread until we are heard, however busy the loop is: what devices say before that is lost.
+            link = await asyncio.to_thread(self._greet)
+        except (OSError, ValueError) as error:
+            logger.debug("the broker cannot be reached: %s", error)
+            return False
+        self._socket = link
+        return link is not None
+
+    def _greet(self) -> LineSocket | None:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = WINDOW
         properties.SessionExpiryInterval = _SESSION_S
         properties.MaximumPacketSize = limits.MAX_MQTT_PACKET_BYTES
-
-        def connect() -> None:
+        self._client.connect(
+            self._settings.host,
+            self._settings.port,
+            keepalive=_KEEPALIVE_S,
             # An external broker keeps what devices say while the hub restarts; a managed one ends with it anyway.
-            self._client.connect(
-                self._settings.host,
-                self._settings.port,
-                keepalive=_KEEPALIVE_S,
-                clean_start=False,
-                properties=properties,
-            )
-
-        try:
-            await asyncio.to_thread(connect)
-        except (OSError, ValueError) as error:
-            logger.debug("the broker cannot be reached: %s", error)
-            return False
+            clean_start=False,
+            properties=properties,
+        )
         link = self._client.socket()
         assert isinstance(link, LineSocket)
         link.attach(self._published, most=READ_AT_ONCE)
-        self._socket = link
-        return True
+        for _ in range(GREET_LOOKS):
+            self._client.loop_write()
+            link.flush()
+            if self._is_subscribed:
+                return link
+            select.select([link], [], [], GREET_LOOK_S)
+            if self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS:
+                break
+        return None
 
     async def _attend(self) -> None:
         """Read and write until the link is lost."""
-        self._generation += 1
+        self._set_link(True)
         self._listen()
         self._write()
         while not self._lost.is_set():
@@ -315,7 +333,7 @@ class HubCourier:
         if any(reason.is_failure for reason in reasons):
             logger.error("broker refused the hub's subscription: %s", reasons)
             return
-        self._set_link(True)
+        self._is_subscribed = True
 
     def _disconnected(
         self, _client: mqtt.Client, _userdata: Any, _flags: mqtt.DisconnectFlags, reason: ReasonCode, _properties: Any

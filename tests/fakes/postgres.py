@@ -6,10 +6,13 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 START_S = 60
 
@@ -53,12 +56,23 @@ def running(binaries: Path) -> Iterator[Postgres]:
         _run([str(binaries / "initdb"), "-D", str(data), "-U", "hub", "-A", "trust", "-E", "UTF8", "-N"], user=user)
         with (data / "postgresql.conf").open("a") as file:
             file.write(f"listen_addresses = ''\nunix_socket_directories = '{folder}'\nfsync = off\n")
-        control = [str(binaries / "pg_ctl"), "-D", str(data), "-w", "-t", str(START_S)]
-        _run([*control, "-l", str(folder / "log"), "start"], user=user)
+        with (folder / "log").open("wb") as log:
+            server = subprocess.Popen(
+                # It does not outlive the tests, however they end.
+                [*_leash(), str(binaries / "postgres"), "-D", str(data)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **_as_user(user),
+            )
         try:
+            _await(server, folder, binaries)
             yield Postgres(folder, user, binaries)
         finally:
-            _run([*control, "-m", "immediate", "stop"], user=user)
+            # Immediate shutdown: nothing in it is worth a checkpoint.
+            server.send_signal(signal.SIGQUIT)
+            server.wait(START_S)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -75,9 +89,33 @@ def _me() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
 
 
-def _run(command: list[str], *, user: str) -> None:
+def _leash() -> list[str]:
+    setpriv = shutil.which("setpriv")
+    return [] if setpriv is None else [setpriv, "--pdeathsig", "QUIT", "--"]
+
+
+def _await(server: subprocess.Popen[bytes], folder: Path, binaries: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while server.poll() is None and time.monotonic() < deadline:
+        ready = subprocess.run(
+            [str(binaries / "pg_isready"), "-q", "-h", str(folder)],
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=START_S,
+        )
+        if ready.returncode == 0:
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"PostgreSQL does not start: {(folder / 'log').read_text(errors='replace')[-2000:]}")
+
+
+def _as_user(user: str) -> dict[str, Any]:
+    """How subprocess starts something as this user."""
     entry = pwd.getpwnam(user)
-    options = {} if user == _me() else {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    return {} if user == _me() else {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+def _run(command: list[str], *, user: str) -> None:
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -86,7 +124,7 @@ def _run(command: list[str], *, user: str) -> None:
         timeout=2 * START_S,
         cwd="/",
         check=False,
-        **options,  # type: ignore[call-overload]
+        **_as_user(user),
     )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stdout.decode(errors='replace')[-2000:]}")
