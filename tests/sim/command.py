@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace, parts: Parts) -> int:
         if outcome.violation is not None:
             failed.append(outcome)
             print(f"seed {seed} of {outcome.profile} ({outcome.world_profile}): {outcome.violation}")
-            print(f"  see it again: {command_for(outcome, fault=options.fault)}")
+            print(f"  see it again: {command_for(outcome, fault=options.fault)}", flush=True)
             if len(failed) >= options.most:
                 break
     took_s = max(time.process_time() - began, 1e-9)
