@@ -118,6 +118,7 @@ def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock)
         authority,
         names=config.server_names,
         broker_names=config.broker_names,
+        hub_name=config.broker.hub_name,
         now_ms=now_ms,
         days=config.certificates.server_days,
     )
@@ -258,7 +259,11 @@ def _broker_settings(config: HubConfig) -> BrokerSettings | None:
     if config.broker.mode == "external":
         return None
     return BrokerSettings(
-        folder=config.folder.broker, host=config.broker.host, port=config.broker.port, binary=config.broker.binary
+        folder=config.folder.broker,
+        host=config.broker.host,
+        port=config.broker.port,
+        binary=config.broker.binary,
+        hub_name=config.broker.hub_name,
     )
 
 
@@ -268,6 +273,7 @@ def _link_settings(config: HubConfig) -> LinkSettings:
     return LinkSettings(
         host=managed_broker.local_address(config.broker.host) if managed else config.broker.host,
         port=config.broker.port,
+        name=config.broker.hub_name,
         ca=folder / "ca.pem",
         certificate=folder / "hub.pem",
         key=folder / "hub.key",

@@ -29,7 +29,6 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cloud_hub.ground.ca import HUB_NAME
 from cloud_hub.ground.linesocket import LineSocket
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.packets import Published
@@ -73,10 +72,11 @@ class Inbound:
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """Where the broker is, and the PEM files with which the hub proves itself."""
+    """Where the broker is, who the hub is there, and the PEM files with which it proves that."""
 
     host: str
     port: int
+    name: str
     ca: Path
     certificate: Path
     key: Path
@@ -134,7 +134,7 @@ class HubCourier:
         self._held_bytes = 0
         self._is_full = False
         self._client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id=HUB_NAME, protocol=mqtt.MQTTv5, manual_ack=True
+            CallbackAPIVersion.VERSION2, client_id=settings.name, protocol=mqtt.MQTTv5, manual_ack=True
         )
         self._client.max_inflight_messages_set(WINDOW)
         self._client.max_queued_messages_set(_MAX_QUEUED)
@@ -321,7 +321,7 @@ class HubCourier:
         self, _client: mqtt.Client, _userdata: Any, _flags: mqtt.DisconnectFlags, reason: ReasonCode, _properties: Any
     ) -> None:
         if reason.value == _TAKEN_OVER:
-            logger.error("another client with the hub's certificate took over the link; is a second hub running?")
+            logger.error("another client took over the link: a second hub has the same broker.hub_name")
 
     def _published(self, messages: Sequence[Published]) -> None:
         for topic, payload, mid in messages:
