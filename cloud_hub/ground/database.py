@@ -9,6 +9,8 @@ Rules:
 3. Work that is `beside` others takes no such lock. It locks by itself what it decides on (`lock`), so that on
    PostgreSQL hubs store telemetry at the same time.
 4. Reads cannot write, and see one moment.
+5. PostgreSQL ends what takes too long, so that a hub which froze or vanished in a transaction does not stop the others
+   with its locks; and a hub finds out that its server vanished instead of waiting for ever.
 
 Several processes may use the same database: the commands work beside a running hub.
 """
@@ -37,9 +39,17 @@ CHECKPOINT_PAGES: Final = 4000
 """Of the log, 4 KiB each, until they are written to their place: a page that many commits touch is written once."""
 MAX_TRIES: Final = 5
 """Of a transaction that PostgreSQL ended because another one stood in its way."""
+STATEMENT_MS: Final = 30_000
+"""The longest statement on PostgreSQL; migrations have as long as they take."""
+IDLE_MS: Final = 30_000
+"""How long a transaction on PostgreSQL may hold its locks and do nothing."""
+VANISHED_MS: Final = 20_000
+"""Without a sign of life from the other machine, until a connection counts as lost."""
 _READERS: Final = 4
 _CONNECT_S: Final = 5
 _IN_THE_WAY: Final = ("40001", "40P01")
+_DEADLINES: Final = ("57014", "25P03")
+"""Of a statement, and of a transaction that does nothing."""
 _POSTGRES: Final = "postgresql+psycopg"
 
 
@@ -137,6 +147,13 @@ def lock(conn: Connection, what: Lock, keys: Collection[str] = ("",)) -> None:
     conn.execute(_LOCK, {"what": int(what), "numbers": numbers})
 
 
+def lift_deadlines(conn: Connection) -> None:
+    """Let this transaction's statements take as long as they need; without effect on SQLite, which has no deadline."""
+    if conn.dialect.name != "sqlite":
+        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        conn.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+
+
 def upsert(conn: Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
     """An insert into the table that can say what to do about a row that is there (`on_conflict_do_update`)."""
     return sqlite.insert(table) if conn.dialect.name == "sqlite" else postgresql.insert(table)
@@ -186,10 +203,7 @@ def _postgres_engine(url: str) -> Engine:
             pool_pre_ping=True,
             pool_size=_READERS + 2,
             pool_timeout=BUSY_TIMEOUT_MS / 1000,
-            connect_args={
-                "connect_timeout": _CONNECT_S,
-                "options": f"-c lock_timeout={BUSY_TIMEOUT_MS} -c synchronous_commit=on",
-            },
+            connect_args=_postgres_arguments(),
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -197,6 +211,31 @@ def _postgres_engine(url: str) -> Engine:
             code="config.database",
             hint="install it: pip install 'outrider[postgres]'",
         ) from error
+
+
+def _postgres_arguments() -> dict[str, str | int]:
+    """What libpq is told; the server watches its side of the connection as we watch ours."""
+    every_s, tries = VANISHED_MS // 4000, 3
+    settings = {
+        "lock_timeout": BUSY_TIMEOUT_MS,
+        "statement_timeout": STATEMENT_MS,
+        "idle_in_transaction_session_timeout": IDLE_MS,
+        "synchronous_commit": "on",
+        "tcp_keepalives_idle": every_s,
+        "tcp_keepalives_interval": every_s,
+        "tcp_keepalives_count": tries,
+        "tcp_user_timeout": VANISHED_MS,
+    }
+    return {
+        "connect_timeout": _CONNECT_S,
+        "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+        # https://www.postgresql.org/docs/current/libpq-connect.html
+        "keepalives": 1,
+        "keepalives_idle": every_s,
+        "keepalives_interval": every_s,
+        "keepalives_count": tries,
+        "tcp_user_timeout": VANISHED_MS,
+    }
 
 
 @contextmanager
@@ -226,7 +265,7 @@ def _storage_error(cause: BaseException | None) -> StorageError:
         return StorageError(
             f"the database is not of this version: {text}", code="storage.schema", hint="run `outrider-hub migrate`"
         )
-    if not name and (state is None or state.startswith(("08", "57P", "53300"))):
+    if not name and (state is None or state.startswith(("08", "57P", "53300", *_DEADLINES))):
         # psycopg has no state for a server that does not answer.
         gone = StorageError(
             f"the database does not answer: {text}",
