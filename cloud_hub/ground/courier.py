@@ -12,7 +12,7 @@ Rules:
    Acknowledgements go out in the order in which messages were dealt with, not in that of their arrival: one that takes
    long must not hold up all others. MQTT 5 (4.6) wants the other order; brokers match them by number.
 4. Nothing rests on the broker keeping a message: both sides send again until the other's own answer is there.
-5. The subscription is shared: of several hubs each message reaches one.
+5. The subscription is shared: of several who take telemetry each message reaches one.
 6. A broker that does not let us in, does not grant the subscription or falls silent is left, and tried again.
 """
 

@@ -48,6 +48,7 @@ VANISHED_MS: Final = 20_000
 _READERS: Final = 4
 _CONNECT_S: Final = 5
 _IN_THE_WAY: Final = ("40001", "40P01")
+_NOT_AVAILABLE: Final = "55P03"
 _DEADLINES: Final = ("57014", "25P03")
 """Of a statement, and of a transaction that does nothing."""
 _POSTGRES: Final = "postgresql+psycopg"
@@ -62,6 +63,8 @@ class Lock(IntEnum):
     """The end of the audit chain."""
     TELEMETRY = 3
     """What is known of a device's records."""
+    HUB = 4
+    """The whole database, for the one hub that runs on it; held by a connection, not by a transaction."""
 
 
 class Database:
@@ -85,6 +88,7 @@ class Database:
         else:
             self._writer = _postgres_engine(url)
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._claim: Connection | None = None
         self._write_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-write")
         self._beside_thread = (
             self._write_thread if self.is_sqlite else ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-beside")
@@ -127,8 +131,46 @@ class Database:
         with _translated(), self._reader.begin() as connection:
             return work(connection)
 
+    def claim(self) -> None:
+        """Hold the database for this process, until `close`; to be called again and again, since a server forgets.
+
+        Waits a moment for a hub that is just ending. Blocks. Without effect on SQLite, where the data directory is
+        held (`folder.py`). Commands and whoever only stores telemetry need no claim.
+
+        Raises:
+            Conflict: another hub holds it.
+        """
+        if self.is_sqlite:
+            return
+        with _translated():
+            if self._claim is not None:
+                try:
+                    self._claim.execute(sa.text("SELECT 1"))
+                    return
+                except sa.exc.DBAPIError:
+                    self._claim.close()
+                    self._claim = None
+            connection = self._writer.connect().execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                connection.execute(sa.text("SELECT pg_advisory_lock(:what, 0)"), {"what": int(Lock.HUB)})
+            except sa.exc.OperationalError as error:
+                connection.close()
+                if getattr(error.orig, "sqlstate", None) != _NOT_AVAILABLE:
+                    raise
+                raise Conflict(
+                    "another hub runs on this database",
+                    code="conflict.running",
+                    hint="stop it first; when its machine is gone, try again in a minute",
+                ) from error
+            # Out of the pool: closing it has to end the session, and with it the claim.
+            connection.detach()
+            self._claim = connection
+
     def close(self) -> None:
         """Finish what was handed in and close all connections. Safe to call twice."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
         for threads in (self._write_thread, self._beside_thread, self._read_threads):
             threads.shutdown(wait=True)
         self._writer.dispose()
@@ -259,7 +301,7 @@ def _storage_error(cause: BaseException | None) -> StorageError:
     state: str | None = getattr(cause, "sqlstate", "")
     if name.startswith("SQLITE_FULL") or state == "53100":
         return StorageFull(f"no room for the database: {text}", hint="free disk space on the hub's data directory")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in ("55P03", *_IN_THE_WAY):
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in (_NOT_AVAILABLE, *_IN_THE_WAY):
         return _busy(text)
     if "no such table" in text or "no such column" in text or state in ("42P01", "42703"):
         return StorageError(

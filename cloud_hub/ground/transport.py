@@ -41,6 +41,8 @@ def ensure(
         hub_name: as whom the hub comes in at the broker.
         now_ms, days: from when on, and for how long.
     """
+    # A copy of a hub's directory may come without those of its certificates.
+    folder.make()
     issued: list[str] = []
 
     def pair(

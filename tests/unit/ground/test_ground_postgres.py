@@ -226,6 +226,35 @@ def test_a_statement_that_takes_too_long_is_ended_unless_deadlines_are_lifted(
         slow.close()
 
 
+def test_one_hub_holds_the_database(hub: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the server has ended the connection that held it; telemetry is stored beside it all the time."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 200)
+    other = Database(hub.url)
+    end_others = sa.text(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    )
+    try:
+        hub.claim()
+        hub.claim()
+        with pytest.raises(Conflict) as caught:
+            other.claim()
+        assert caught.value.code == "conflict.running"
+        other.write_now(lambda conn: add(conn, "beside"), beside=True)
+        other.read_now(lambda conn: conn.execute(end_others) and None)
+        hub.claim()
+        with pytest.raises(Conflict):
+            other.claim()
+        other.read_now(lambda conn: conn.execute(end_others) and None)
+        other.claim()
+        with pytest.raises(Conflict):
+            hub.claim()
+        other.close()
+        hub.claim()
+    finally:
+        other.close()
+
+
 def test_constraints_are_conflicts(hub: Database) -> None:
     insert = auth.api_tokens.insert().values(id="a", name="n", role="viewer", secret_sha256="x", created_ms=1)
     hub.write_now(lambda conn: conn.execute(insert) and None)
