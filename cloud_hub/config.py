@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from cloud_hub.ground.ca import HUB_NAME, check_hub_name
 from cloud_hub.ground.folder import DataFolder
 from shared.errors import ConfigError
 
@@ -58,6 +59,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True):
         host, port: where it listens, or where it is.
         public_host: what devices are told; empty takes the first public name (managed) or `host` (external).
         binary: the program, by name or path.
+        hub_name: as whom the hub comes in there; `hub.` and a word where another hub comes in too.
     """
 
     mode: Literal["managed", "external"] = "managed"
@@ -65,6 +67,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8883
     public_host: str = ""
     binary: str = "mosquitto"
+    hub_name: str = HUB_NAME
 
 
 class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -302,6 +305,8 @@ def _faults(config: HubConfig) -> list[str]:
     faults += [f"{key}: {host!r} is not a host name or address" for key, host in hosts if not check_host(host)]
     if config.public.url and not re.fullmatch(r"https://[^/?#@\s]+/?", config.public.url):
         faults.append(f"public.url: {config.public.url!r} is not https://HOST[:PORT]")
+    if not check_hub_name(config.broker.hub_name):
+        faults.append(f"broker.hub_name: {config.broker.hub_name!r} is neither 'hub' nor 'hub.' and a word")
     if config.database.url and not _is_database(config.database.url):
         # Not shown: it may hold a password.
         faults.append("database.url: it is not postgresql+psycopg://USER@HOST/NAME, without a password")

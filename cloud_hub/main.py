@@ -39,12 +39,13 @@ from cloud_hub.ground.tlsport import HttpsServer
 from cloud_hub.keyring import Keyring
 from cloud_hub.releases.desk import OnlineKeys
 from shared.clock import Clock
-from shared.errors import ConfigError, OutriderError, Unreachable
+from shared.errors import ConfigError, OutriderError, StorageError, Unreachable
 
 logger = logging.getLogger(__name__)
 
 LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
+CLAIM_LOOK_S: Final = 10.0
 
 
 def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -65,6 +66,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     clock = SystemClock()
     with config.folder.alone(), closing(Database(config.database_url)) as database:
         migrate.require_current(database)
+        database.claim()
         authority = transport.load_authority(config.folder)
         renew_certificates(config, authority, clock=clock)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -118,6 +120,7 @@ def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock)
         authority,
         names=config.server_names,
         broker_names=config.broker_names,
+        hub_name=config.broker.hub_name,
         now_ms=now_ms,
         days=config.certificates.server_days,
     )
@@ -139,6 +142,20 @@ async def _renew_in_time(foundation: Foundation, *, reload: Callable[[], None]) 
                 reload()
         except OutriderError as error:
             logger.error("certificates cannot be renewed: %s", error.message)
+
+
+async def _keep_claim(foundation: Foundation) -> None:
+    """Hold the database while the hub runs: a server that was restarted has forgotten who does.
+
+    Raises:
+        Conflict: another hub has it meanwhile, and two would undo each other's work.
+    """
+    while True:
+        await asyncio.sleep(CLAIM_LOOK_S)
+        try:
+            await asyncio.to_thread(foundation.database.claim)
+        except StorageError as error:
+            logger.debug("the claim on the database cannot be renewed now: %s", error.message)
 
 
 async def _serve(foundation: Foundation, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -211,6 +228,7 @@ async def _serve_rooms(
             group.create_task(courier.run(ready=link_up)),
             group.create_task(server.run_on(listener)),
             group.create_task(_renew_in_time(foundation, reload=reload)),
+            group.create_task(_keep_claim(foundation)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))
         status = await stop
@@ -258,7 +276,11 @@ def _broker_settings(config: HubConfig) -> BrokerSettings | None:
     if config.broker.mode == "external":
         return None
     return BrokerSettings(
-        folder=config.folder.broker, host=config.broker.host, port=config.broker.port, binary=config.broker.binary
+        folder=config.folder.broker,
+        host=config.broker.host,
+        port=config.broker.port,
+        binary=config.broker.binary,
+        hub_name=config.broker.hub_name,
     )
 
 
@@ -268,6 +290,7 @@ def _link_settings(config: HubConfig) -> LinkSettings:
     return LinkSettings(
         host=managed_broker.local_address(config.broker.host) if managed else config.broker.host,
         port=config.broker.port,
+        name=config.broker.hub_name,
         ca=folder / "ca.pem",
         certificate=folder / "hub.pem",
         key=folder / "hub.key",

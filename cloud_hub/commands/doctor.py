@@ -24,7 +24,7 @@ from cloud_hub.commands import settings
 from cloud_hub.config import HubConfig
 from cloud_hub.ground import audit, broker, migrate, transport
 from cloud_hub.ground import folder as files
-from cloud_hub.ground.ca import needs_renewal
+from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.ground.tlsport import bind
@@ -139,6 +139,11 @@ def _certificates(config: HubConfig) -> str:
             raise ConfigError(
                 f"{path} ends soon or lacks a configured name", code="config.certificate", hint="restart the hub"
             )
+    found, wanted = common_name(files.read(config.folder.broker / "hub.pem")), config.broker.hub_name
+    if found != wanted:
+        raise ConfigError(
+            f"broker/hub.pem is for {found!r}, not for {wanted!r}", code="config.certificate", hint="restart the hub"
+        )
     return "in time, with the configured names"
 
 

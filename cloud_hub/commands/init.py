@@ -142,7 +142,11 @@ def _make(config: HubConfig, offline: Path, *, now_ms: int) -> None:
     # Its paths are absolute, so it is written in place. A managed start writes it again, an external broker takes it.
     broker.write_files(
         broker.BrokerSettings(
-            folder=config.folder.broker, host=config.broker.host, port=config.broker.port, binary=config.broker.binary
+            folder=config.folder.broker,
+            host=config.broker.host,
+            port=config.broker.port,
+            binary=config.broker.binary,
+            hub_name=config.broker.hub_name,
         )
     )
 
@@ -157,6 +161,7 @@ def _furnish(config: HubConfig, folder: DataFolder, keys: Path, *, now_ms: int) 
         transport.load_authority(folder),
         names=config.server_names,
         broker_names=config.broker_names,
+        hub_name=config.broker.hub_name,
         now_ms=now_ms,
         days=config.certificates.server_days,
     )

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Final
 
 from cloud_hub.ground import leash
-from cloud_hub.ground.ca import HUB_NAME
 from cloud_hub.ground.folder import local_user
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.tlsport import port_error
@@ -48,12 +47,13 @@ _ELSEWHERE: Final = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/hom
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """Where the broker listens, which program it is, and the folder with its files."""
+    """Where the broker listens, which program it is, the folder with its files, and whose the whole tree is."""
 
     folder: Path
     host: str
     port: int
     binary: str
+    hub_name: str
 
 
 def configuration(settings: BrokerSettings, *, user: str | None) -> str:
@@ -89,17 +89,17 @@ def configuration(settings: BrokerSettings, *, user: str | None) -> str:
     )
 
 
-def access_list() -> str:
+def access_list(hub_name: str) -> str:
     """The text of the ACL file: the hub has the tree, a device its own two branches."""
     write, read = topics.acl_patterns()
-    return f"user {HUB_NAME}\ntopic readwrite {topics.ROOT}/#\n\npattern write {write}\npattern read {read}\n"
+    return f"user {hub_name}\ntopic readwrite {topics.ROOT}/#\n\npattern write {write}\npattern read {read}\n"
 
 
 def write_files(settings: BrokerSettings) -> None:
     """Write mosquitto.conf and the ACL; mosquitto wants neither to be writable by others."""
     for name, text in (
         ("mosquitto.conf", configuration(settings, user=local_user())),
-        ("acl", access_list()),
+        ("acl", access_list(settings.hub_name)),
     ):
         path = settings.folder / name
         draft = path.with_name(f".{name}.new")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,8 +31,9 @@ from shared.ids import DeviceId
 CA_DAYS: Final = 3650
 BACKDATE: Final = timedelta(hours=1)
 HUB_NAME: Final = "hub"
-"""Common name of the hub's own MQTT client, and its user name on the broker."""
+"""Common name of the hub's own MQTT client, and its user name on the broker, unless it is given another one."""
 
+_HUB_NAME: Final = re.compile(rf"{HUB_NAME}(\.[a-z0-9]([a-z0-9-]{{0,30}}[a-z0-9])?)?")
 _CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
 
 
@@ -226,6 +228,20 @@ def check_csr(csr_pem: str) -> ec.EllipticCurvePublicKey | ed25519.Ed25519Public
 def fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of the DER form, hex: how a CA is pinned and a certificate is looked up."""
     return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
+
+
+def check_hub_name(name: str) -> bool:
+    """Whether a hub may have this name: `hub`, or `hub.` and a word. No device has one: its name is without a point."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def common_name(certificate_pem: bytes) -> str:
+    """The one common name that a certificate carries; empty when it has none, has several or does not parse."""
+    try:
+        names = x509.load_pem_x509_certificate(certificate_pem).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except ValueError:
+        return ""
+    return str(names[0].value) if len(names) == 1 else ""
 
 
 def needs_renewal(certificate_pem: bytes, *, names: Sequence[str], now_ms: int) -> bool:

@@ -6,18 +6,20 @@ Rules:
    keeps the connection and sends.
 2. A message is acknowledged to the broker after it was dealt with. So the broker never has more than `WINDOW` of them
    on their way to us, and we read no more while they hold `MAX_HELD_BYTES`: a slow database slows the senders instead
-   of filling our memory.
+   of filling our memory. The link stays up meanwhile: the broker hears from us, and its silence is not counted.
 3. An acknowledgement belongs to the connection on which the message came: after a reconnect its number means another
    message, so it is dropped and the broker sends again.
+   Acknowledgements go out in the order in which messages were dealt with, not in that of their arrival: one that takes
+   long must not hold up all others. MQTT 5 (4.6) wants the other order; brokers match them by number.
 4. Nothing rests on the broker keeping a message: both sides send again until the other's own answer is there.
-5. The subscription is shared: of several hubs each message reaches one.
+5. The subscription is shared: of several who take telemetry each message reaches one.
+6. A broker that does not let us in, does not grant the subscription or falls silent is left, and tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import select
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,10 +32,10 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cloud_hub.ground.ca import HUB_NAME
 from cloud_hub.ground.linesocket import LineSocket
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.packets import Published
+from cloud_hub.ground.watch import Watch
 from shared import limits
 from shared.clock import Clock
 from shared.errors import ConfigError, Unreachable
@@ -47,10 +49,7 @@ MAX_HELD_BYTES: Final = 32 * limits.MIB
 READ_AT_ONCE: Final = 64
 """Messages that are read before others have their turn."""
 LOOK_S: Final = 1.0
-"""How often the client may see to its keepalive."""
-GREET_LOOKS: Final = 50
-GREET_LOOK_S: Final = 0.1
-"""How often, and for how long, we look for the broker's answers when we come in."""
+"""How often the connection is looked at (`watch.py`)."""
 _PAUSES_S: Final = (1.0, 2.0, 5.0, 10.0)
 _KEEPALIVE_S: Final = 30
 _SESSION_S: Final = 3600
@@ -77,10 +76,11 @@ class Inbound:
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """Where the broker is, and the PEM files with which the hub proves itself."""
+    """Where the broker is, who the hub is there, and the PEM files with which it proves that."""
 
     host: str
     port: int
+    name: str
     ca: Path
     certificate: Path
     key: Path
@@ -133,13 +133,14 @@ class HubCourier:
         self._ready = asyncio.Event()
         self._socket: LineSocket | None = None
         self._is_write_planned = False
-        self._is_subscribed = False
         self._generation = 0
         self._arrived: list[Inbound] = []
         self._held_bytes = 0
-        self._is_full = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._trouble = ""
         self._client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id=HUB_NAME, protocol=mqtt.MQTTv5, manual_ack=True
+            CallbackAPIVersion.VERSION2, client_id=settings.name, protocol=mqtt.MQTTv5, manual_ack=True
         )
         self._client.max_inflight_messages_set(WINDOW)
         self._client.max_queued_messages_set(_MAX_QUEUED)
@@ -154,7 +155,7 @@ class HubCourier:
         self._loop = asyncio.get_running_loop()
         self._ready = ready
         client = self._client
-        client.tls_set_context(self._context())
+        client.tls_set_context(_context(self._settings))
         client.on_connect = self._connect_answered
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
@@ -163,12 +164,12 @@ class HubCourier:
         failures = 0
         try:
             while True:
+                # With full hands not even the broker's answer could be read.
+                await self._room.wait()
                 self._lost.clear()
                 if await self._connect():
-                    failures = 0
                     await self._attend()
-                else:
-                    failures += 1
+                failures = 0 if self._connected.is_set() else failures + 1
                 self._set_link(False)
                 await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
         finally:
@@ -194,8 +195,8 @@ class HubCourier:
     def settle(self, mid: int, *, generation: int, held_bytes: int) -> None:
         """Acknowledge a message of this connection; of another one it is forgotten."""
         self._held_bytes -= held_bytes
-        if self._is_full and self._held_bytes < MAX_HELD_BYTES // 2:
-            self._is_full = False
+        if not self._room.is_set() and self._held_bytes < MAX_HELD_BYTES // 2:
+            self._room.set()
             self._listen()
         link = self._socket
         if mid and generation == self._generation and link is not None:
@@ -205,55 +206,70 @@ class HubCourier:
     # The connection's life.
 
     async def _connect(self) -> bool:
-        """Whether we are connected and the broker has taken our subscription; takes a few seconds at most."""
-        self._generation += 1
-        self._is_subscribed = False
-        try:
-            # In a thread until we are heard, however busy the loop is: what devices say before that is lost.
-            link = await asyncio.to_thread(self._greet)
-        except (OSError, ValueError) as error:
-            logger.debug("the broker cannot be reached: %s", error)
-            return False
-        self._socket = link
-        return link is not None
-
-    def _greet(self) -> LineSocket | None:
+        """Whether a connection is made and the broker is asked to let us in; takes a few seconds at most."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = WINDOW
         properties.SessionExpiryInterval = _SESSION_S
         properties.MaximumPacketSize = limits.MAX_MQTT_PACKET_BYTES
-        self._client.connect(
-            self._settings.host,
-            self._settings.port,
-            keepalive=_KEEPALIVE_S,
+
+        def connect() -> None:
             # An external broker keeps what devices say while the hub restarts; a managed one ends with it anyway.
-            clean_start=False,
-            properties=properties,
-        )
+            self._client.connect(
+                self._settings.host,
+                self._settings.port,
+                keepalive=_KEEPALIVE_S,
+                clean_start=False,
+                properties=properties,
+            )
+
+        try:
+            await asyncio.to_thread(connect)
+        except (OSError, ValueError) as error:
+            logger.debug("the broker cannot be reached: %s", error)
+            return False
         link = self._client.socket()
         assert isinstance(link, LineSocket)
         link.attach(self._published, most=READ_AT_ONCE)
-        for _ in range(GREET_LOOKS):
-            self._client.loop_write()
-            link.flush()
-            if self._is_subscribed:
-                return link
-            select.select([link], [], [], GREET_LOOK_S)
-            if self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS:
-                break
-        return None
+        self._socket = link
+        return True
 
     async def _attend(self) -> None:
         """Read and write until the link is lost."""
-        self._set_link(True)
+        self._generation += 1
         self._listen()
         self._write()
+        watch = Watch()
         while not self._lost.is_set():
             try:
                 async with asyncio.timeout(LOOK_S):
                     await self._lost.wait()
             except TimeoutError:
-                self._client.loop_misc()
+                self._look(watch)
+
+    def _look(self, watch: Watch) -> None:
+        """See whether the broker is still there, and let it see that we are."""
+        link = self._socket
+        if link is None:
+            return
+        has_heard, link.has_heard = link.has_heard, False
+        match watch.look(is_up=self._connected.is_set(), has_heard=has_heard, can_hear=self._room.is_set()):
+            case "ping":
+                link.ping()
+                self._plan_write()
+            case "unanswered":
+                self._tell("the broker does not answer")
+                self._lose()
+            case "silent":
+                self._tell("the broker has fallen silent")
+                self._lose()
+            case "wait":
+                pass
+
+    def _lose(self) -> None:
+        """Give the connection up; the client finds it lost."""
+        if self._socket is not None:
+            self._socket.abandon()
+            self._client.loop_read()
 
     def _listen(self) -> None:
         """Read whenever something comes, and what is in the buffer now: that does not make the socket readable."""
@@ -264,7 +280,7 @@ class HubCourier:
     def _readable(self) -> None:
         """Read what has come, but not for so long that others starve, nor more than may be held."""
         link, loop = self._socket, self._loop
-        if link is None or loop is None or self._is_full:
+        if link is None or loop is None or not self._room.is_set():
             return
         link.is_dry = False
         is_lost = self._client.loop_read() != mqtt.MQTT_ERR_SUCCESS
@@ -274,7 +290,7 @@ class HubCourier:
         if is_lost or self._socket is None:
             return
         if self._held_bytes > MAX_HELD_BYTES:
-            self._is_full = True
+            self._room.clear()
             loop.remove_reader(link.fileno())
         elif not link.is_dry:
             loop.call_soon(self._readable)
@@ -289,23 +305,14 @@ class HubCourier:
         try:
             is_sent = link.flush()
         except OSError:
-            # The client notices by itself: reading fails too.
-            loop.call_soon(self._readable)
+            # Reading would tell, but not while our hands are full; and a broken socket is writable without end.
+            loop.remove_writer(link.fileno())
+            self._lose()
             return
         if is_sent:
             loop.remove_writer(link.fileno())
         else:
             loop.add_writer(link.fileno(), self._write)
-
-    def _context(self) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=str(self._settings.ca))
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.load_cert_chain(self._settings.certificate, self._settings.key)
-            context.sslsocket_class = LineSocket
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"the hub's client certificate cannot be used: {error}", code="config.tls") from error
-        return context
 
     # Called by the client, on the loop except while it connects.
 
@@ -325,30 +332,39 @@ class HubCourier:
         self, client: mqtt.Client, _userdata: Any, _flags: mqtt.ConnectFlags, reason: ReasonCode, _properties: Any
     ) -> None:
         if reason.is_failure:
-            logger.error("broker refused the hub: %s", reason)
+            self._tell(f"the broker does not let the hub in: {reason}")
             return
         client.subscribe(topics.shared_up_filter(), qos=1)
 
     def _subscribed(self, _client: mqtt.Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _p: Any) -> None:
         if any(reason.is_failure for reason in reasons):
-            logger.error("broker refused the hub's subscription: %s", reasons)
+            self._tell(f"the broker refuses the subscription: {', '.join(map(str, reasons))}")
+            # Not here: the client is reading.
+            asyncio.get_running_loop().call_soon(self._lose)
             return
-        self._is_subscribed = True
+        self._set_link(True)
 
     def _disconnected(
         self, _client: mqtt.Client, _userdata: Any, _flags: mqtt.DisconnectFlags, reason: ReasonCode, _properties: Any
     ) -> None:
         if reason.value == _TAKEN_OVER:
-            logger.error("another client with the hub's certificate took over the link; is a second hub running?")
+            logger.error("another client took over the link: a second hub has the same broker.hub_name")
 
     def _published(self, messages: Sequence[Published]) -> None:
         for topic, payload, mid in messages:
             self._held_bytes += len(payload)
             self._arrived.append(Inbound(topic, payload, courier=self, mid=mid, generation=self._generation))
 
+    def _tell(self, trouble: str) -> None:
+        """Log what is wrong with the broker, once until it is something else."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            logger.error("no link to the broker: %s", trouble)
+
     def _set_link(self, is_up: bool) -> None:
         if is_up and not self._connected.is_set():
             logger.info("link to the broker is up")
+            self._trouble = ""
             self._connected.set()
             self._ready.set()
         elif not is_up and self._connected.is_set():
@@ -356,3 +372,14 @@ class HubCourier:
             self._connected.clear()
         self._link.set(is_up=is_up)
         self._metrics.link_up.set(1 if is_up else 0)
+
+
+def _context(settings: LinkSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=str(settings.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(settings.certificate, settings.key)
+        context.sslsocket_class = LineSocket
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"the hub's client certificate cannot be used: {error}", code="config.tls") from error
+    return context

@@ -9,6 +9,8 @@ Rules:
 3. Work that is `beside` others takes no such lock. It locks by itself what it decides on (`lock`), so that on
    PostgreSQL hubs store telemetry at the same time.
 4. Reads cannot write, and see one moment.
+5. PostgreSQL ends what takes too long, so that a hub which froze or vanished in a transaction does not stop the others
+   with its locks; and a hub finds out that its server vanished instead of waiting for ever.
 
 Several processes may use the same database: the commands work beside a running hub.
 """
@@ -37,9 +39,18 @@ CHECKPOINT_PAGES: Final = 4000
 """Of the log, 4 KiB each, until they are written to their place: a page that many commits touch is written once."""
 MAX_TRIES: Final = 5
 """Of a transaction that PostgreSQL ended because another one stood in its way."""
+STATEMENT_MS: Final = 30_000
+"""The longest statement on PostgreSQL; migrations have as long as they take."""
+IDLE_MS: Final = 30_000
+"""How long a transaction on PostgreSQL may hold its locks and do nothing."""
+VANISHED_MS: Final = 20_000
+"""Without a sign of life from the other machine, until a connection counts as lost."""
 _READERS: Final = 4
 _CONNECT_S: Final = 5
 _IN_THE_WAY: Final = ("40001", "40P01")
+_NOT_AVAILABLE: Final = "55P03"
+_DEADLINES: Final = ("57014", "25P03")
+"""Of a statement, and of a transaction that does nothing."""
 _POSTGRES: Final = "postgresql+psycopg"
 
 
@@ -52,6 +63,8 @@ class Lock(IntEnum):
     """The end of the audit chain."""
     TELEMETRY = 3
     """What is known of a device's records."""
+    HUB = 4
+    """The whole database, for the one hub that runs on it; held by a connection, not by a transaction."""
 
 
 class Database:
@@ -75,6 +88,7 @@ class Database:
         else:
             self._writer = _postgres_engine(url)
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._claim: Connection | None = None
         self._write_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-write")
         self._beside_thread = (
             self._write_thread if self.is_sqlite else ThreadPoolExecutor(max_workers=1, thread_name_prefix="db-beside")
@@ -117,8 +131,46 @@ class Database:
         with _translated(), self._reader.begin() as connection:
             return work(connection)
 
+    def claim(self) -> None:
+        """Hold the database for this process, until `close`; to be called again and again, since a server forgets.
+
+        Waits a moment for a hub that is just ending. Blocks. Without effect on SQLite, where the data directory is
+        held (`folder.py`). Commands and whoever only stores telemetry need no claim.
+
+        Raises:
+            Conflict: another hub holds it.
+        """
+        if self.is_sqlite:
+            return
+        with _translated():
+            if self._claim is not None:
+                try:
+                    self._claim.execute(sa.text("SELECT 1"))
+                    return
+                except sa.exc.DBAPIError:
+                    self._claim.close()
+                    self._claim = None
+            connection = self._writer.connect().execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                connection.execute(sa.text("SELECT pg_advisory_lock(:what, 0)"), {"what": int(Lock.HUB)})
+            except sa.exc.OperationalError as error:
+                connection.close()
+                if getattr(error.orig, "sqlstate", None) != _NOT_AVAILABLE:
+                    raise
+                raise Conflict(
+                    "another hub runs on this database",
+                    code="conflict.running",
+                    hint="stop it first; when its machine is gone, try again in a minute",
+                ) from error
+            # Out of the pool: closing it has to end the session, and with it the claim.
+            connection.detach()
+            self._claim = connection
+
     def close(self) -> None:
         """Finish what was handed in and close all connections. Safe to call twice."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
         for threads in (self._write_thread, self._beside_thread, self._read_threads):
             threads.shutdown(wait=True)
         self._writer.dispose()
@@ -135,6 +187,13 @@ def lock(conn: Connection, what: Lock, keys: Collection[str] = ("",)) -> None:
         return
     numbers = sorted({zlib.crc32(key.encode()) - 2**31 for key in keys})
     conn.execute(_LOCK, {"what": int(what), "numbers": numbers})
+
+
+def lift_deadlines(conn: Connection) -> None:
+    """Let this transaction's statements take as long as they need; without effect on SQLite, which has no deadline."""
+    if conn.dialect.name != "sqlite":
+        conn.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        conn.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 def upsert(conn: Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
@@ -186,10 +245,7 @@ def _postgres_engine(url: str) -> Engine:
             pool_pre_ping=True,
             pool_size=_READERS + 2,
             pool_timeout=BUSY_TIMEOUT_MS / 1000,
-            connect_args={
-                "connect_timeout": _CONNECT_S,
-                "options": f"-c lock_timeout={BUSY_TIMEOUT_MS} -c synchronous_commit=on",
-            },
+            connect_args=_postgres_arguments(),
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -197,6 +253,31 @@ def _postgres_engine(url: str) -> Engine:
             code="config.database",
             hint="install it: pip install 'outrider[postgres]'",
         ) from error
+
+
+def _postgres_arguments() -> dict[str, str | int]:
+    """What libpq is told; the server watches its side of the connection as we watch ours."""
+    every_s, tries = VANISHED_MS // 4000, 3
+    settings = {
+        "lock_timeout": BUSY_TIMEOUT_MS,
+        "statement_timeout": STATEMENT_MS,
+        "idle_in_transaction_session_timeout": IDLE_MS,
+        "synchronous_commit": "on",
+        "tcp_keepalives_idle": every_s,
+        "tcp_keepalives_interval": every_s,
+        "tcp_keepalives_count": tries,
+        "tcp_user_timeout": VANISHED_MS,
+    }
+    return {
+        "connect_timeout": _CONNECT_S,
+        "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+        # https://www.postgresql.org/docs/current/libpq-connect.html
+        "keepalives": 1,
+        "keepalives_idle": every_s,
+        "keepalives_interval": every_s,
+        "keepalives_count": tries,
+        "tcp_user_timeout": VANISHED_MS,
+    }
 
 
 @contextmanager
@@ -220,13 +301,13 @@ def _storage_error(cause: BaseException | None) -> StorageError:
     state: str | None = getattr(cause, "sqlstate", "")
     if name.startswith("SQLITE_FULL") or state == "53100":
         return StorageFull(f"no room for the database: {text}", hint="free disk space on the hub's data directory")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in ("55P03", *_IN_THE_WAY):
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in (_NOT_AVAILABLE, *_IN_THE_WAY):
         return _busy(text)
     if "no such table" in text or "no such column" in text or state in ("42P01", "42703"):
         return StorageError(
             f"the database is not of this version: {text}", code="storage.schema", hint="run `outrider-hub migrate`"
         )
-    if not name and (state is None or state.startswith(("08", "57P", "53300"))):
+    if not name and (state is None or state.startswith(("08", "57P", "53300", *_DEADLINES))):
         # psycopg has no state for a server that does not answer.
         gone = StorageError(
             f"the database does not answer: {text}",

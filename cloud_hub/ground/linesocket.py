@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from cloud_hub.ground.packets import PacketStream, Published, puback
+from cloud_hub.ground.packets import PINGREQ, PacketStream, Published, puback
 from shared.errors import ProtocolViolation
 
 READ_BYTES: Final = 64 * 1024
@@ -27,9 +27,12 @@ class LineSocket(ssl.SSLSocket):
 
     Attributes:
         is_dry: nothing more can be read now: wait until the socket is readable.
+        has_heard: bytes have come since this was last set to False.
     """
 
     is_dry = False
+    has_heard = False
+    _is_abandoned = False
     _packets: PacketStream
     _unsent: bytearray
     _on_published: Callable[[Sequence[Published]], None]
@@ -51,6 +54,8 @@ class LineSocket(ssl.SSLSocket):
 
         On the way, messages are handed over; after many the client gets nothing in this turn.
         """
+        if self._is_abandoned:
+            return b""
         packets, found = self._packets, list[Published]()
         try:
             while True:
@@ -66,6 +71,7 @@ class LineSocket(ssl.SSLSocket):
                     raise
                 if not more:
                     return b""
+                self.has_heard = True
                 packets.feed(more)
         except ProtocolViolation as error:
             raise ConnectionError(error.message) from error
@@ -85,6 +91,14 @@ class LineSocket(ssl.SSLSocket):
         """Keep a message's acknowledgement for the next `flush`."""
         # Without a bound of its own: there is one for each message, and of those a window.
         self._waiting().extend(puback(mid))
+
+    def ping(self) -> None:
+        """Keep a request for a sign of life for the next `flush`."""
+        self._waiting().extend(PINGREQ)
+
+    def abandon(self) -> None:
+        """Let the client find at its next read that the other side has gone, whatever is still on its way."""
+        self._is_abandoned = True
 
     def flush(self) -> bool:
         """Send what waits, as far as the other side takes it; whether all is sent. Raises OSError."""

@@ -10,7 +10,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
-from cloud_hub.ground.database import Database
+from cloud_hub.ground.database import Database, lift_deadlines
 from shared.errors import ConfigError
 
 
@@ -31,6 +31,7 @@ def upgrade(database: Database) -> tuple[str | None, str]:
 
     def work(conn: Connection) -> tuple[str | None, str]:
         before = current(conn)
+        lift_deadlines(conn)
         config = _config()
         config.attributes["connection"] = conn
         command.upgrade(config, "head")

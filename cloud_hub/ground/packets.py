@@ -4,7 +4,7 @@ The client makes a dozen objects of each message and looks for the one who wants
 all of them, by the thousand a second (`scripts/bench ingest`), and needs topic, payload and number. Everything else on
 the line, and whatever is not as it should be, goes to the client as it came.
 
-MQTT 5.0 sections: 2.1.4 (lengths), 3.3 (PUBLISH), 3.4 (PUBACK).
+MQTT 5.0 sections: 2.1.4 (lengths), 3.3 (PUBLISH), 3.4 (PUBACK), 3.12 (PINGREQ).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from shared import limits
 from shared.errors import ProtocolViolation
 
+PINGREQ: Final = b"\xc0\x00"
 _PUBLISH: Final = 0x30
 _PUBACK: Final = 0x40
 _MAX_LENGTH_BYTES: Final = 4

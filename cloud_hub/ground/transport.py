@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from cloud_hub.ground import folder as files
-from cloud_hub.ground.ca import HUB_NAME, Authority, IssuedPair, needs_renewal
+from cloud_hub.ground.ca import Authority, IssuedPair, common_name, needs_renewal
 from cloud_hub.ground.folder import DataFolder
 
 
@@ -29,14 +29,26 @@ def ensure(
     *,
     names: Sequence[str],
     broker_names: Sequence[str],
+    hub_name: str,
     now_ms: int,
     days: int,
 ) -> tuple[str, ...]:
-    """Issue what needs it; returns what was issued, as paths below the data directory."""
+    """Issue what needs it; returns what was issued, as paths below the data directory.
+
+    Args:
+        folder, authority: where to, and by whom.
+        names, broker_names: in the certificates of the HTTPS port and of the managed broker.
+        hub_name: as whom the hub comes in at the broker.
+        now_ms, days: from when on, and for how long.
+    """
+    # A copy of a hub's directory may come without those of its certificates.
+    folder.make()
     issued: list[str] = []
 
-    def pair(certificate: Path, key: Path, *, wanted: Sequence[str], make: Callable[[], IssuedPair]) -> None:
-        if _is_good(certificate, key, names=wanted, now_ms=now_ms):
+    def pair(
+        certificate: Path, key: Path, *, wanted: Sequence[str], make: Callable[[], IssuedPair], owner: str = ""
+    ) -> None:
+        if _is_good(certificate, key, names=wanted, owner=owner, now_ms=now_ms):
             return
         made = make()
         files.write(key, made.key_pem)
@@ -59,7 +71,8 @@ def ensure(
         folder.broker / "hub.pem",
         folder.broker / "hub.key",
         wanted=(),
-        make=lambda: authority.issue_client(HUB_NAME, now_ms=now_ms, days=days),
+        owner=hub_name,
+        make=lambda: authority.issue_client(hub_name, now_ms=now_ms, days=days),
     )
     ca = folder.broker / "ca.pem"
     if not ca.is_file() or ca.read_bytes() != authority.pem.encode():
@@ -67,11 +80,12 @@ def ensure(
     return tuple(issued)
 
 
-def _is_good(certificate: Path, key: Path, *, names: Sequence[str], now_ms: int) -> bool:
+def _is_good(certificate: Path, key: Path, *, names: Sequence[str], owner: str, now_ms: int) -> bool:
     try:
         pem = certificate.read_bytes()
         private = serialization.load_pem_private_key(key.read_bytes(), password=None)
         fits = x509.load_pem_x509_certificate(pem).public_key() == private.public_key()
     except (OSError, ValueError, TypeError):
         return False
-    return fits and not needs_renewal(pem, names=names, now_ms=now_ms)
+    is_theirs = not owner or common_name(pem) == owner
+    return fits and is_theirs and not needs_renewal(pem, names=names, now_ms=now_ms)

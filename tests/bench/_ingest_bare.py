@@ -21,6 +21,7 @@ from paho.mqtt.properties import Properties
 
 from shared import limits
 from shared.wire import topics
+from tests.fakes.ingest_place import link_settings
 
 PROGRESS = "outrider/progress"
 EVERY = 20
@@ -41,8 +42,9 @@ def main(arguments: list[str]) -> None:
             client.publish(PROGRESS, str(had))
 
     client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
-    context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
-    context.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    own = link_settings(folder, name, port)
+    context = ssl.create_default_context(cafile=str(own.ca))
+    context.load_cert_chain(own.certificate, own.key)
     client.tls_set_context(context)
     client.on_connect = lambda client, *_: client.subscribe(topics.shared_up_filter(), qos=1)
     client.on_subscribe = lambda *_: ready.set()

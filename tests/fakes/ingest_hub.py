@@ -14,7 +14,7 @@ from pathlib import Path
 import uvloop
 
 from cloud_hub.ground import migrate
-from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
@@ -24,6 +24,7 @@ from cloud_hub.telemetry.desk import Desk
 from shared.ids import DeviceId
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Ack, Message
+from tests.fakes.ingest_place import link_settings
 
 
 async def serve(folder: Path, name: str, port: int, url: str) -> None:
@@ -38,13 +39,7 @@ async def serve(folder: Path, name: str, port: int, url: str) -> None:
     def deliver(messages: Sequence[Inbound]) -> None:
         inbox[0].put(messages)
 
-    settings = LinkSettings(
-        host="127.0.0.1",
-        port=port,
-        ca=folder / "ca.pem",
-        certificate=folder / f"{name}.pem",
-        key=folder / f"{name}.key",
-    )
+    settings = link_settings(folder, name, port)
     courier = HubCourier(settings, on_messages=deliver, metrics=metrics, link=Link(clock))
     post = Post(publish=courier.publish, clock=clock)
 

@@ -1,6 +1,7 @@
 """A broker for hubs and devices, and hubs of nothing but ingest, each a process: for what many of them do together.
 
-The broker is mosquitto with the product's settings: hubs come in by mutual TLS, each with a name of its own. Devices
+The broker is mosquitto with the product's settings. Each hub has a data directory with the same CA, and comes in with
+the certificate that the product issues there for the hub's name. Devices
 come in on a second port of loopback, without TLS and under the name they say, so that what plays them stays cheap.
 """
 
@@ -17,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cloud_hub.ground import broker as managed_broker
-from cloud_hub.ground.ca import Authority, make_ca
-from cloud_hub.ground.folder import local_user
-from shared.wire import topics
+from cloud_hub.ground import transport
+from cloud_hub.ground.ca import make_ca
+from cloud_hub.ground.courier import LinkSettings
+from cloud_hub.ground.folder import DataFolder, local_user
 
 NOW_MS = time.time_ns() // 1_000_000
 START_S = 30.0
@@ -98,6 +100,19 @@ def ingest_place(mosquitto: str, *, hubs: Sequence[str]) -> Iterator[IngestPlace
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def link_settings(folder: Path, name: str, port: int) -> LinkSettings:
+    """How the hub of this name comes in, with the files that were issued to it."""
+    broker = DataFolder(folder / name).broker
+    return LinkSettings(
+        host="127.0.0.1",
+        port=port,
+        name=name,
+        ca=broker / "ca.pem",
+        certificate=broker / "hub.pem",
+        key=broker / "hub.key",
+    )
+
+
 def end(child: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     """End a process in order, or by force when it does not."""
     child.terminate()
@@ -111,24 +126,33 @@ def end(child: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
 
 
 def _write_files(folder: Path, hub_port: int, device_port: int, hubs: Sequence[str]) -> None:
+    ours = [DataFolder(folder / name) for name in hubs]
     pair = make_ca(now_ms=NOW_MS, label="ingest")
-    authority = Authority(pair.certificate_pem, pair.key_pem)
-    (folder / "ca.pem").write_bytes(pair.certificate_pem)
-    issued = {"server": authority.issue_server(["localhost", "127.0.0.1"], now_ms=NOW_MS, days=7)}
-    issued |= {name: authority.issue_client(name, now_ms=NOW_MS, days=7) for name in hubs}
-    for name, made in issued.items():
-        (folder / f"{name}.pem").write_bytes(made.certificate_pem)
-        (folder / f"{name}.key").write_bytes(made.key_pem)
-    settings = managed_broker.BrokerSettings(folder=folder, host="127.0.0.1", port=hub_port, binary="mosquitto")
+    for name, data in zip(hubs, ours, strict=True):
+        data.make()
+        data.ca_certificate.write_bytes(pair.certificate_pem)
+        data.ca_key.write_bytes(pair.key_pem)
+        transport.ensure(
+            data,
+            transport.load_authority(data),
+            names=["localhost"],
+            broker_names=["localhost", "127.0.0.1"],
+            hub_name=name,
+            now_ms=NOW_MS,
+            days=7,
+        )
+    settings = managed_broker.BrokerSettings(
+        folder=ours[0].broker, host="127.0.0.1", port=hub_port, binary="mosquitto", hub_name=hubs[0]
+    )
     product = managed_broker.configuration(settings, user=local_user()).splitlines()
-    acl = "".join(f"user {name}\ntopic readwrite {topics.ROOT}/#\n\n" for name in hubs)
-    (folder / "acl").write_text(acl)
+    acl = ours[0].broker / "acl"
+    acl.write_text("\n".join(managed_broker.access_list(name) for name in hubs))
     per_listener = ("allow_anonymous", "acl_file", "use_username_as_clientid")
     kept = [line for line in product if not line.startswith(("per_listener_settings", *per_listener))]
     lines = ["per_listener_settings true", *kept]
     # What belongs to the first listener has to stand right behind it.
     place = next(number for number, line in enumerate(lines) if line.startswith("listener ")) + 1
-    lines[place:place] = ["allow_anonymous false", f"acl_file {folder / 'acl'}", "use_username_as_clientid true"]
+    lines[place:place] = ["allow_anonymous false", f"acl_file {acl}", "use_username_as_clientid true"]
     lines += [f"listener {device_port} 127.0.0.1", "allow_anonymous true", ""]
     (folder / "mosquitto.conf").write_text("\n".join(lines))
 

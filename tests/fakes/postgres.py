@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL: a cluster in a folder, on a Unix socket only, without fsync, ended with the tests."""
+"""A throw-away PostgreSQL in a folder, on a Unix socket and on loopback; without fsync, and ended with the tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,18 +21,24 @@ START_S = 60
 class Postgres:
     """A running server; `database` makes an empty database and says how it is reached."""
 
-    def __init__(self, folder: Path, user: str, binaries: Path) -> None:
+    def __init__(self, folder: Path, port: int, user: str, binaries: Path) -> None:
         self._folder = folder
+        self._port = port
         self._user = user
         self._binaries = binaries
         self._made = 0
 
-    def database(self) -> str:
+    def database(self, *, over_tcp: bool = False) -> str:
         """SQLAlchemy's URL of a new, empty database."""
         self._made += 1
         name = f"hub_{self._made}"
-        _run([str(self._binaries / "createdb"), "-h", str(self._folder), "-U", "hub", name], user=self._user)
-        return f"postgresql+psycopg://hub@/{name}?host={self._folder}"
+        _run(
+            [str(self._binaries / "createdb"), "-h", str(self._folder), "-p", str(self._port), "-U", "hub", name],
+            user=self._user,
+        )
+        if over_tcp:
+            return f"postgresql+psycopg://hub@127.0.0.1:{self._port}/{name}"
+        return f"postgresql+psycopg://hub@/{name}?host={self._folder}&port={self._port}"
 
 
 def find_binaries() -> Path | None:
@@ -53,9 +60,12 @@ def running(binaries: Path) -> Iterator[Postgres]:
         if user != _me():
             shutil.chown(folder, user)
         data = folder / "data"
+        port = _free_port()
         _run([str(binaries / "initdb"), "-D", str(data), "-U", "hub", "-A", "trust", "-E", "UTF8", "-N"], user=user)
         with (data / "postgresql.conf").open("a") as file:
-            file.write(f"listen_addresses = ''\nunix_socket_directories = '{folder}'\nfsync = off\n")
+            file.write(
+                f"listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = '{folder}'\nfsync = off\n"
+            )
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 # It does not outlive the tests, however they end.
@@ -67,14 +77,21 @@ def running(binaries: Path) -> Iterator[Postgres]:
                 **_as_user(user),
             )
         try:
-            _await(server, folder, binaries)
-            yield Postgres(folder, user, binaries)
+            _await(server, folder, port, binaries)
+            yield Postgres(folder, port, user, binaries)
         finally:
             # Immediate shutdown: nothing in it is worth a checkpoint.
             server.send_signal(signal.SIGQUIT)
             server.wait(START_S)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _server_user() -> str:
@@ -94,11 +111,11 @@ def _leash() -> list[str]:
     return [] if setpriv is None else [setpriv, "--pdeathsig", "QUIT", "--"]
 
 
-def _await(server: subprocess.Popen[bytes], folder: Path, binaries: Path) -> None:
+def _await(server: subprocess.Popen[bytes], folder: Path, port: int, binaries: Path) -> None:
     deadline = time.monotonic() + START_S
     while server.poll() is None and time.monotonic() < deadline:
         ready = subprocess.run(
-            [str(binaries / "pg_isready"), "-q", "-h", str(folder)],
+            [str(binaries / "pg_isready"), "-q", "-h", str(folder), "-p", str(port)],
             stdin=subprocess.DEVNULL,
             check=False,
             timeout=START_S,

@@ -8,18 +8,17 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud_hub.ground import courier as courier_module
-from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
+from cloud_hub.ground.courier import HubCourier, Inbound, Link
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.system import SystemClock
 from shared.errors import Unreachable
-from tests.fakes.ingest_place import IngestPlace, ingest_place
+from tests.fakes.ingest_place import IngestPlace, ingest_place, link_settings
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 
@@ -30,11 +29,7 @@ WAIT_S = 30.0
 @contextlib.asynccontextmanager
 async def connected(place: IngestPlace, arrived: Callable[[Sequence[Inbound]], None]) -> AsyncIterator[HubCourier]:
     """A courier that is connected, for as long as the context lasts."""
-    folder: Path = place.folder
-    settings = LinkSettings(
-        host="127.0.0.1", port=place.hub_port, ca=folder / "ca.pem", certificate=folder / "hub.pem",
-        key=folder / "hub.key",
-    )  # fmt: skip
+    settings = link_settings(place.folder, "hub", place.hub_port)
     link = Link(SystemClock())
     courier, ready = HubCourier(settings, on_messages=arrived, metrics=Metrics(), link=link), asyncio.Event()
     async with asyncio.TaskGroup() as group:

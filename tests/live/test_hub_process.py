@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cloud_hub.ground.ca import common_name
 from cloud_hub.ground.system import MAX_FILES
 from shared.ids import DeviceId
 from shared.wire import topics
@@ -220,6 +222,21 @@ def told(hub: HubProcess) -> dict[str, Any]:
     return summary
 
 
+def stand_by(hub: HubProcess, folder: Path) -> HubProcess:
+    """A hub that can take another's place, made as the documentation says."""
+    shutil.copytree(hub.data, folder / "data", ignore=shutil.ignore_patterns("tls", "broker", "hub.lock"))
+    shutil.copy(hub.folder / "token", folder / "token")
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        made = HubProcess(folder, port=one.getsockname()[1], broker_port=two.getsockname()[1])
+    file = made.data / "hub.toml"
+    text = file.read_text().replace("[broker]", '[broker]\nhub_name = "hub.b"')
+    text = text.replace(f"port = {hub.port}", f"port = {made.port}")
+    file.write_text(text.replace(f"port = {hub.broker_port}", f"port = {made.broker_port}"))
+    return made
+
+
 def test_a_hub_keeps_everything_in_postgresql(
     tmp_path: Path, mosquitto_path: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +261,18 @@ def test_a_hub_keeps_everything_in_postgresql(
         assert told(hub)["streams"][0]["duplicates"] == 3
         line.close()
         assert run_command("doctor", "--data", str(hub.data)).returncode == 0
+        twin = stand_by(hub, tmp_path / "twin")
+        refused = run_command(
+            "serve", "--data", str(twin.data), "--port", str(twin.port), "--broker-port", str(twin.broker_port)
+        )
+        assert (refused.returncode, "conflict.running" in refused.stderr) == (6, True)
         assert hub.stop(signal.SIGTERM) == 0
+        try:
+            twin.start()
+            assert common_name((twin.data / "broker" / "hub.pem").read_bytes()) == "hub.b"
+            assert told(twin)["records"] == 4
+        finally:
+            twin.stop(signal.SIGTERM)
         # A second hub in the same database would not have the first one's keys.
         again = run_command(
             "init", "--data", str(tmp_path / "second"), "--offline", str(tmp_path / "second-offline"),

@@ -36,7 +36,9 @@ def certificates(root: Path, *, days: int) -> tuple[DataFolder, Authority]:
         folder.ca_key.write_bytes(pair.key_pem)
         folder.ca_key.chmod(0o600)
     authority = transport.load_authority(folder)
-    transport.ensure(folder, authority, names=("localhost",), broker_names=("localhost",), now_ms=now_ms, days=days)
+    transport.ensure(
+        folder, authority, names=("localhost",), broker_names=("localhost",), hub_name="hub", now_ms=now_ms, days=days
+    )
     return folder, authority
 
 
@@ -60,7 +62,7 @@ def replace_all(folder: DataFolder, authority: Authority) -> None:
         path.unlink()
     now_ms = SystemClock().wall_ms()
     issued = transport.ensure(
-        folder, authority, names=("localhost",), broker_names=("localhost",), now_ms=now_ms, days=30
+        folder, authority, names=("localhost",), broker_names=("localhost",), hub_name="hub", now_ms=now_ms, days=30
     )
     assert len(issued) == 2
 
@@ -96,7 +98,9 @@ def test_the_broker_shows_a_renewed_certificate_and_keeps_its_sessions(
     tmp_path: Path, mosquitto_path: str, free_port: int
 ) -> None:
     folder, authority = certificates(tmp_path, days=30)
-    settings = BrokerSettings(folder=folder.broker, host="127.0.0.1", port=free_port, binary=mosquitto_path)
+    settings = BrokerSettings(
+        folder=folder.broker, host="127.0.0.1", port=free_port, binary=mosquitto_path, hub_name="hub"
+    )
 
     async def run() -> None:
         ready = asyncio.Event()

@@ -33,6 +33,7 @@ from tests.fakes.ingest_place import IngestPlace, ingest_place
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
 DEVICES = [DeviceId(f"pi-{number}") for number in range(4)]
+HUBS = ["hub", "hub.b"]
 BATCHES = 40
 SIZE = 20
 LOST = (BATCHES * SIZE + 1, BATCHES * SIZE + 50)
@@ -99,11 +100,11 @@ def send_all(fleet: Fleet, sent: dict[DeviceId, list[Batch]], chance: random.Ran
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_two_hubs_count_each_batch_once(kind: str, mosquitto_path: str, request: pytest.FixtureRequest) -> None:
-    with ingest_place(mosquitto_path, hubs=["hub-1", "hub-2"]) as place:
+    with ingest_place(mosquitto_path, hubs=HUBS) as place:
         url = f"sqlite:///{place.folder / 'hub.db'}"
         if kind == "postgresql":
             url = request.getfixturevalue("postgres_url")
-        hubs = [place.hub(name, url) for name in ("hub-1", "hub-2")]
+        hubs = [place.hub(name, url) for name in HUBS]
         fleet = Fleet(place)
         chance = random.Random(4)
         sent = {device: batches_of_a_device() for device in DEVICES}

@@ -21,6 +21,7 @@ from cloud_hub.rollouts import tables as _rollouts
 from cloud_hub.rounds import tables as _rounds
 from cloud_hub.telemetry import tables as _telemetry
 from shared.errors import ConfigError, Conflict, StorageError
+from tests.fakes.postgres import Postgres
 
 assert all((_devices, _releases, _rollouts, _rounds, _telemetry, auth))
 
@@ -131,6 +132,127 @@ def test_tries_have_an_end(hub: Database) -> None:
     with pytest.raises(StorageError) as caught:
         hub.write_now(work)
     assert (caught.value.code, caught.value.retry, len(tries)) == ("storage.busy", True, database.MAX_TRIES)
+
+
+def show(conn: Connection, *names: str) -> dict[str, str]:
+    return {name: str(conn.exec_driver_sql(f"SHOW {name}").scalar_one()) for name in names}
+
+
+def test_every_connection_has_deadlines(hub: Database) -> None:
+    """On the server as on our side, where libpq tells what it was told."""
+    names = ("statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout", "synchronous_commit")
+    wanted = dict(zip(names, ("30s", "30s", "5s", "on"), strict=True))
+    assert hub.write_now(lambda conn: show(conn, *names)) == wanted
+    assert hub.read_now(lambda conn: show(conn, *names)) == wanted
+
+    def told(conn: Connection) -> dict[str, str]:
+        parameters = conn.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
+        return {name: value for name, value in parameters.items() if name.startswith(("keepalives", "tcp_user"))}
+
+    assert hub.read_now(told) == {
+        "keepalives": "1",
+        "keepalives_idle": "5",
+        "keepalives_interval": "5",
+        "keepalives_count": "3",
+        "tcp_user_timeout": "20000",
+    }
+
+
+def test_over_tcp_both_sides_watch_the_connection(postgres: Postgres) -> None:
+    made = Database(postgres.database(over_tcp=True))
+    try:
+        found = made.read_now(
+            lambda conn: show(
+                conn, "tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout"
+            )
+        )
+    finally:
+        made.close()
+    assert list(found.values()) == ["5", "5", "3", "20000"]
+
+
+def test_a_holder_that_does_nothing_is_ended_and_others_go_on(hub: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hub that froze in a transaction: what it had done is undone, and it is told that it may try again."""
+    monkeypatch.setattr(database, "IDLE_MS", 300)
+    frozen = Database(hub.url)
+    holds, goes_on = threading.Event(), threading.Event()
+    ended: list[StorageError] = []
+
+    def freeze(conn: Connection) -> None:
+        add(conn, "frozen")
+        holds.set()
+        goes_on.wait(30)
+
+    def hold() -> None:
+        with pytest.raises(StorageError) as caught:
+            frozen.write_now(freeze)
+        ended.append(caught.value)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert holds.wait(30)
+        hub.write_now(lambda conn: add(conn, "other"))
+    finally:
+        goes_on.set()
+        holder.join()
+    assert [(error.code, error.retry) for error in ended] == [("storage.unreachable", True)]
+    assert hub.read_now(count) == 1
+    assert frozen.read_now(count) == 1
+    frozen.close()
+
+
+def test_a_statement_that_takes_too_long_is_ended_unless_deadlines_are_lifted(
+    hub: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_MS", 100)
+    slow = Database(hub.url)
+
+    def wait(conn: Connection) -> None:
+        conn.exec_driver_sql("SELECT pg_sleep(0.4)")
+
+    def wait_on(conn: Connection) -> None:
+        database.lift_deadlines(conn)
+        wait(conn)
+
+    try:
+        with pytest.raises(StorageError) as caught:
+            slow.write_now(wait)
+        assert (caught.value.code, caught.value.retry) == ("storage.unreachable", True)
+        slow.write_now(wait_on)
+        with pytest.raises(StorageError):
+            slow.write_now(wait)
+    finally:
+        slow.close()
+
+
+def test_one_hub_holds_the_database(hub: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the server has ended the connection that held it; telemetry is stored beside it all the time."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 200)
+    other = Database(hub.url)
+    end_others = sa.text(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    )
+    try:
+        hub.claim()
+        hub.claim()
+        with pytest.raises(Conflict) as caught:
+            other.claim()
+        assert caught.value.code == "conflict.running"
+        other.write_now(lambda conn: add(conn, "beside"), beside=True)
+        other.read_now(lambda conn: conn.execute(end_others) and None)
+        hub.claim()
+        with pytest.raises(Conflict):
+            other.claim()
+        other.read_now(lambda conn: conn.execute(end_others) and None)
+        other.claim()
+        with pytest.raises(Conflict):
+            hub.claim()
+        other.close()
+        hub.claim()
+    finally:
+        other.close()
 
 
 def test_constraints_are_conflicts(hub: Database) -> None:

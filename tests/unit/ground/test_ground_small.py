@@ -13,7 +13,7 @@ import pytest
 from cloud_hub.ground import broker, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
-from cloud_hub.ground.ca import make_ca
+from cloud_hub.ground.ca import common_name, make_ca
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.folder import DataFolder
 from cloud_hub.ground.rates import Buckets, source_of
@@ -82,9 +82,13 @@ def make_folder(tmp_path: Path) -> DataFolder:
     return folder
 
 
-def ensure(folder: DataFolder, *, names: tuple[str, ...] = ("localhost",), now_ms: int = NOW_MS) -> tuple[str, ...]:
+def ensure(
+    folder: DataFolder, *, names: tuple[str, ...] = ("localhost",), hub_name: str = "hub", now_ms: int = NOW_MS
+) -> tuple[str, ...]:
     authority = transport.load_authority(folder)
-    return transport.ensure(folder, authority, names=names, broker_names=("localhost",), now_ms=now_ms, days=90)
+    return transport.ensure(
+        folder, authority, names=names, broker_names=("localhost",), hub_name=hub_name, now_ms=now_ms, days=90
+    )
 
 
 def test_certificates_are_issued_when_they_must_be(tmp_path: Path) -> None:
@@ -94,6 +98,14 @@ def test_certificates_are_issued_when_they_must_be(tmp_path: Path) -> None:
     assert ensure(folder) == ()
     assert ensure(folder, names=("localhost", "hub.example")) == ("tls/server.pem",)
     assert ensure(folder, names=("localhost", "hub.example"), now_ms=NOW_MS + 61 * DAY_MS) == everything
+
+
+def test_a_hub_with_another_name_gets_a_certificate_with_it(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    ensure(folder)
+    assert ensure(folder, hub_name="hub.b") == ("broker/hub.pem",)
+    assert common_name(files.read(folder.broker / "hub.pem")) == "hub.b"
+    assert ensure(folder, hub_name="hub.b") == ()
 
 
 def test_a_crash_between_key_and_certificate_heals(tmp_path: Path) -> None:
@@ -132,7 +144,10 @@ def test_a_data_directory_has_one_hub(tmp_path: Path) -> None:
 
 def test_the_brokers_configuration_holds_what_it_must() -> None:
     text = broker.configuration(
-        broker.BrokerSettings(folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto"), user="me"
+        broker.BrokerSettings(
+            folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto", hub_name="hub.b"
+        ),
+        user="me",
     )
     lines = text.splitlines()
     for line in (
@@ -150,11 +165,16 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
     ):
         assert line in lines
     nameless = broker.configuration(
-        broker.BrokerSettings(folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto"), user=None
+        broker.BrokerSettings(
+            folder=Path("/d/broker"), host="127.0.0.1", port=8883, binary="mosquitto", hub_name="hub.b"
+        ),
+        user=None,
     )
     assert [line for line in lines if line != "user me"] == nameless.splitlines()
-    assert "pattern write outrider/1/%u/up/#" in broker.access_list().splitlines()
-    assert "pattern read outrider/1/%u/down/#" in broker.access_list().splitlines()
+    rules = broker.access_list("hub.b").splitlines()
+    assert rules[:2] == ["user hub.b", "topic readwrite outrider/#"]
+    assert "pattern write outrider/1/%u/up/#" in rules
+    assert "pattern read outrider/1/%u/down/#" in rules
 
 
 def test_the_environment_does_not_say_who_runs_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +219,9 @@ def test_a_busy_port_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert caught.value.code == "config.port_busy"
         assert str(port) in caught.value.message
         assert "listen.port" in caught.value.hint
-        settings = broker.BrokerSettings(folder=tmp_path, host="127.0.0.1", port=port, binary="mosquitto")
+        settings = broker.BrokerSettings(
+            folder=tmp_path, host="127.0.0.1", port=port, binary="mosquitto", hub_name="hub"
+        )
         with pytest.raises(ConfigError) as caught:
             asyncio.run(broker.require_free_port(settings))
         assert caught.value.code == "config.port_busy"

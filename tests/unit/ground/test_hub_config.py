@@ -9,7 +9,8 @@ import pytest
 from cloud_hub import config
 from cloud_hub.__main__ import main
 from cloud_hub.ground.broker import local_address
-from shared.errors import ConfigError
+from shared.errors import ConfigError, InvalidValue
+from shared.ids import parse_device_id
 
 
 def load(tmp_path: Path, toml: str = "", variables: dict[str, str] | None = None, **flags: object) -> config.Loaded:
@@ -82,6 +83,10 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> Non
         ('[broker]\nhost = "::1%\\nallow_anonymous true"', "is not a host name"),
         ("[public]\nurl = 'http://x'", "is not https://"),
         ("[certificates]\ndevice_days = 0", "certificates.device_days: 0"),
+        ("[broker]\nhub_name = 'pi-1'", "broker.hub_name: 'pi-1' is neither"),
+        ("[broker]\nhub_name = 'hub-1'", "broker.hub_name"),
+        ("[broker]\nhub_name = 'hub.'", "broker.hub_name"),
+        ('[broker]\nhub_name = "hub.b\\ntopic #"', "broker.hub_name"),
         ("listen = 3", "unknown key 'listen'"),
         ("= broken", "Invalid"),
     ],
@@ -90,6 +95,14 @@ def test_values_that_cannot_work(tmp_path: Path, toml: str, fault: str) -> None:
     with pytest.raises(ConfigError, match="cannot be used") as caught:
         load(tmp_path, toml)
     assert fault in caught.value.message
+
+
+def test_no_device_can_have_a_hubs_name(tmp_path: Path) -> None:
+    assert load(tmp_path).config.broker.hub_name == "hub"
+    for name in ("hub", "hub.b", "hub.berlin-2"):
+        assert load(tmp_path, f"[broker]\nhub_name = '{name}'").config.broker.hub_name == name
+        with pytest.raises(InvalidValue):
+            parse_device_id(name)
 
 
 def test_the_command_checks_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
