@@ -22,6 +22,7 @@ from cloud_hub.ground.schema import metadata
 from cloud_hub.telemetry.figures import Figures, Tallies
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream
 from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received
+from shared.errors import StorageError
 from shared.ids import DeviceId
 from shared.ranges import Ranges
 from shared.sketch import Sketch, decode_sketch, merge_all
@@ -44,9 +45,8 @@ batches = sa.Table(
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("received_ms", sa.BigInteger, nullable=False),
     sa.Column("records", sa.Integer, nullable=False),
-    sa.Column("gap", sa.String(16)),
     sa.Column("columns", sa.LargeBinary, nullable=False),
-    # Of a claim's numbers; not unique, because a gap and what came all the same may have the same.
+    # Of a claim's numbers; not unique, because what was new of a batch is stored under its whole claim.
     sa.Index("ix_telemetry_batches_first", "device", "epoch", "klass", "first"),
     sa.Index("ix_telemetry_batches_id", "device", "klass", "id"),
     sqlite_autoincrement=True,
@@ -60,6 +60,7 @@ streams = sa.Table(
     sa.Column("klass", sa.Integer, primary_key=True),
     sa.Column("ranges", sa.LargeBinary, nullable=False),
     sa.Column("lost", sa.LargeBinary, nullable=False),
+    sa.Column("folded", sa.LargeBinary, nullable=False),
     sa.Column("records", sa.BigInteger, nullable=False),
     sa.Column("duplicates", sa.BigInteger, nullable=False),
     sa.Column("conflicts", sa.BigInteger, nullable=False),
@@ -87,6 +88,7 @@ _ROWS_AT_ONCE: Final = 32
 _encoder: Final = msgspec.msgpack.Encoder()
 _ranges_decoder: Final = msgspec.msgpack.Decoder(Ranges)
 _lost_decoder: Final = msgspec.msgpack.Decoder(tuple[Lost, ...])
+_folded_decoder: Final = msgspec.msgpack.Decoder(dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +128,23 @@ class SqlStore:
         query = sa.select(streams.c.epoch).where(streams.c.device == device).distinct()
         return frozenset(self._conn.execute(query).scalars())
 
-    def overlapping(self, stream: Stream, first: int, last: int) -> Sequence[BatchRow]:
-        """The stream's batches with records that hold a number from first to last."""
+    def holds(self, stream: Stream, first: int, last: int, digest: str) -> bool:
+        """Whether a batch with this very claim is stored."""
         c = batches.c
-        of_stream = sa.select(batches).where(
-            c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass), c.gap.is_(None)
-        )
+        query = sa.select(c.id).where(_of(stream), c.first == first, c.last == last, c.digest == digest).limit(1)
+        return self._conn.execute(query).first() is not None
+
+    def overlapping(self, stream: Stream, first: int, last: int, *, most: int) -> Sequence[BatchRow] | None:
+        """The stream's batches that hold a number from first to last; None for more bytes than this."""
+        c = batches.c
         # The lower bound keeps the index's walk short: no batch spans more.
-        query = of_stream.where(c.first <= last, c.first > first - MAX_SPAN, c.last >= first)
+        near = sa.and_(_of(stream), c.first <= last, c.first > first - MAX_SPAN, c.last >= first)
+        size = self._conn.execute(sa.select(sa.func.sum(sa.func.length(c.columns))).where(near)).scalar_one()
+        if (size or 0) > most:
+            return None
         return [
-            BatchRow(stream, row.first, row.last, row.digest, row.records, bytes(row.columns), None)
-            for row in self._conn.execute(query.order_by(c.first, c.id))
+            BatchRow(stream, row.first, row.last, row.digest, row.records, bytes(row.columns))
+            for row in self._conn.execute(sa.select(batches).where(near).order_by(c.first, c.id))
         ]
 
     def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
@@ -147,7 +155,7 @@ class SqlStore:
                 stream = row.stream
                 values += (
                     stream.device, stream.epoch, int(stream.klass), row.first, row.last, row.digest,
-                    at_ms, row.records, row.gap, row.columns,
+                    at_ms, row.records, row.columns,
                 )  # fmt: skip
             self._conn.exec_driver_sql(_insert_batches(len(some), self._mark), tuple(values))
 
@@ -159,7 +167,8 @@ class SqlStore:
                 known = changed[stream]
                 values += (
                     stream.device, stream.epoch, int(stream.klass), _encoder.encode(known.here),
-                    _encoder.encode(known.lost), known.records, known.duplicates, known.conflicts,
+                    _encoder.encode(known.lost), _encoder.encode(known.folded),
+                    known.records, known.duplicates, known.conflicts,
                     known.first_received_ms, known.last_received_ms,
                 )  # fmt: skip
             self._conn.exec_driver_sql(_upsert_streams(len(some), self._mark), tuple(values))
@@ -200,6 +209,11 @@ class SqlStore:
         )
 
 
+def _of(stream: Stream) -> sa.ColumnElement[bool]:
+    c = batches.c
+    return sa.and_(c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass))
+
+
 def _quoted(table: sa.Table, *, but: tuple[str, ...] = ()) -> list[str]:
     """The table's columns for a statement: some of their names are words of SQL in some database."""
     return [f'"{column.name}"' for column in table.c if column.name not in but]
@@ -221,8 +235,9 @@ def _insert_batches(rows: int, mark: str) -> str:
 @cache
 def _select_streams(rows: int, mark: str) -> str:
     names = ", ".join(_quoted(streams))
-    keys = f"(device, epoch, klass) IN (VALUES {_values(rows, 3, mark)})"
-    return f"SELECT {names} FROM telemetry_streams WHERE {keys}"  # noqa: S608
+    # SQLite looks each key up only in this form: `(…) IN (VALUES …)` reads the whole table from two keys on.
+    keys = f"(VALUES {_values(rows, 3, mark)}) AS k CROSS JOIN telemetry_streams"
+    return f"SELECT {names} FROM {keys} WHERE device = column1 AND epoch = column2 AND klass = column3"  # noqa: S608
 
 
 @cache
@@ -247,7 +262,7 @@ def _list_class(
     conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int, records: int
 ) -> Iterator[StoredColumns]:
     c = batches.c
-    of_class = sa.select(batches).where(c.device == device, c.klass == int(klass), c.gap.is_(None))
+    of_class = sa.select(batches).where(c.device == device, c.klass == int(klass))
     # A few at once: what a batch holds may be large.
     while records > 0:
         query = of_class.where(c.id >= from_id).order_by(c.id).limit(min(records, _COLUMNS_AT_ONCE))
@@ -306,16 +321,23 @@ def _sum(device: DeviceId, version: str, rows: Sequence[sa.Row[tuple[object, ...
 
 def _received(row: Sequence[Any]) -> tuple[Stream, Received]:
     """A row of streams, in the order of the table's columns."""
-    device, epoch, klass, here, lost, records, duplicates, conflicts, first_received_ms, last_received_ms = row
-    return Stream(DeviceId(device), epoch, RecordClass(klass)), Received(
-        here=_ranges_decoder.decode(here),
-        lost=_lost_decoder.decode(lost),
-        records=records,
-        duplicates=duplicates,
-        conflicts=conflicts,
-        first_received_ms=first_received_ms,
-        last_received_ms=last_received_ms,
-    )
+    device, epoch, klass, here, lost, folded, records, duplicates, conflicts, first_received_ms, last_received_ms = row
+    try:
+        known = Received(
+            here=_ranges_decoder.decode(here),
+            lost=_lost_decoder.decode(lost),
+            folded=_folded_decoder.decode(folded),
+            records=records,
+            duplicates=duplicates,
+            conflicts=conflicts,
+            first_received_ms=first_received_ms,
+            last_received_ms=last_received_ms,
+        )
+    except msgspec.MsgspecError as error:
+        raise StorageError(
+            f"what is known of {device}'s telemetry is damaged: {error}", hint="run `outrider-hub doctor`"
+        ) from error
+    return Stream(DeviceId(device), epoch, RecordClass(klass)), known
 
 
 def _portions(items: Sequence[T], size: int) -> Iterator[list[T]]:
