@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import merge
 from itertools import islice
 from typing import Any, Final, TypeVar
 
@@ -83,7 +84,7 @@ figures = sa.Table(
 )
 
 _PER_QUERY: Final = 200
-_COLUMNS_AT_ONCE: Final = 16
+_COLUMNS_AT_ONCE: Final = 8
 _ROWS_AT_ONCE: Final = 32
 _encoder: Final = msgspec.msgpack.Encoder()
 _ranges_decoder: Final = msgspec.msgpack.Decoder(Ranges)
@@ -249,24 +250,20 @@ def _upsert_streams(rows: int, mark: str) -> str:
 
 
 def list_batches(
-    conn: Connection, device: DeviceId, *, klass: RecordClass | None, from_id: int, records: int
-) -> list[StoredColumns]:
-    """The device's batches with records in the order of arrival, from this id on: enough for so many records."""
+    conn: Connection, device: DeviceId, *, klass: RecordClass | None, from_id: int
+) -> Iterator[StoredColumns]:
+    """The device's batches in the order of arrival, from this id on; read as far as someone asks."""
     # One query per class, because that is how the index is ordered.
     wanted = tuple(RecordClass) if klass is None else (klass,)
-    found = [row for one in wanted for row in _list_class(conn, device, one, from_id=from_id, records=records)]
-    return sorted(found, key=lambda row: row.id)
+    return merge(*(_list_class(conn, device, one, from_id=from_id) for one in wanted), key=lambda row: row.id)
 
 
-def _list_class(
-    conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int, records: int
-) -> Iterator[StoredColumns]:
+def _list_class(conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int) -> Iterator[StoredColumns]:
     c = batches.c
     of_class = sa.select(batches).where(c.device == device, c.klass == int(klass))
     # A few at once: what a batch holds may be large.
-    while records > 0:
-        query = of_class.where(c.id >= from_id).order_by(c.id).limit(min(records, _COLUMNS_AT_ONCE))
-        rows = conn.execute(query).all()
+    while True:
+        rows = conn.execute(of_class.where(c.id >= from_id).order_by(c.id).limit(_COLUMNS_AT_ONCE)).all()
         for row in rows:
             yield StoredColumns(
                 id=row.id,
@@ -275,18 +272,24 @@ def _list_class(
                 received_ms=row.received_ms,
                 columns=bytes(row.columns),
             )
-            from_id, records = row.id + 1, records - row.records
-            if records <= 0:
-                return
+            from_id = row.id + 1
         if len(rows) < _COLUMNS_AT_ONCE:
             return
 
 
-def list_streams(conn: Connection, device: DeviceId) -> list[tuple[Stream, Received]]:
-    """The device's streams, oldest epoch first."""
+def list_streams(conn: Connection, device: DeviceId, *, limit: int) -> list[tuple[Stream, Received]]:
+    """The device's newest streams, oldest epoch first."""
     c = streams.c
-    query = sa.select(streams).where(c.device == device).order_by(c.first_received_ms, c.epoch, c.klass)
-    return [_received(row) for row in conn.execute(query)]
+    newest = (c.first_received_ms.desc(), c.epoch.desc(), c.klass.desc())
+    query = sa.select(streams).where(c.device == device).order_by(*newest).limit(limit)
+    return [_received(row) for row in conn.execute(query)][::-1]
+
+
+def count_streams(conn: Connection, device: DeviceId) -> tuple[int, int]:
+    """How many streams the device has, and how many records they have together."""
+    query = sa.select(sa.func.count(), sa.func.sum(streams.c.records)).where(streams.c.device == device)
+    many, records = conn.execute(query).one()
+    return many, int(records or 0)
 
 
 def read_figures(

@@ -27,6 +27,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
 from operator import attrgetter, itemgetter
 from typing import Final, Literal, Protocol
 
@@ -38,7 +39,7 @@ from cloud_hub.telemetry.rules import Opened, Stream, TelemetryRefused, explode,
 from shared import limits
 from shared.errors import ProtocolViolation
 from shared.ids import DeviceId
-from shared.ranges import Ranges, count, meets, missing, union, watermark, within
+from shared.ranges import Ranges, count, meets, missing, union, within
 from shared.telemetry import Record, RecordClass
 from shared.wire.columns import Columns, encode_columns, open_columns
 from shared.wire.messages import Batch, Verdict
@@ -392,7 +393,7 @@ def _pieces(known: Received) -> int:
 
 def _folded(known: Received) -> Received:
     """With the older half of those losses only counted up to which all is settled; the same when there are none."""
-    end = bisect_right(known.lost, watermark(known.settled), key=_last)
+    end = bisect_right(known.lost, _watermark(known), key=_last)
     if not end:
         return known
     oldest, rest = known.lost[: (end + 1) // 2], known.lost[(end + 1) // 2 :]
@@ -400,6 +401,16 @@ def _folded(known: Received) -> Received:
     for one in oldest:
         folded[one.reason] += one.last - one.first + 1
     return replace(known, here=union(known.here, ((1, oldest[-1].last),)), lost=rest, folded=dict(folded))
+
+
+def _watermark(known: Received) -> int:
+    """Of what is settled; looks no further than to the first hole."""
+    reached = 0
+    for first, last in merge(known.here, ((one.first, one.last) for one in known.lost)):
+        if first > reached + 1:
+            break
+        reached = last
+    return reached
 
 
 def _united(here: Ranges, runs: Ranges) -> Ranges:

@@ -43,9 +43,7 @@ def test_streams_are_looked_up_one_by_one_and_not_by_reading_all(database: Datab
 
 @pytest.mark.parametrize("column", ["ranges", "lost", "folded"])
 def test_a_damaged_row_is_an_error_of_storage_with_what_to_do(database: Database, column: str) -> None:
-    database.write_now(
-        lambda conn: conn.exec_driver_sql(f"UPDATE telemetry_streams SET {column} = x'c1'") and None  # noqa: S608
-    )
+    database.write_now(lambda conn: conn.exec_driver_sql(f"UPDATE telemetry_streams SET {column} = x'c1'") and None)
     with pytest.raises(StorageError, match="pi-3") as caught:
         database.write_now(lambda conn: tables.SqlStore(conn).read([STREAMS[3]]))
     assert caught.value.hint
