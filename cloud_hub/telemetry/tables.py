@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Lock, lock, upsert
 from cloud_hub.ground.schema import metadata
-from cloud_hub.telemetry.figures import Figures, Tallies
+from cloud_hub.telemetry.figures import Figures, Tallies, Tally, bounded
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream
 from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received
 from shared.errors import StorageError
@@ -81,6 +81,8 @@ figures = sa.Table(
     sa.Column("right", sa.BigInteger, nullable=False),
     sa.Column("wrong", sa.BigInteger, nullable=False),
     sa.Column("latency", sa.LargeBinary, nullable=False),
+    # In the order in which they are counted up: a device's minute.
+    sa.Index("ix_telemetry_figures_device", "device", "minute"),
 )
 
 _PER_QUERY: Final = 200
@@ -175,28 +177,27 @@ class SqlStore:
             self._conn.exec_driver_sql(_upsert_streams(len(some), self._mark), tuple(values))
 
     def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
-        """Add to the minute's figures of the device, which is locked as its streams are."""
+        """Add to the minute's figures of the device, which is locked as its streams are; two statements for all."""
         c = figures.c
-        for (family, version), tally in tallies.items():
-            key = {"family": family, "minute": minute, "device": device, "version": version}
-            same = sa.and_(c.family == family, c.minute == minute, c.device == device, c.version == version)
-            latency = tally.latency
-            if latency.buckets:
-                before = self._conn.execute(sa.select(c.latency).where(same)).scalar_one_or_none()
-                latency = latency if before is None else latency.merge(decode_sketch(bytes(before)))
-            statement = upsert(self._conn, figures).values(
-                **key, answered=tally.answered, right=tally.right, wrong=tally.wrong, latency=latency.encode()
-            )
-            changed: dict[str, object] = {
-                "answered": c.answered + statement.excluded.answered,
-                "right": c.right + statement.excluded.right,
-                "wrong": c.wrong + statement.excluded.wrong,
+        query = sa.select(figures).where(c.device == device, c.minute == minute)
+        before = {(row.family, row.version): row for row in self._conn.execute(query)}
+        rows = [
+            {
+                "family": key[0],
+                "version": key[1],
+                "minute": minute,
+                "device": device,
+                **_counted(before.get(key), tally),
             }
-            if latency.buckets:
-                changed["latency"] = statement.excluded.latency
-            self._conn.execute(
-                statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
-            )
+            for key, tally in bounded(before, tallies).items()
+        ]
+        if not rows:
+            return
+        statement = upsert(self._conn, figures).values(rows)
+        changed = {name: statement.excluded[name] for name in ("answered", "right", "wrong", "latency")}
+        self._conn.execute(
+            statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
+        )
 
     def note(self, note: Note, *, at_ms: int) -> None:
         """Write an audit event."""
@@ -208,6 +209,20 @@ class SqlStore:
             subject=f"device:{note.device}",
             detail=note.detail,
         )
+
+
+def _counted(before: sa.Row[Any] | None, tally: Tally) -> dict[str, object]:
+    if before is None:
+        return {
+            "answered": tally.answered, "right": tally.right, "wrong": tally.wrong, "latency": tally.latency.encode(),
+        }  # fmt: skip
+    latency = bytes(before.latency)
+    return {
+        "answered": before.answered + tally.answered,
+        "right": before.right + tally.right,
+        "wrong": before.wrong + tally.wrong,
+        "latency": decode_sketch(latency).merge(tally.latency).encode() if tally.latency.buckets else latency,
+    }
 
 
 def _of(stream: Stream) -> sa.ColumnElement[bool]:

@@ -149,7 +149,7 @@ class Store(Protocol):
         ...
 
     def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
-        """Add to the minute's figures of the device."""
+        """Add to the minute's figures of the device, as far as `figures.bounded` lets."""
         ...
 
     def note(self, note: Note, *, at_ms: int) -> None:

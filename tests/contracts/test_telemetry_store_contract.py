@@ -243,6 +243,25 @@ def test_figures_add_up(place: Place) -> None:
     assert place.figures(OTHER, MINUTE) == {}
 
 
+def test_a_minute_of_a_device_has_a_bounded_number_of_pairs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device can invent versions; those that came first go on being counted, and other devices are not touched."""
+    monkeypatch.setattr("cloud_hub.telemetry.figures.MAX_PAIRS", 3)
+
+    def count(*versions: str, device: DeviceId = PI, minute: int = MINUTE) -> None:
+        tallies = {("digits", version): Tally(1, 0, 0, sketch_of([])) for version in versions}
+        place.write(lambda store: store.count(device, tallies, minute=minute))
+
+    count("1.0.0", "2.0.0")
+    count("3.0.0", "1.0.0", "4.0.0", "5.0.0")
+    count("6.0.0", "3.0.0")
+    count("7.0.0")
+    count("7.0.0", device=OTHER)
+    count("7.0.0", minute=MINUTE + 1)
+    counted = {version: tally.answered for (_, version), tally in place.figures(PI, MINUTE).items()}
+    assert counted == {"1.0.0": 2, "2.0.0": 1, "3.0.0": 2}
+    assert len(place.figures(OTHER, MINUTE)) == len(place.figures(PI, MINUTE + 1)) == 1
+
+
 # Taking
 
 

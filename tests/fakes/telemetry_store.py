@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cloud_hub.telemetry.figures import Tallies, add_all
+from cloud_hub.telemetry.figures import Tallies, add_all, bounded
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream, explode
 from cloud_hub.telemetry.taking import BatchRow, Note, Received
 from shared.ids import DeviceId
@@ -103,7 +103,7 @@ class MemoryTransaction:
         """Add to the minute's figures."""
         key = (device, minute)
         before = self._figures.get(key, self._committed.figures.get(key, {}))
-        self._figures[key] = add_all([before, tallies])
+        self._figures[key] = add_all([before, bounded(before, tallies)])
 
     def note(self, note: Note, *, at_ms: int) -> None:
         """Write an audit event."""

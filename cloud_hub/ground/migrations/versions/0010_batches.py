@@ -76,6 +76,7 @@ def upgrade() -> None:
             "SELECT setval(pg_get_serial_sequence('telemetry_batches', 'id'), max(id)) FROM telemetry_batches"
         )
     op.drop_table("telemetry_records")
+    op.create_index("ix_telemetry_figures_device", "telemetry_figures", ["device", "minute"])
     for name in ("lost", "folded"):
         op.add_column("telemetry_streams", sa.Column(name, sa.LargeBinary))
     conn.execute(sa.update(_streams).values(lost=_NOTHING_LOST, folded=_NOTHING_FOLDED))
@@ -87,6 +88,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Explode the batches into records again; what is declared lost is forgotten."""
     conn = op.get_bind()
+    op.drop_index("ix_telemetry_figures_device", "telemetry_figures")
     op.create_table(
         "telemetry_records",
         sa.Column("id", _NUMBER, primary_key=True, autoincrement=True),
