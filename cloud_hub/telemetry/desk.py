@@ -7,6 +7,8 @@ Rules:
 3. What can never be stored is answered `refused` with the reason.
 4. Batches that came together are opened and stored together, in one step of one thread and one commit, and answered
    in one message for each device: more load makes larger groups, not more of them.
+5. No batch stops others. A group that fails for another reason than a database that cannot write now is stored again
+   device by device, then batch by batch. One that fails alone, by a defect, is refused; one over a damaged row waits.
 
 Not here: MQTT, envelopes, devices, what a batch adds (`taking.py`).
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -25,11 +27,12 @@ from sqlalchemy.engine import Connection
 
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.telemetry import rules, tables
+from cloud_hub.telemetry import apart, rules, tables
+from cloud_hub.telemetry.apart import Failure, store_apart
 from cloud_hub.telemetry.figures import Figures, minute_of
 from cloud_hub.telemetry.rules import CLASS_NAMES, MAX_SPAN, Opened, Stream, TelemetryRefused
 from cloud_hub.telemetry.taking import Lost, Received, Taken, take_all
-from shared import limits, ranges
+from shared import ranges
 from shared.clock import Clock
 from shared.errors import OutriderError, ProtocolViolation, StorageError
 from shared.ids import DeviceId
@@ -40,7 +43,13 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S: Final = 0.5
 """After a failed commit, so that a full disk does not make a busy loop."""
+MAX_TOLD_STREAMS: Final = 64
+"""Of a device in one answer, the newest: a device can make thousands."""
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+"""Of records in one answer, unpacked; at least one is told."""
 _MAX_NOTED: Final = 1000
+
+_encoder: Final = msgspec.msgpack.Encoder()
 
 SendAck = Callable[[DeviceId, Ack], Awaitable[None]]
 
@@ -68,6 +77,14 @@ class StoredEffect:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordsPage:
+    """Records in the order of arrival; `has_more` says that some follow the last of them."""
+
+    items: tuple[StoredEffect, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StreamSummary:
     """What has arrived of one stream.
 
@@ -76,7 +93,8 @@ class StreamSummary:
         first, last: lowest and highest number; 0 when there are none.
         watermark: up to here no number is waited for: each is here, or declared lost.
         missing: ranges from 1 to `last` that have not arrived and are not declared lost.
-        lost: what the device said will not come.
+        lost: what the device said will not come, without what is folded.
+        folded: how many older numbers were lost, by reason, whose ranges are no longer kept.
         duplicates: records that came again and were dropped.
         conflicts: batches refused because their numbers are here with other content: a copied disk, or one set back.
     """
@@ -89,6 +107,7 @@ class StreamSummary:
     watermark: int
     missing: ranges.Ranges
     lost: tuple[Lost, ...]
+    folded: Mapping[str, int]
     duplicates: int
     conflicts: int
     first_received_ms: int
@@ -96,13 +115,28 @@ class StreamSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """What became of parcels that were stored together; `opened` and `taken` in the same order, without refusals."""
+class DeviceSummary:
+    """What has arrived of a device.
 
-    verdicts: dict[DeviceId, list[Verdict]]
-    opened: list[Opened]
-    taken: list[Taken]
-    refused: list[tuple[DeviceId, str]]
+    Attributes:
+        records: of all streams.
+        streams_known: how many streams there are.
+        streams: at most the newest `MAX_TOLD_STREAMS`, oldest epoch first.
+    """
+
+    records: int
+    streams_known: int
+    streams: tuple[StreamSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A batch that came in: opened, or refused with this code."""
+
+    device: DeviceId
+    claim: BatchId
+    opened: Opened | None
+    code: str = ""
 
 
 class Desk:
@@ -124,6 +158,9 @@ class Desk:
         self._batches = metrics.counter("outrider_hub_batches_total", "Batches from devices by outcome.", ("outcome",))
         self._records = metrics.counter("outrider_hub_records_total", "Records stored, each once.", ("klass",))
         self._duplicates = metrics.counter("outrider_hub_duplicate_records_total", "Records that came again.")
+        self._damaged = metrics.counter(
+            "outrider_hub_damaged_batches_total", "Stored batches that do not parse and could not be compared with."
+        )
         self._lost = metrics.counter("outrider_hub_lost_records_total", "Records that devices declared lost.")
         self._commit_seconds = metrics.histogram("outrider_hub_commit_seconds", "Time to store a group of batches.")
 
@@ -132,41 +169,76 @@ class Desk:
     async def take(self, parcels: Sequence[Parcel]) -> None:
         """Store these in one commit and answer them; raises OutriderError when they cannot be stored now."""
         began_ms, at_ms = self._clock.mono_ms(), self._clock.wall_ms()
-        try:
-            group = await self._database.write(lambda conn: _store(conn, parcels, at_ms=at_ms), beside=True)
-        except OutriderError as error:
-            await self._pause(len(parcels), error)
-            raise
+        # Before the transaction begins: what is parsed and hashed meanwhile holds no lock.
+        arrived = await asyncio.to_thread(_open_all, parcels)
+        opened = [one.opened for one in arrived if one.opened is not None]
+        stored = await store_apart(opened, lambda some: self._store(some, at_ms=at_ms))
+        for failure in stored.failures:
+            self._tell_failure(failure)
+        taken = iter(stored.taken)
+        answers = [(one, Taken("refused", code=one.code) if one.opened is None else next(taken)) for one in arrived]
+        if stored.error is None or any(one is not None for one in stored.taken):
+            self._commit_seconds.observe((self._clock.mono_ms() - began_ms) / 1000)
+            await self._answer([(one, said) for one, said in answers if said is not None])
+        unanswered = sum(one is None for one in stored.taken)
+        self._batches.labels("failed").inc(unanswered)
+        if stored.error is not None:
+            await self._pause(stored.error)
+            raise stored.error
         if self._failing:
             self._failing = False
             logger.info("telemetry is stored again")
-        self._commit_seconds.observe((self._clock.mono_ms() - began_ms) / 1000)
-        for device, verdicts in group.verdicts.items():
-            await self._acknowledge(device, Ack(verdicts=tuple(verdicts)))
-        self._count(group)
 
-    def _count(self, group: _Group) -> None:
-        outcomes = Counter(verdict.status for verdicts in group.verdicts.values() for verdict in verdicts)
-        for status, many in outcomes.items():
+    async def _store(self, opened: Sequence[Opened], *, at_ms: int) -> list[Taken]:
+        return await self._database.write(
+            lambda conn: take_all(tables.SqlStore(conn), opened, at_ms=at_ms), beside=True
+        )
+
+    async def _answer(self, answers: Sequence[tuple[_Arrived, Taken]]) -> None:
+        verdicts: dict[DeviceId, list[Verdict]] = {}
+        for one, taken in answers:
+            told = _echo(one.claim) if taken.status == "refused" else one.claim
+            verdicts.setdefault(one.device, []).append(Verdict(batch=told, status=taken.status, code=taken.code))
+        for device, of_device in verdicts.items():
+            await self._acknowledge(device, Ack(verdicts=tuple(of_device)))
+        self._count(answers)
+
+    def _count(self, answers: Sequence[tuple[_Arrived, Taken]]) -> None:
+        for status, many in Counter(taken.status for _, taken in answers).items():
             self._batches.labels(status).inc(many)
         fresh: Counter[RecordClass] = Counter()
-        for opened, taken in zip(group.opened, group.taken, strict=True):
-            fresh[opened.stream.klass] += taken.fresh
+        for one, taken in answers:
+            if one.opened is not None:
+                fresh[one.opened.stream.klass] += taken.fresh
         for klass, many in fresh.items():
             self._records.labels(CLASS_NAMES[klass]).inc(many)
-        self._duplicates.inc(sum(taken.duplicates for taken in group.taken))
-        self._lost.inc(sum(taken.lost for taken in group.taken))
-        for device, code in group.refused:
-            # Once per device and code: a device that sends nonsense must not fill the log.
-            if (device, code) not in self._noted and len(self._noted) < _MAX_NOTED:
-                self._noted.add((device, code))
-                logger.warning("batch refused", extra={"device": device, "code": code})
+        self._duplicates.inc(sum(taken.duplicates for _, taken in answers))
+        self._lost.inc(sum(taken.lost for _, taken in answers))
+        for one, taken in answers:
+            if taken.status == "refused" and self._is_new(one.device, taken.code):
+                logger.warning("batch refused", extra={"device": one.device, "code": taken.code})
+            if taken.damaged:
+                self._damaged.inc(taken.damaged)
+                if self._is_new(one.device, "damaged"):
+                    logger.error("stored batches are damaged", extra={"device": one.device, "batches": taken.damaged})
 
-    async def _pause(self, batches: int, error: OutriderError) -> None:
-        self._batches.labels("failed").inc(batches)
+    def _tell_failure(self, failure: Failure) -> None:
+        device = failure.batch.stream.device
+        if self._is_new(device, failure.name):
+            logger.error("batch cannot be stored", extra={"device": device}, exc_info=failure.error)
+
+    def _is_new(self, device: DeviceId, what: str) -> bool:
+        """Once per device and cause: a device that sends nonsense must not fill the log."""
+        if (device, what) in self._noted or len(self._noted) >= _MAX_NOTED:
+            return False
+        self._noted.add((device, what))
+        return True
+
+    async def _pause(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
-            logger.error("telemetry cannot be stored: %s: %s", error.code, error.message)
+            code = error.code if isinstance(error, OutriderError) else "defect"
+            logger.error("telemetry cannot be stored: %s: %s", code, error)
         await asyncio.sleep(PAUSE_S)
 
     async def _acknowledge(self, device: DeviceId, ack: Ack) -> None:
@@ -180,23 +252,19 @@ class Desk:
 
     async def records(
         self, device: DeviceId, *, klass: RecordClass | None = None, after: int = 0, limit: int
-    ) -> tuple[StoredEffect, ...]:
-        """The device's records in the order of arrival, from after the one with this id."""
-        from_id = after // MAX_SPAN
+    ) -> RecordsPage:
+        """The device's records in the order of arrival, from after the one with this id; a page may be short."""
         # The first batch may have been told already, up to its last record.
-        wanted = limit + limits.MAX_BATCH_RECORDS
+        from_id = after // MAX_SPAN
         return await self._database.read(
-            lambda conn: _effects(
-                tables.list_batches(conn, device, klass=klass, from_id=from_id, records=wanted),
-                after=after,
-                limit=limit,
+            lambda conn: _page(
+                tables.list_batches(conn, device, klass=klass, from_id=from_id), after=after, limit=limit
             )
         )
 
-    async def summary(self, device: DeviceId) -> tuple[StreamSummary, ...]:
-        """What has arrived of each of the device's streams, oldest epoch first."""
-        streams = await self._database.read(lambda conn: tables.list_streams(conn, device))
-        return tuple(_summary(stream, received) for stream, received in streams)
+    async def summary(self, device: DeviceId) -> DeviceSummary:
+        """What has arrived of the device, and of each of its newest streams."""
+        return await self._database.read(lambda conn: _summaries(conn, device))
 
     async def figures(self, *, family: str, since_ms: int, devices: Iterable[DeviceId] | None = None) -> list[Figures]:
         """What the fleet said of a family's releases, one entry per device and version.
@@ -212,30 +280,23 @@ class Desk:
         )
 
 
-def _store(conn: Connection, parcels: Sequence[Parcel], *, at_ms: int) -> _Group:
-    """Open and store, in the caller's transaction; the verdicts are good once it is committed."""
-    group = _Group(verdicts={}, opened=[], taken=[], refused=[])
-    claims: list[tuple[DeviceId, BatchId, str | None]] = []
+def _open_all(parcels: Sequence[Parcel]) -> list[_Arrived]:
+    """Open what can be answered."""
+    arrived: list[_Arrived] = []
     for parcel in parcels:
         found = parcel.open()
         if found is None:
             continue
         device, batch = found
         try:
-            group.opened.append(rules.open_batch(device, batch))
-            claims.append((device, batch.batch, None))
+            arrived.append(_Arrived(device, batch.batch, rules.open_batch(device, batch)))
         except TelemetryRefused as refused:
-            claims.append((device, batch.batch, refused.code))
-    group.taken.extend(take_all(tables.SqlStore(conn), group.opened, at_ms=at_ms))
-    results = iter(group.taken)
-    for device, claim, code in claims:
-        taken = next(results) if code is None else Taken("refused", code=code)
-        is_refused = taken.status == "refused"
-        if is_refused:
-            group.refused.append((device, taken.code))
-        told = _echo(claim) if is_refused else claim
-        group.verdicts.setdefault(device, []).append(Verdict(batch=told, status=taken.status, code=taken.code))
-    return group
+            arrived.append(_Arrived(device, batch.batch, None, refused.code))
+        except Exception:
+            # A defect in opening must not stop the others' batches.
+            logger.exception("batch cannot be opened", extra={"device": device})
+            arrived.append(_Arrived(device, batch.batch, None, apart.DEFECT))
+    return arrived
 
 
 def _echo(claim: BatchId) -> BatchId:
@@ -245,17 +306,26 @@ def _echo(claim: BatchId) -> BatchId:
     )
 
 
-def _effects(batches: Iterable[tables.StoredColumns], *, after: int, limit: int) -> tuple[StoredEffect, ...]:
-    """The records of these batches one by one, as many as are wanted."""
+def _page(batches: Iterable[tables.StoredColumns], *, after: int, limit: int) -> RecordsPage:
+    """The records of these batches one by one, as many as are wanted and fit."""
     found: list[StoredEffect] = []
+    room = MAX_PAGE_BYTES
     for batch in batches:
         for record in _explode(batch):
             number = batch.id * MAX_SPAN + record.seq - batch.first
-            if number > after:
-                found.append(_effect(number, batch, record))
-        if len(found) >= limit:
-            break
-    return tuple(found[:limit])
+            if number <= after:
+                continue
+            room -= len(_encoder.encode(record.body))
+            if len(found) == limit or (found and room < 0):
+                return RecordsPage(tuple(found), has_more=True)
+            found.append(_effect(number, batch, record))
+    return RecordsPage(tuple(found), has_more=False)
+
+
+def _summaries(conn: Connection, device: DeviceId) -> DeviceSummary:
+    known, records = tables.count_streams(conn, device)
+    newest = tables.list_streams(conn, device, limit=MAX_TOLD_STREAMS)
+    return DeviceSummary(records, known, tuple(_summary(stream, received) for stream, received in newest))
 
 
 def _explode(batch: tables.StoredColumns) -> list[Record]:
@@ -292,6 +362,7 @@ def _summary(stream: Stream, received: Received) -> StreamSummary:
         watermark=ranges.watermark(settled),
         missing=ranges.holes(settled),
         lost=received.lost,
+        folded=received.folded,
         duplicates=received.duplicates,
         conflicts=received.conflicts,
         first_received_ms=received.first_received_ms,

@@ -8,15 +8,17 @@ Rules of this file:
 1. An answer that came from elsewhere (cache, hub) says nothing about how fast the model is: only answers of the model
    itself are timed. A request that a release was asked for in vain counts among the times as one without end.
 2. Right and wrong is what the application said. What the hub's larger model said is a label, not a verdict.
-3. A device can claim anything: names that are none are not counted, and of one batch at most `MAX_GROUPS` names are.
+3. A device can claim anything: names that are none are not counted, of one batch at most `MAX_GROUPS` names are, and
+   of one minute at most `MAX_PAIRS`, those that came first.
 
 Not here: tables, time, what a gate makes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from shared.errors import InvalidValue
@@ -26,6 +28,8 @@ from shared.wire.columns import Columns
 
 MAX_GROUPS: Final = 32
 """Pairs of family and version counted of one batch; a device runs a handful."""
+MAX_PAIRS: Final = 64
+"""Pairs of family and version counted of one device in one minute."""
 MINUTE_MS: Final = 60_000
 NEVER_US: Final = 60_000_000
 """What a request counts as having taken that a release was asked for in vain. It has no time of its own, and a release
@@ -94,6 +98,16 @@ def tally(content: Columns) -> Tallies:
         key: Tally(answered=one.answered, right=one.right, wrong=one.wrong, latency=sketch_of(one.times_us))
         for key, one in sums.items()
     }
+
+
+def bounded(known: Collection[tuple[str, str]], more: Tallies) -> Tallies:
+    """As much of what is added to a minute with these pairs as there is room for."""
+    room = MAX_PAIRS - len(known)
+    if len(more) <= room:
+        return more
+    new = islice((key for key in more if key not in known), max(0, room))
+    kept = {*known, *new}
+    return {key: one for key, one in more.items() if key in kept}
 
 
 def add_all(many: Sequence[Tallies]) -> Tallies:

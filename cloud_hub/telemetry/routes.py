@@ -39,7 +39,10 @@ class RecordOut(BaseModel):
 
 
 class RecordsOut(BaseModel):
-    """A page of records in the order of arrival; `next` goes into `after` for the next page."""
+    """A page of records in the order of arrival; `next` goes into `after` for the next page.
+
+    A page of large records holds fewer than were asked for; only `next` says whether more follow.
+    """
 
     items: list[RecordOut]
     next: str | None
@@ -57,7 +60,8 @@ class StreamOut(BaseModel):
     """What has arrived of one class of records since the device's outbox was made (its epoch).
 
     Each number up to the highest is here, or `lost`, or `missing`. Of both lists of ranges at most the first thousand
-    are told. `watermark`: up to here nothing is missing. `duplicates` counts records that came again and were dropped;
+    are told. `lost_records` counts the `lost_folded` too: older ones, by reason, whose ranges are no longer kept.
+    `watermark`: up to here nothing is missing. `duplicates` counts records that came again and were dropped;
     `conflicts` batches whose numbers are here with other content: two devices carry the same disk, or it was set back.
     """
 
@@ -73,6 +77,7 @@ class StreamOut(BaseModel):
     lost: list[LostOut]
     lost_ranges: int
     lost_records: int
+    lost_folded: dict[str, int]
     duplicates: int
     conflicts: int
     first_received_ms: int
@@ -80,11 +85,15 @@ class StreamOut(BaseModel):
 
 
 class SummaryOut(BaseModel):
-    """What has arrived of a device. More than one of `epochs` says that the device's store was lost or replaced."""
+    """What has arrived of a device. More than one of `epochs` says that the device's store was lost or replaced.
+
+    Of `streams_known` streams the newest are told, with their `epochs`; `records` are those of all.
+    """
 
     device: str
     records: int
     epochs: list[str]
+    streams_known: int
     streams: list[StreamOut]
 
 
@@ -100,21 +109,22 @@ async def list_telemetry(
     """The device's records in the order of arrival."""
     name = await _known(request, device)
     wanted = None if klass is None else class_named(klass)
-    found = await _desk(request).records(name, klass=wanted, after=after, limit=limit + 1)
-    page = found[:limit]
-    return RecordsOut(items=[_record(effect) for effect in page], next=str(page[-1].id) if len(found) > limit else None)
+    page = await _desk(request).records(name, klass=wanted, after=after, limit=limit)
+    following = str(page.items[-1].id) if page.has_more else None
+    return RecordsOut(items=[_record(effect) for effect in page.items], next=following)
 
 
 @router.get("/{device}/summary", operation_id="summarize_telemetry")
 async def summarize_telemetry(request: Request, _principal: Viewer, device: str) -> SummaryOut:
     """How much has arrived of the device's records, and what is missing."""
     name = await _known(request, device)
-    streams = await _desk(request).summary(name)
+    found = await _desk(request).summary(name)
     return SummaryOut(
         device=name,
-        records=sum(stream.records for stream in streams),
-        epochs=list(dict.fromkeys(stream.epoch for stream in streams)),
-        streams=[_stream(stream) for stream in streams],
+        records=found.records,
+        epochs=list(dict.fromkeys(stream.epoch for stream in found.streams)),
+        streams_known=found.streams_known,
+        streams=[_stream(stream) for stream in found.streams],
     )
 
 
@@ -155,7 +165,8 @@ def _stream(stream: StreamSummary) -> StreamOut:
         watermark=stream.watermark,
         lost=[LostOut(first=one.first, last=one.last, reason=one.reason) for one in stream.lost[:_MAX_RANGES]],
         lost_ranges=len(stream.lost),
-        lost_records=sum(one.last - one.first + 1 for one in stream.lost),
+        lost_records=sum(one.last - one.first + 1 for one in stream.lost) + sum(stream.folded.values()),
+        lost_folded=dict(stream.folded),
         duplicates=stream.duplicates,
         conflicts=stream.conflicts,
         first_received_ms=stream.first_received_ms,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import merge
 from itertools import islice
 from typing import Any, Final, TypeVar
 
@@ -19,9 +20,10 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Lock, lock, upsert
 from cloud_hub.ground.schema import metadata
-from cloud_hub.telemetry.figures import Figures, Tallies
+from cloud_hub.telemetry.figures import Figures, Tallies, Tally, bounded
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream
 from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received
+from shared.errors import StorageError
 from shared.ids import DeviceId
 from shared.ranges import Ranges
 from shared.sketch import Sketch, decode_sketch, merge_all
@@ -44,9 +46,8 @@ batches = sa.Table(
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("received_ms", sa.BigInteger, nullable=False),
     sa.Column("records", sa.Integer, nullable=False),
-    sa.Column("gap", sa.String(16)),
     sa.Column("columns", sa.LargeBinary, nullable=False),
-    # Of a claim's numbers; not unique, because a gap and what came all the same may have the same.
+    # Of a claim's numbers; not unique, because what was new of a batch is stored under its whole claim.
     sa.Index("ix_telemetry_batches_first", "device", "epoch", "klass", "first"),
     sa.Index("ix_telemetry_batches_id", "device", "klass", "id"),
     sqlite_autoincrement=True,
@@ -60,6 +61,7 @@ streams = sa.Table(
     sa.Column("klass", sa.Integer, primary_key=True),
     sa.Column("ranges", sa.LargeBinary, nullable=False),
     sa.Column("lost", sa.LargeBinary, nullable=False),
+    sa.Column("folded", sa.LargeBinary, nullable=False),
     sa.Column("records", sa.BigInteger, nullable=False),
     sa.Column("duplicates", sa.BigInteger, nullable=False),
     sa.Column("conflicts", sa.BigInteger, nullable=False),
@@ -79,14 +81,17 @@ figures = sa.Table(
     sa.Column("right", sa.BigInteger, nullable=False),
     sa.Column("wrong", sa.BigInteger, nullable=False),
     sa.Column("latency", sa.LargeBinary, nullable=False),
+    # In the order in which they are counted up: a device's minute.
+    sa.Index("ix_telemetry_figures_device", "device", "minute"),
 )
 
 _PER_QUERY: Final = 200
-_COLUMNS_AT_ONCE: Final = 16
+_COLUMNS_AT_ONCE: Final = 8
 _ROWS_AT_ONCE: Final = 32
 _encoder: Final = msgspec.msgpack.Encoder()
 _ranges_decoder: Final = msgspec.msgpack.Decoder(Ranges)
 _lost_decoder: Final = msgspec.msgpack.Decoder(tuple[Lost, ...])
+_folded_decoder: Final = msgspec.msgpack.Decoder(dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +131,23 @@ class SqlStore:
         query = sa.select(streams.c.epoch).where(streams.c.device == device).distinct()
         return frozenset(self._conn.execute(query).scalars())
 
-    def overlapping(self, stream: Stream, first: int, last: int) -> Sequence[BatchRow]:
-        """The stream's batches with records that hold a number from first to last."""
+    def holds(self, stream: Stream, first: int, last: int, digest: str) -> bool:
+        """Whether a batch with this very claim is stored."""
         c = batches.c
-        of_stream = sa.select(batches).where(
-            c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass), c.gap.is_(None)
-        )
+        query = sa.select(c.id).where(_of(stream), c.first == first, c.last == last, c.digest == digest).limit(1)
+        return self._conn.execute(query).first() is not None
+
+    def overlapping(self, stream: Stream, first: int, last: int, *, most: int) -> Sequence[BatchRow] | None:
+        """The stream's batches that hold a number from first to last; None for more bytes than this."""
+        c = batches.c
         # The lower bound keeps the index's walk short: no batch spans more.
-        query = of_stream.where(c.first <= last, c.first > first - MAX_SPAN, c.last >= first)
+        near = sa.and_(_of(stream), c.first <= last, c.first > first - MAX_SPAN, c.last >= first)
+        size = self._conn.execute(sa.select(sa.func.sum(sa.func.length(c.columns))).where(near)).scalar_one()
+        if (size or 0) > most:
+            return None
         return [
-            BatchRow(stream, row.first, row.last, row.digest, row.records, bytes(row.columns), None)
-            for row in self._conn.execute(query.order_by(c.first, c.id))
+            BatchRow(stream, row.first, row.last, row.digest, row.records, bytes(row.columns))
+            for row in self._conn.execute(sa.select(batches).where(near).order_by(c.first, c.id))
         ]
 
     def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
@@ -147,7 +158,7 @@ class SqlStore:
                 stream = row.stream
                 values += (
                     stream.device, stream.epoch, int(stream.klass), row.first, row.last, row.digest,
-                    at_ms, row.records, row.gap, row.columns,
+                    at_ms, row.records, row.columns,
                 )  # fmt: skip
             self._conn.exec_driver_sql(_insert_batches(len(some), self._mark), tuple(values))
 
@@ -159,34 +170,34 @@ class SqlStore:
                 known = changed[stream]
                 values += (
                     stream.device, stream.epoch, int(stream.klass), _encoder.encode(known.here),
-                    _encoder.encode(known.lost), known.records, known.duplicates, known.conflicts,
+                    _encoder.encode(known.lost), _encoder.encode(known.folded),
+                    known.records, known.duplicates, known.conflicts,
                     known.first_received_ms, known.last_received_ms,
                 )  # fmt: skip
             self._conn.exec_driver_sql(_upsert_streams(len(some), self._mark), tuple(values))
 
     def count(self, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
-        """Add to the minute's figures of the device, which is locked as its streams are."""
+        """Add to the minute's figures of the device, which is locked as its streams are; two statements for all."""
         c = figures.c
-        for (family, version), tally in tallies.items():
-            key = {"family": family, "minute": minute, "device": device, "version": version}
-            same = sa.and_(c.family == family, c.minute == minute, c.device == device, c.version == version)
-            latency = tally.latency
-            if latency.buckets:
-                before = self._conn.execute(sa.select(c.latency).where(same)).scalar_one_or_none()
-                latency = latency if before is None else latency.merge(decode_sketch(bytes(before)))
-            statement = upsert(self._conn, figures).values(
-                **key, answered=tally.answered, right=tally.right, wrong=tally.wrong, latency=latency.encode()
-            )
-            changed: dict[str, object] = {
-                "answered": c.answered + statement.excluded.answered,
-                "right": c.right + statement.excluded.right,
-                "wrong": c.wrong + statement.excluded.wrong,
+        query = sa.select(figures).where(c.device == device, c.minute == minute)
+        before = {(row.family, row.version): row for row in self._conn.execute(query)}
+        rows = [
+            {
+                "family": key[0],
+                "version": key[1],
+                "minute": minute,
+                "device": device,
+                **_counted(before.get(key), tally),
             }
-            if latency.buckets:
-                changed["latency"] = statement.excluded.latency
-            self._conn.execute(
-                statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
-            )
+            for key, tally in bounded(before, tallies).items()
+        ]
+        if not rows:
+            return
+        statement = upsert(self._conn, figures).values(rows)
+        changed = {name: statement.excluded[name] for name in ("answered", "right", "wrong", "latency")}
+        self._conn.execute(
+            statement.on_conflict_do_update(index_elements=["family", "minute", "device", "version"], set_=changed)
+        )
 
     def note(self, note: Note, *, at_ms: int) -> None:
         """Write an audit event."""
@@ -198,6 +209,25 @@ class SqlStore:
             subject=f"device:{note.device}",
             detail=note.detail,
         )
+
+
+def _counted(before: sa.Row[Any] | None, tally: Tally) -> dict[str, object]:
+    if before is None:
+        return {
+            "answered": tally.answered, "right": tally.right, "wrong": tally.wrong, "latency": tally.latency.encode(),
+        }  # fmt: skip
+    latency = bytes(before.latency)
+    return {
+        "answered": before.answered + tally.answered,
+        "right": before.right + tally.right,
+        "wrong": before.wrong + tally.wrong,
+        "latency": decode_sketch(latency).merge(tally.latency).encode() if tally.latency.buckets else latency,
+    }
+
+
+def _of(stream: Stream) -> sa.ColumnElement[bool]:
+    c = batches.c
+    return sa.and_(c.device == stream.device, c.epoch == stream.epoch, c.klass == int(stream.klass))
 
 
 def _quoted(table: sa.Table, *, but: tuple[str, ...] = ()) -> list[str]:
@@ -221,8 +251,9 @@ def _insert_batches(rows: int, mark: str) -> str:
 @cache
 def _select_streams(rows: int, mark: str) -> str:
     names = ", ".join(_quoted(streams))
-    keys = f"(device, epoch, klass) IN (VALUES {_values(rows, 3, mark)})"
-    return f"SELECT {names} FROM telemetry_streams WHERE {keys}"  # noqa: S608
+    # SQLite looks each key up only in this form: `(…) IN (VALUES …)` reads the whole table from two keys on.
+    keys = f"(VALUES {_values(rows, 3, mark)}) AS k CROSS JOIN telemetry_streams"
+    return f"SELECT {names} FROM {keys} WHERE device = column1 AND epoch = column2 AND klass = column3"  # noqa: S608
 
 
 @cache
@@ -234,24 +265,20 @@ def _upsert_streams(rows: int, mark: str) -> str:
 
 
 def list_batches(
-    conn: Connection, device: DeviceId, *, klass: RecordClass | None, from_id: int, records: int
-) -> list[StoredColumns]:
-    """The device's batches with records in the order of arrival, from this id on: enough for so many records."""
+    conn: Connection, device: DeviceId, *, klass: RecordClass | None, from_id: int
+) -> Iterator[StoredColumns]:
+    """The device's batches in the order of arrival, from this id on; read as far as someone asks."""
     # One query per class, because that is how the index is ordered.
     wanted = tuple(RecordClass) if klass is None else (klass,)
-    found = [row for one in wanted for row in _list_class(conn, device, one, from_id=from_id, records=records)]
-    return sorted(found, key=lambda row: row.id)
+    return merge(*(_list_class(conn, device, one, from_id=from_id) for one in wanted), key=lambda row: row.id)
 
 
-def _list_class(
-    conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int, records: int
-) -> Iterator[StoredColumns]:
+def _list_class(conn: Connection, device: DeviceId, klass: RecordClass, *, from_id: int) -> Iterator[StoredColumns]:
     c = batches.c
-    of_class = sa.select(batches).where(c.device == device, c.klass == int(klass), c.gap.is_(None))
+    of_class = sa.select(batches).where(c.device == device, c.klass == int(klass))
     # A few at once: what a batch holds may be large.
-    while records > 0:
-        query = of_class.where(c.id >= from_id).order_by(c.id).limit(min(records, _COLUMNS_AT_ONCE))
-        rows = conn.execute(query).all()
+    while True:
+        rows = conn.execute(of_class.where(c.id >= from_id).order_by(c.id).limit(_COLUMNS_AT_ONCE)).all()
         for row in rows:
             yield StoredColumns(
                 id=row.id,
@@ -260,18 +287,24 @@ def _list_class(
                 received_ms=row.received_ms,
                 columns=bytes(row.columns),
             )
-            from_id, records = row.id + 1, records - row.records
-            if records <= 0:
-                return
+            from_id = row.id + 1
         if len(rows) < _COLUMNS_AT_ONCE:
             return
 
 
-def list_streams(conn: Connection, device: DeviceId) -> list[tuple[Stream, Received]]:
-    """The device's streams, oldest epoch first."""
+def list_streams(conn: Connection, device: DeviceId, *, limit: int) -> list[tuple[Stream, Received]]:
+    """The device's newest streams, oldest epoch first."""
     c = streams.c
-    query = sa.select(streams).where(c.device == device).order_by(c.first_received_ms, c.epoch, c.klass)
-    return [_received(row) for row in conn.execute(query)]
+    newest = (c.first_received_ms.desc(), c.epoch.desc(), c.klass.desc())
+    query = sa.select(streams).where(c.device == device).order_by(*newest).limit(limit)
+    return [_received(row) for row in conn.execute(query)][::-1]
+
+
+def count_streams(conn: Connection, device: DeviceId) -> tuple[int, int]:
+    """How many streams the device has, and how many records they have together."""
+    query = sa.select(sa.func.count(), sa.func.sum(streams.c.records)).where(streams.c.device == device)
+    many, records = conn.execute(query).one()
+    return many, int(records or 0)
 
 
 def read_figures(
@@ -306,16 +339,23 @@ def _sum(device: DeviceId, version: str, rows: Sequence[sa.Row[tuple[object, ...
 
 def _received(row: Sequence[Any]) -> tuple[Stream, Received]:
     """A row of streams, in the order of the table's columns."""
-    device, epoch, klass, here, lost, records, duplicates, conflicts, first_received_ms, last_received_ms = row
-    return Stream(DeviceId(device), epoch, RecordClass(klass)), Received(
-        here=_ranges_decoder.decode(here),
-        lost=_lost_decoder.decode(lost),
-        records=records,
-        duplicates=duplicates,
-        conflicts=conflicts,
-        first_received_ms=first_received_ms,
-        last_received_ms=last_received_ms,
-    )
+    device, epoch, klass, here, lost, folded, records, duplicates, conflicts, first_received_ms, last_received_ms = row
+    try:
+        known = Received(
+            here=_ranges_decoder.decode(here),
+            lost=_lost_decoder.decode(lost),
+            folded=_folded_decoder.decode(folded),
+            records=records,
+            duplicates=duplicates,
+            conflicts=conflicts,
+            first_received_ms=first_received_ms,
+            last_received_ms=last_received_ms,
+        )
+    except msgspec.MsgspecError as error:
+        raise StorageError(
+            f"what is known of {device}'s telemetry is damaged: {error}", hint="run `outrider-hub doctor`"
+        ) from error
+    return Stream(DeviceId(device), epoch, RecordClass(klass)), known
 
 
 def _portions(items: Sequence[T], size: int) -> Iterator[list[T]]:

@@ -158,6 +158,8 @@ class _Group:
         _check_times(columns.at, self.count)
         for field in _FIELDS[kind]:
             _check(getattr(columns, field), self.count, letters="d" if field in _FLOATS else "bhiq")
+            if field in _INTS:
+                _check_ints(getattr(columns, field))
 
     def values(self, field: str) -> Sequence[Any] | None:
         column = getattr(self._columns, field)
@@ -349,8 +351,17 @@ def _check(column: Any, count: int, *, letters: str) -> None:
         raise ProtocolViolation("columns of different lengths", code="protocol.columns")
 
 
+def _check_ints(column: _Ints | None) -> None:
+    """Raise ProtocolViolation for a number of over 64 bits: MessagePack has them, packed columns have not."""
+    if isinstance(column, list) and column and not -_MAX <= min(column) <= max(column) < _MAX:
+        raise ProtocolViolation("a number leaves its range", code="protocol.columns")
+
+
 def _check_dictionary(column: _Dictionary, count: int) -> int:
     distinct, places = column.d, column.i
+    if len(distinct) > count:
+        # Texts that no record has would be kept all the same, and a text of one character takes forty bytes.
+        raise ProtocolViolation("a dictionary column has more texts than records", code="protocol.columns")
     if isinstance(places, bytes):
         inside = not places.translate(None, _PLACES[: len(distinct)])
     else:

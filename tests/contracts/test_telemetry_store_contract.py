@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -14,11 +16,11 @@ from cloud_hub.ground.database import Database
 from cloud_hub.telemetry import tables
 from cloud_hub.telemetry.figures import Tally
 from cloud_hub.telemetry.rules import Stream, explode, open_batch
-from cloud_hub.telemetry.taking import BatchRow, Lost, Note, Received, Store, Taken, take, take_all
+from cloud_hub.telemetry.taking import CONFLICT, BatchRow, Lost, Note, Received, Store, Taken, take, take_all
 from shared.ids import DeviceId
 from shared.sketch import decode_sketch, sketch_of
-from shared.telemetry import Outcome, Reading, Record, RecordClass, Result
-from shared.wire.messages import Batch, Verdict
+from shared.telemetry import BatchId, Outcome, Reading, Record, RecordClass, Result
+from shared.wire.messages import Batch, Verdict, digest_of
 from tests.fakes.batches import EPOCH, batch_of, gap_of, readings
 from tests.fakes.telemetry_store import MemoryTelemetry
 
@@ -103,9 +105,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         database.close()
 
 
-def row(first: int, last: int, *, stream: Stream = STREAM, gap: str | None = None, columns: bytes = b"c") -> BatchRow:
+def row(first: int, last: int, *, stream: Stream = STREAM, columns: bytes = b"c") -> BatchRow:
     """A batch of these numbers."""
-    return BatchRow(stream, first, last, f"{first:064x}", last - first + 1, b"" if gap else columns, gap)
+    return BatchRow(stream, first, last, f"{first:064x}", last - first + 1, columns)
 
 
 def known(place: Place, stream: Stream = STREAM) -> Received:
@@ -115,8 +117,15 @@ def known(place: Place, stream: Stream = STREAM) -> Received:
 
 def stored(place: Place, stream: Stream = STREAM) -> list[Record]:
     """All records of a stream, in the order of their numbers."""
-    rows = place.write(lambda store: store.overlapping(stream, 1, 10_000))
+    rows = overlapping(place, 1, 10_000, stream=stream)
     return sorted((record for each in rows for record in explode(each.columns)), key=lambda record: record.seq)
+
+
+def overlapping(place: Place, first: int, last: int, *, stream: Stream = STREAM) -> Sequence[BatchRow]:
+    """The batches that hold a number from first to last."""
+    found = place.write(lambda store: store.overlapping(stream, first, last, most=10_000_000))
+    assert found is not None
+    return found
 
 
 def send(place: Place, batch: Batch, *, at_ms: int = AT_MS) -> Verdict:
@@ -131,6 +140,7 @@ def test_what_is_written_is_there_after_the_commit(place: Place) -> None:
     received = Received(
         here=((1, 5), (9, 12)),
         lost=(Lost(6, 7, "evicted"), Lost(8, 8, "damaged")),
+        folded={"evicted": 2**40, "expired": 1},
         records=9,
         duplicates=2,
         conflicts=1,
@@ -156,13 +166,14 @@ def test_a_transaction_that_fails_leaves_nothing(place: Place) -> None:
         store.count(PI, {("digits", "1.0.0"): Tally(1, 0, 0, sketch_of([5]))}, minute=MINUTE)
         store.note(Note(PI, "telemetry.conflict", {"first": 1}), at_ms=AT_MS)
         assert store.read([STREAM])[STREAM].records == 5
-        assert [found.first for found in store.overlapping(STREAM, 1, 5)] == [1]
+        assert [found.first for found in store.overlapping(STREAM, 1, 5, most=100) or ()] == [1]
+        assert store.holds(STREAM, 1, 5, f"{1:064x}")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         place.write(work)
     assert known(place) == Received()
-    assert place.write(lambda store: store.overlapping(STREAM, 1, 5)) == []
+    assert overlapping(place, 1, 5) == []
     assert (place.notes(), place.figures(PI, MINUTE)) == ([], {})
 
 
@@ -178,31 +189,44 @@ def test_streams_are_apart(place: Place) -> None:
     place.write(work)
     for number, stream in enumerate([STREAM, *others], start=1):
         assert known(place, stream).here == ((number, number),)
-        assert [found.first for found in place.write(lambda s, at=stream: s.overlapping(at, 1, 9))] == [number]  # type: ignore[misc]
+        assert [found.first for found in overlapping(place, 1, 9, stream=stream)] == [number]
     assert place.write(lambda store: store.epochs(PI)) == {EPOCH, "f" * 16}
     assert place.write(lambda store: store.epochs(DeviceId("nobody"))) == frozenset()
     assert set(place.write(lambda store: store.read([STREAM, *others]))) == {STREAM, *others}
 
 
-def test_overlapping_finds_batches_by_any_of_their_numbers_and_no_gaps(place: Place) -> None:
-    rows = [row(1, 500), row(501, 600), row(600, 2500), row(2501, 2501), row(601, 700, gap="evicted")]
+def test_overlapping_finds_batches_by_any_of_their_numbers(place: Place) -> None:
+    rows = [row(1, 500), row(501, 600), row(600, 2500), row(2501, 2501)]
     place.write(lambda store: store.insert(rows, at_ms=AT_MS))
 
     def found(first: int, last: int) -> set[int]:
-        return {each.first for each in place.write(lambda store: store.overlapping(STREAM, first, last))}
+        return {each.first for each in overlapping(place, first, last)}
 
     assert found(500, 500) == {1}
     assert found(500, 501) == {1, 501}
     assert found(600, 600) == {501, 600}
     assert found(2500, 2502) == {600, 2501}
     assert found(2502, 9000) == set()
-    assert place.write(lambda store: store.overlapping(STREAM, 501, 501)) == [rows[1]]
+    assert overlapping(place, 501, 501) == [rows[1]]
 
 
-def test_a_claim_may_be_stored_twice(place: Place) -> None:
-    """A gap over numbers, and the batch that came all the same."""
-    place.write(lambda store: store.insert([row(1, 5, gap="evicted"), row(1, 5)], at_ms=AT_MS))
-    assert [found.gap for found in place.write(lambda store: store.overlapping(STREAM, 1, 5))] == [None]
+def test_a_claim_is_found_by_all_that_it_says(place: Place) -> None:
+    place.write(lambda store: store.insert([row(1, 5), row(1, 7), row(1, 5)], at_ms=AT_MS))
+
+    def holds(first: int, last: int, digest: int = 1, stream: Stream = STREAM) -> bool:
+        return place.write(lambda store: store.holds(stream, first, last, f"{digest:064x}"))
+
+    assert holds(1, 5)
+    assert holds(1, 7)
+    others = (holds(1, 6), holds(2, 5), holds(1, 5, 2), holds(1, 5, stream=Stream(OTHER, EPOCH, RecordClass.READING)))
+    assert others == (False,) * 4
+
+
+def test_more_than_may_be_compared_is_not_read(place: Place) -> None:
+    place.write(lambda store: store.insert([row(1, 5, columns=b"x" * 60), row(6, 9, columns=b"x" * 40)], at_ms=AT_MS))
+    assert len(place.write(lambda store: store.overlapping(STREAM, 5, 6, most=100)) or ()) == 2
+    assert place.write(lambda store: store.overlapping(STREAM, 5, 6, most=99)) is None
+    assert len(place.write(lambda store: store.overlapping(STREAM, 6, 6, most=99)) or ()) == 1
 
 
 def test_figures_add_up(place: Place) -> None:
@@ -217,6 +241,25 @@ def test_figures_add_up(place: Place) -> None:
     }
     assert place.figures(OTHER, MINUTE + 1) == one
     assert place.figures(OTHER, MINUTE) == {}
+
+
+def test_a_minute_of_a_device_has_a_bounded_number_of_pairs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device can invent versions; those that came first go on being counted, and other devices are not touched."""
+    monkeypatch.setattr("cloud_hub.telemetry.figures.MAX_PAIRS", 3)
+
+    def count(*versions: str, device: DeviceId = PI, minute: int = MINUTE) -> None:
+        tallies = {("digits", version): Tally(1, 0, 0, sketch_of([])) for version in versions}
+        place.write(lambda store: store.count(device, tallies, minute=minute))
+
+    count("1.0.0", "2.0.0")
+    count("3.0.0", "1.0.0", "4.0.0", "5.0.0")
+    count("6.0.0", "3.0.0")
+    count("7.0.0")
+    count("7.0.0", device=OTHER)
+    count("7.0.0", minute=MINUTE + 1)
+    counted = {version: tally.answered for (_, version), tally in place.figures(PI, MINUTE).items()}
+    assert counted == {"1.0.0": 2, "2.0.0": 1, "3.0.0": 2}
+    assert len(place.figures(OTHER, MINUTE)) == len(place.figures(PI, MINUTE + 1)) == 1
 
 
 # Taking
@@ -321,6 +364,62 @@ def test_a_stream_that_falls_into_pieces_is_refused_before_it_grows_without_end(
     verdicts = [send(place, batch_of(readings(seq))) for seq in (1, 3, 5, 2)]
     assert [verdict.code for verdict in verdicts] == ["", "", "telemetry.scattered", ""]
     assert stored(place) == readings(1, 2, 3)
+
+
+def test_losses_without_end_are_folded_and_an_honest_device_is_never_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two records come, two are lost, for ever; of the oldest losses the hub keeps only how many there were."""
+    monkeypatch.setattr("cloud_hub.telemetry.taking.MAX_RANGES", 6)
+    reasons: tuple[Literal["evicted", "expired"], ...] = ("evicted", "expired")
+    for n in range(20):
+        assert send(place, batch_of(readings(4 * n + 1, 4 * n + 2))).status == "stored"
+        gap = gap_of(4 * n + 3, 4 * n + 4, records=2, reason=reasons[n % 2])
+        assert [send(place, gap).status for _ in range(2)] == ["stored", "duplicate"]
+    now = known(place)
+    assert len(now.here) + len(now.lost) <= 6
+    assert (now.settled, now.records) == (((1, 80),), 40)
+    kept = Counter({one.reason: 2 for one in now.lost[:1]})
+    for one in now.lost[1:]:
+        kept[one.reason] += 2
+    assert kept + Counter(now.folded) == {"evicted": 20, "expired": 20}
+    # What is folded counts as here: the gap again, the records again, and one that was lost and comes all the same.
+    assert send(place, gap_of(3, 4, records=2)).status == "duplicate"
+    assert send(place, batch_of(readings(1, 2))).status == "duplicate"
+    assert send(place, batch_of(readings(2, 3, 4, 5))).status == "duplicate"
+    assert send(place, batch_of([Record(seq=2, at_ms=1, body=Reading(name="t", value=0.5))])).code == CONFLICT
+    assert known(place).records == 40
+
+
+def test_a_batch_over_too_much_is_refused_unread(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(place, batch_of(readings(1, 3, 5)))
+    send(place, batch_of(readings(2, 4)))
+    monkeypatch.setattr("cloud_hub.telemetry.taking.MAX_OVERLAP_BYTES", 10)
+    assert send(place, batch_of(readings(5, 6))).code == "telemetry.overlap"
+    assert send(place, batch_of(readings(1, 3, 5))).status == "duplicate"
+    assert known(place).here == ((1, 5),)
+
+
+def test_a_gap_over_all_numbers_is_taken(place: Place) -> None:
+    send(place, batch_of(readings(5)))
+    gap = gap_of(1, 2**40, records=1)
+    assert [send(place, gap).status for _ in range(2)] == ["stored", "duplicate"]
+    assert known(place).lost == (Lost(1, 4, "evicted"), Lost(6, 2**40, "evicted"))
+
+
+def test_what_grows_when_it_is_written_again_is_refused_and_spoils_no_other(place: Place) -> None:
+    """A batch names long texts once each; of the part of it that is new each record has its own."""
+    texts = [letter * 60_000 for letter in "abc"]
+    places = [0, 0, 1, 2, 0]
+    document = {"seq": [1, 5], "at": [5, 0, 0, 0, 0], "name": {"d": texts, "i": bytes(places)}, "value": [0.0] * 5}
+    columns = msgspec.msgpack.encode({"v": 2, "reading": document})
+    claim = BatchId(
+        epoch=EPOCH, klass=int(RecordClass.READING), first=1, last=5, digest=digest_of(columns=columns, gap=None)
+    )
+    send(place, batch_of([Record(seq=1, at_ms=5, body=Reading(name=texts[0], value=0.0))]))
+    opened = [open_batch(PI, Batch(batch=claim, columns=columns)), open_batch(OTHER, batch_of(readings(1)))]
+    taken = place.write(lambda store: take_all(store, opened, at_ms=AT_MS))
+    assert taken == [Taken("refused", code="telemetry.too_large"), Taken("stored", fresh=1)]
 
 
 def test_epochs_without_end_are_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cloud_hub.telemetry.figures import Tallies, add_all
+from cloud_hub.telemetry.figures import Tallies, add_all, bounded
 from cloud_hub.telemetry.rules import MAX_SPAN, Stream, explode
 from cloud_hub.telemetry.taking import BatchRow, Note, Received
 from shared.ids import DeviceId
@@ -49,7 +49,7 @@ class MemoryTelemetry:
     def records(self, stream: Stream) -> list[Record]:
         """All records of the stream that are stored, in the order of their numbers; one that is here twice, twice."""
         rows = self.batches.get(stream, ())
-        found = [record for row in rows if row.gap is None for record in explode(row.columns)]
+        found = [record for row in rows for record in explode(row.columns)]
         return sorted(found, key=lambda record: record.seq)
 
 
@@ -73,12 +73,19 @@ class MemoryTransaction:
         known = (*self._committed.received, *self._received)
         return frozenset(stream.epoch for stream in known if stream.device == device)
 
-    def overlapping(self, stream: Stream, first: int, last: int) -> Sequence[BatchRow]:
-        """The stream's batches with records that hold a number from first to last."""
+    def holds(self, stream: Stream, first: int, last: int, digest: str) -> bool:
+        """Whether a batch with this very claim is stored."""
+        found = self._of(stream)
+        same = found[bisect_left(found, first, key=_first) : bisect_left(found, first + 1, key=_first)]
+        return any((row.last, row.digest) == (last, digest) for row in same)
+
+    def overlapping(self, stream: Stream, first: int, last: int, *, most: int) -> Sequence[BatchRow] | None:
+        """The stream's batches that hold a number from first to last; None for more bytes than this."""
         found = self._of(stream)
         begin = bisect_left(found, first - MAX_SPAN, key=_first)
         end = bisect_left(found, last + 1, key=_first)
-        return [row for row in found[begin:end] if row.last >= first and row.gap is None]
+        rows = [row for row in found[begin:end] if row.last >= first]
+        return None if sum(len(row.columns) for row in rows) > most else rows
 
     def insert(self, rows: Sequence[BatchRow], *, at_ms: int) -> None:
         """Add batches."""
@@ -96,7 +103,7 @@ class MemoryTransaction:
         """Add to the minute's figures."""
         key = (device, minute)
         before = self._figures.get(key, self._committed.figures.get(key, {}))
-        self._figures[key] = add_all([before, tallies])
+        self._figures[key] = add_all([before, bounded(before, tallies)])
 
     def note(self, note: Note, *, at_ms: int) -> None:
         """Write an audit event."""

@@ -134,13 +134,13 @@ def test_two_hubs_count_each_batch_once(kind: str, mosquitto_path: str, request:
 
 def check(database: Database, device: DeviceId) -> None:
     """Each record is here once, in the rows, in what is known of the stream and in the figures."""
-    ((stream, received),) = database.read_now(lambda conn: tables.list_streams(conn, device))
+    ((stream, received),) = database.read_now(lambda conn: tables.list_streams(conn, device, limit=9))
     assert stream.klass is RecordClass.RESULT
     assert received.here == ((1, BATCHES * SIZE),)
     assert [(one.first, one.last) for one in received.lost] == [LOST]
     assert received.conflicts == 0
     c = tables.batches.c
-    query = sa.select(c.columns).where(c.device == device, c.gap.is_(None))
+    query = sa.select(c.columns).where(c.device == device)
     columns = database.read_now(lambda conn: list(conn.execute(query).scalars()))
     numbers = sorted(record.seq for each in columns for record in explode(bytes(each)))
     assert numbers == list(range(1, BATCHES * SIZE + 1))

@@ -98,6 +98,8 @@ def test_hostile_bytes_are_a_violation_and_nothing_else(data: bytes) -> None:
         {"v": 2, "reading": {"seq": [1, 2], "at": [0, 0], "name": {"d": [], "i": b""}, "value": [1.0, 2.0]}},
         {"v": 2, "reading": {"seq": [1, 2], "at": [0, 0], "name": {"d": ["a"], "i": b"\0"}, "value": [1.0, 2.0]}},
         {"v": 2, "reading": {"seq": [1, 1], "at": [0], "name": [None], "value": [1.0]}},
+        {"v": 2, "reading": {"seq": [1, 1], "at": [0], "name": {"d": ["a", "b"], "i": b""}, "value": [1.0]}},
+        {"v": 2, "outcome": {"seq": [1, 1], "at": [0], "request": ["a"], "latency_us": [2**63]}},
         {
             "v": 2,
             "reading": {"seq": [1, 1], "at": [0], "name": ["a"], "value": [1.0]},

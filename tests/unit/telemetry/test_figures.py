@@ -15,6 +15,7 @@ from cloud_hub.telemetry import tables
 from cloud_hub.telemetry.desk import Desk
 from cloud_hub.telemetry.figures import MAX_GROUPS, NEVER_US, Figures, tally
 from cloud_hub.telemetry.rules import open_batch
+from shared.errors import StorageFull
 from shared.ids import DeviceId
 from shared.telemetry import Body, Outcome, Record, Result
 from shared.wire.messages import Ack, Batch
@@ -143,11 +144,11 @@ def test_names_that_are_none_and_names_without_end_are_not_counted(room: Room) -
 
 def test_figures_and_records_are_of_one_transaction(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_args: object, **_kwargs: object) -> None:
-        raise RuntimeError("the power went")
+        raise StorageFull("no room")
 
     with monkeypatch.context() as patched:
         patched.setattr(tables.SqlStore, "count", broken)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(StorageFull):
             room.take(numbered(result(1)))
     assert room.figures() == []
     assert room.take(numbered(result(1))) == ["stored"]

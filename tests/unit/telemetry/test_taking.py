@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hypothesis import given, settings
+import msgspec
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloud_hub.telemetry.rules import Stream, open_batch
+from cloud_hub.telemetry.rules import Stream, TelemetryRefused, open_batch
 from cloud_hub.telemetry.taking import Received, take, take_all
 from shared.ids import DeviceId
-from shared.telemetry import Reading, Record, RecordClass
-from shared.wire.messages import Batch
+from shared.telemetry import BatchId, Reading, Record, RecordClass
+from shared.wire.messages import Batch, digest_of
 from tests.fakes.batches import EPOCH, batch_of, gap_of
 from tests.fakes.telemetry_store import MemoryTelemetry
 
@@ -67,9 +68,9 @@ def value_of(seq: int, step: Records) -> float:
     return float(-seq if seq in step.forged else seq)
 
 
-def sent(step: Records | Missing) -> Batch:
+def sent(step: Records | Missing, *, klass: RecordClass = RecordClass.READING) -> Batch:
     if isinstance(step, Missing):
-        return gap_of(step.first, step.last, records=0, reason=step.reason)
+        return gap_of(step.first, step.last, records=0, reason=step.reason, klass=klass)
     return batch_of(
         [Record(seq=seq, at_ms=seq, body=Reading(name="t", value=value_of(seq, step))) for seq in step.seqs]
     )
@@ -129,3 +130,61 @@ def test_a_transaction_that_is_rolled_back_changes_nothing(steps: list[Records |
             continue
         assert verdict.status == oracle.take(step)
     check(telemetry, oracle)
+
+
+ODD = st.sampled_from([0, 1, 2**31, 2**63 - 1, -(2**63), 2**63, 2**64 - 1])
+NAMES = st.sampled_from(["", "r", "x" * 50_000, "y" * 50_000, "z" * 50_000])
+CONTENT = st.lists(st.tuples(NAMES, ODD), min_size=16, max_size=16)
+"""Of each number, so that batches which overlap say the same."""
+
+
+@st.composite
+def hostile(draw: st.DrawFn, content: list[tuple[str, int]]) -> Batch:
+    """Columns as no agent of ours writes them, under an id that fits: texts as lists or named, and any number."""
+    first, count, step = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2]))
+    seqs = [first + step * n for n in range(count)]
+    texts = [content[seq][0] for seq in seqs]
+    distinct = list(dict.fromkeys(texts))
+    places = [distinct.index(text) for text in texts]
+    forms: list[object] = [texts, {"d": distinct, "i": bytes(places)}, {"d": distinct, "i": places}]
+    few = ["m"] * count
+    results = {
+        "seq": [value for seq in seqs for value in (seq, 1)] if step > 1 else [first, count],
+        "at": [5] + [0] * (count - 1),
+        "request": draw(st.sampled_from(forms)),
+        "model": few, "version": few, "variant": few, "rung": few,
+        "took_us": [content[seq][1] for seq in seqs],
+    }  # fmt: skip
+    columns = msgspec.msgpack.encode({"v": 2, "result": results})
+    claim = BatchId(
+        epoch=EPOCH,
+        klass=int(RecordClass.RESULT),
+        first=first,
+        last=seqs[-1],
+        digest=digest_of(columns=columns, gap=None),
+    )
+    return Batch(batch=claim, columns=columns)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
+@given(
+    CONTENT.flatmap(
+        lambda content: st.lists(
+            hostile(content) | GAPS.map(lambda gap: sent(gap, klass=RecordClass.RESULT)), min_size=2, max_size=6
+        )
+    )
+)
+def test_whatever_a_device_sends_over_what_is_here_is_taken_or_refused_and_can_be_read(batches: list[Batch]) -> None:
+    telemetry = MemoryTelemetry()
+    for batch in batches:
+        try:
+            opened = open_batch(PI, batch)
+        except TelemetryRefused:
+            continue
+        with telemetry.transaction() as store:
+            (taken,) = take_all(store, [opened], at_ms=1)
+        assert taken.status in ("stored", "duplicate", "refused")
+        assert taken.damaged == 0
+    stream = Stream(PI, EPOCH, RecordClass.RESULT)
+    stored = [record.seq for record in telemetry.records(stream)]
+    assert len(stored) == len(set(stored)) == telemetry.received.get(stream, Received()).records

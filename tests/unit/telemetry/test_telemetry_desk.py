@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from cloud_hub.ground import audit, migrate
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.telemetry import desk as desk_module
-from cloud_hub.telemetry import tables
+from cloud_hub.telemetry import rules, tables
 from cloud_hub.telemetry.desk import Desk, StoredEffect, StreamSummary
+from cloud_hub.telemetry.figures import Tallies
 from shared.errors import StorageError, StorageFull, Unreachable
 from shared.ids import DeviceId
-from shared.telemetry import DeviceEvent, Reading, Record, RecordClass
+from shared.telemetry import DeviceEvent, Outcome, Reading, Record, RecordClass
 from shared.wire.messages import Ack, Batch
 from tests.fakes.batches import Sent, batch_of, gap_of, readings
 from tests.fakes.clock import FakeClock
@@ -70,20 +72,20 @@ def take(database: Database, *batches: Batch, device: DeviceId = PI) -> tuple[li
 def summary(database: Database, device: DeviceId = PI) -> StreamSummary:
     """The only stream of the device."""
     desk, _ = made_desk(database, Answers())
-    (stream,) = asyncio.run(desk.summary(device))
+    (stream,) = asyncio.run(desk.summary(device)).streams
     return stream
 
 
 def numbers(database: Database, device: DeviceId = PI) -> list[int]:
     """The numbers of the device's records, in the order of arrival."""
     desk, _ = made_desk(database, Answers())
-    return [effect.seq for effect in asyncio.run(desk.records(device, limit=1000))]
+    return [effect.seq for effect in asyncio.run(desk.records(device, limit=1000)).items]
 
 
 def test_records_are_stored_and_acknowledged(database: Database) -> None:
     statuses, desk = take(database, batch_of(readings(1, 2, 3)))
     assert statuses == ["stored"]
-    effects = asyncio.run(desk.records(PI, limit=10))
+    effects = asyncio.run(desk.records(PI, limit=10)).items
     assert [(e.klass, e.seq, e.at_ms, e.kind) for e in effects] == [
         ("reading", n, 1000 + n, "reading") for n in (1, 2, 3)
     ]
@@ -114,6 +116,11 @@ def test_a_batch_is_known_again_by_its_digest_though_it_is_stored_otherwise(data
     assert statuses == ["duplicate"]
     # Under other boundaries it cannot be compared any more, and what is here stays counted once.
     assert take(database, batch_of(readings(1, 2)))[0] == ["stored"]
+    answers = Answers()
+    damaged, metrics = made_desk(database, answers)
+    asyncio.run(damaged.take([Sent(PI, batch_of([Record(seq=1, at_ms=9, body=Reading(name="u", value=0.0))]))]))
+    assert answers.statuses() == ["duplicate"]
+    assert b"outrider_hub_damaged_batches_total 1.0" in metrics.text()
     assert summary(database).records == 2
     with pytest.raises(StorageError, match="damaged"):
         asyncio.run(desk.records(PI, limit=10))
@@ -188,9 +195,9 @@ def test_devices_and_classes_are_apart(database: Database) -> None:
     event = [Record(seq=1, at_ms=5, body=DeviceEvent(name="host.lost"))]
     take(database, batch_of(readings(1)), batch_of(event))
     _, desk = take(database, batch_of(readings(1)), device=OTHER)
-    assert [e.klass for e in asyncio.run(desk.records(PI, limit=10))] == ["reading", "event"]
-    assert [e.klass for e in asyncio.run(desk.records(PI, klass=RecordClass.EVENT, limit=10))] == ["event"]
-    assert [e.klass for e in asyncio.run(desk.records(OTHER, limit=10))] == ["reading"]
+    assert [e.klass for e in asyncio.run(desk.records(PI, limit=10)).items] == ["reading", "event"]
+    assert [e.klass for e in asyncio.run(desk.records(PI, klass=RecordClass.EVENT, limit=10)).items] == ["event"]
+    assert [e.klass for e in asyncio.run(desk.records(OTHER, limit=10)).items] == ["reading"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
@@ -205,7 +212,7 @@ def test_pages_follow_the_order_of_arrival_whatever_their_size(database: Databas
     _, desk = take(database, *sent, batch_of(event))
     pages: list[StoredEffect] = []
     after = 0
-    while page := asyncio.run(desk.records(PI, after=after, limit=size)):
+    while page := asyncio.run(desk.records(PI, after=after, limit=size)).items:
         assert len(page) <= size
         pages += page
         after = page[-1].id
@@ -288,3 +295,95 @@ class Full:
     def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
         found: Callable[..., Awaitable[object]] = getattr(self._database, name)
         return found
+
+
+def test_a_batch_that_meets_a_defect_stops_no_other(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In taking it or in opening it."""
+    count, open_batch = tables.SqlStore.count, rules.open_batch
+
+    def counting(store: tables.SqlStore, device: DeviceId, tallies: Tallies, *, minute: int) -> None:
+        if device == PI:
+            raise struct.error("argument out of range")
+        count(store, device, tallies, minute=minute)
+
+    def opening(device: DeviceId, batch: Batch) -> rules.Opened:
+        if batch.batch.first == 13:
+            raise ZeroDivisionError
+        return open_batch(device, batch)
+
+    monkeypatch.setattr(tables.SqlStore, "count", counting)
+    monkeypatch.setattr(rules, "open_batch", opening)
+    outcome = [Record(seq=1, at_ms=1, body=Outcome(request="r", model="m", version="1.0.0", correct=True))]
+    answers = Answers()
+    desk, metrics = made_desk(database, answers)
+    group = [
+        Sent(OTHER, batch_of(outcome)),
+        Sent(PI, batch_of(outcome)),
+        Sent(PI, batch_of(readings(13))),
+        Sent(PI, batch_of(readings(1))),
+    ]
+    for _ in range(2):
+        asyncio.run(desk.take(group))
+    told = {device: [(one.status, one.code) for one in ack.verdicts] for device, ack in answers.acks[:2]}
+    defect = ("refused", "telemetry.defect")
+    assert told == {OTHER: [("stored", "")], PI: [defect, defect, ("stored", "")]}
+    assert answers.statuses()[4:] == ["duplicate", "refused", "refused", "duplicate"]
+    assert b'outrider_hub_batches_total{outcome="refused"} 4.0' in metrics.text()
+    assert [entry.message for entry in caplog.records].count("batch cannot be stored") == 1
+
+
+def test_a_damaged_row_of_one_device_stops_no_other_and_is_not_answered(database: Database) -> None:
+    take(database, batch_of(readings(1)))
+    database.write_now(lambda conn: conn.execute(tables.streams.update().values(ranges=b"damaged")) and None)
+    answers = Answers()
+    desk, metrics = made_desk(database, answers)
+    asyncio.run(desk.take([Sent(PI, batch_of(readings(2))), Sent(OTHER, batch_of(readings(1)))]))
+    assert [(device, len(ack.verdicts)) for device, ack in answers.acks] == [(OTHER, 1)]
+    assert b'outrider_hub_batches_total{outcome="failed"} 1.0' in metrics.text()
+
+
+def test_a_page_of_large_records_is_short_and_says_that_more_follow(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk_module, "MAX_PAGE_BYTES", 25_000)
+    long = [Record(seq=seq, at_ms=5, body=Reading(name="x" * 10_000, value=0.0)) for seq in range(1, 6)]
+    huge = [Record(seq=6, at_ms=5, body=Reading(name="x" * 30_000, value=0.0))]
+    _, desk = take(database, batch_of(long), batch_of(huge))
+    after, pages = 0, []
+    while True:
+        page = asyncio.run(desk.records(PI, after=after, limit=100))
+        pages.append([effect.seq for effect in page.items])
+        if not page.has_more:
+            break
+        after = page.items[-1].id
+    assert pages == [[1, 2], [3, 4], [5], [6]]
+
+
+def test_of_a_page_only_what_is_told_is_read(database: Database) -> None:
+    _, desk = take(database, *(batch_of(readings(n)) for n in range(1, 100)))
+    read = []
+
+    def listed(conn: sa.Connection) -> None:
+        batches = tables.list_batches(conn, PI, klass=None, from_id=0)
+        sa.event.listen(conn, "before_cursor_execute", lambda *said: read.append(said[2]))
+        assert [next(batches).first for _ in range(9)] == list(range(1, 10))
+
+    database.read_now(listed)
+    # Of each class the first portion, and of readings another.
+    assert len(read) == len(RecordClass) + 1
+    page = asyncio.run(desk.records(PI, limit=99))
+    assert (len(page.items), page.has_more) == (99, False)
+
+
+def test_a_summary_tells_the_newest_streams_and_counts_all(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "MAX_TOLD_STREAMS", 2)
+    clock = FakeClock()
+    desk = Desk(database=database, clock=clock, metrics=Metrics(), send_ack=Answers().send)
+    for epoch in "cab":
+        asyncio.run(desk.take([Sent(PI, batch_of(readings(1, 2), epoch=epoch * 16))]))
+        clock.advance(1000)
+    found = asyncio.run(desk.summary(PI))
+    assert [stream.epoch[0] for stream in found.streams] == ["a", "b"]
+    assert (found.records, found.streams_known) == (6, 3)

@@ -121,3 +121,44 @@ def test_what_is_known_of_a_stream_is_kept_and_records_that_come_again_are_dupli
     assert database.write_now(lambda conn: take(tables.SqlStore(conn), PI, more, at_ms=9)).status == "stored"
     again = database.write_now(lambda conn: take(tables.SqlStore(conn), PI, batch_of([record]), at_ms=9))
     assert again.status == "duplicate"
+
+
+def test_the_order_of_arrival_is_kept(database: Database) -> None:
+    """Over epochs and classes, and though streams are carried over one by one; what comes later has later ids."""
+    old, new = "f" * 16, "a" * 16
+    rows: list[Row] = [
+        (PI, old, 3, Record(seq=5, at_ms=1, body=Reading(name="t", value=5.0)), 100),
+        (PI, old, 1, Record(seq=1, at_ms=1, body=Outcome(request="r")), 100),
+        (PI, old, 3, Record(seq=1, at_ms=1, body=Reading(name="t", value=1.0)), 101),
+        (PI, old, 3, Record(seq=2, at_ms=1, body=Reading(name="t", value=2.0)), 101),
+        (OTHER, new, 3, Record(seq=1, at_ms=1, body=Reading(name="t", value=1.0)), 101),
+        (PI, new, 3, Record(seq=1, at_ms=1, body=Reading(name="t", value=1.0)), 102),
+    ]
+    database.write_now(lambda conn: fill(conn, rows))
+    migrate.upgrade(database)
+    late = batch_of([Record(seq=9, at_ms=1, body=Outcome(request="late"))])
+    database.write_now(lambda conn: take(tables.SqlStore(conn), PI, late, at_ms=103))
+    c = tables.batches.c
+    query = sa.select(c.device, c.epoch, c.klass, c.first, c.last).order_by(c.id)
+    assert [tuple(row) for row in database.read_now(lambda conn: conn.execute(query).all())] == [
+        (PI, old, 3, 5, 5),
+        (PI, old, 1, 1, 1),
+        (PI, old, 3, 1, 2),
+        (OTHER, new, 3, 1, 1),
+        (PI, new, 3, 1, 1),
+        (PI, EPOCH, 1, 9, 9),
+    ]
+
+
+def test_a_number_that_columns_do_not_hold_stops_nothing(database: Database) -> None:
+    """The former hub took any that MessagePack has."""
+    hostile = [
+        Result(request="r", model="m", version="1.0.0", variant="int8", rung="full", took_us=took)
+        for took in (2**63, 2**64 - 1, 5)
+    ]
+    rows: list[Row] = [(PI, EPOCH, 2, Record(seq=n, at_ms=n, body=body), 5) for n, body in enumerate(hostile, start=1)]
+    database.write_now(lambda conn: fill(conn, rows))
+    migrate.upgrade(database)
+    (columns,) = database.read_now(lambda conn: conn.execute(sa.select(tables.batches.c.columns)).scalars().all())
+    bodies = [record.body for record in explode(bytes(columns))]
+    assert [body.took_us for body in bodies if isinstance(body, Result)] == [2**63 - 1, 2**63 - 1, 5]

@@ -167,7 +167,10 @@ def test_an_unknown_device_is_not_found(hub: Hub, path: str) -> None:
 
 def test_a_known_device_without_records_has_none(hub: Hub) -> None:
     assert hub.get("/v1/telemetry/pi-1") == (200, {"items": [], "next": None})
-    assert hub.get("/v1/telemetry/pi-1/summary") == (200, {"device": "pi-1", "records": 0, "epochs": [], "streams": []})
+    assert hub.get("/v1/telemetry/pi-1/summary") == (
+        200,
+        {"device": "pi-1", "records": 0, "epochs": [], "streams_known": 0, "streams": []},
+    )
 
 
 def test_nobody_looks_without_a_token(hub: Hub) -> None:

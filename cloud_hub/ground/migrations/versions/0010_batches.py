@@ -1,7 +1,7 @@
 """One row per batch instead of one per record, and what is declared lost beside what is here.
 
 Records that are here are put together again into batches: of one stream, without a hole, of one moment of arrival, and
-within what a batch may hold.
+within what a batch may hold. They keep the order in which they arrived.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ _PAGE: Final = 5000
 _NUMBER: Final = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _NOTHING_LOST: Final = b"\x90"
 """An empty list in MessagePack."""
+_NOTHING_FOLDED: Final = b"\x80"
+"""An empty map."""
+_MOST: Final = 2**63 - 1
 _Row = sa.Row[Any]
 
 _old = sa.table(
     "telemetry_records",
     *(sa.column(name) for name in ("id", "device", "epoch", "klass", "seq", "at_ms", "received_ms", "kind", "body")),
 )
-_streams = sa.table("telemetry_streams", sa.column("lost", sa.LargeBinary))
+_streams = sa.table("telemetry_streams", sa.column("lost", sa.LargeBinary), sa.column("folded", sa.LargeBinary))
 _new = sa.table(
     "telemetry_batches",
     *(
         sa.column(name)
         for name in (
-            "id", "device", "epoch", "klass", "first", "last", "digest", "received_ms", "records", "gap", "columns",
+            "id", "device", "epoch", "klass", "first", "last", "digest", "received_ms", "records", "columns",
         )
     ),
 )  # fmt: skip
@@ -60,7 +63,6 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("received_ms", sa.BigInteger, nullable=False),
         sa.Column("records", sa.Integer, nullable=False),
-        sa.Column("gap", sa.String(16)),
         sa.Column("columns", sa.LargeBinary, nullable=False),
         sqlite_autoincrement=True,
     )
@@ -68,16 +70,25 @@ def upgrade() -> None:
     op.create_index("ix_telemetry_batches_id", "telemetry_batches", ["device", "klass", "id"])
     for rows in _batches(conn):
         conn.execute(sa.insert(_new), _batch(rows))
+    if conn.dialect.name == "postgresql":
+        # Ids that were given do not count the sequence up; SQLite's does.
+        conn.exec_driver_sql(
+            "SELECT setval(pg_get_serial_sequence('telemetry_batches', 'id'), max(id)) FROM telemetry_batches"
+        )
     op.drop_table("telemetry_records")
-    op.add_column("telemetry_streams", sa.Column("lost", sa.LargeBinary))
-    conn.execute(sa.update(_streams).values(lost=_NOTHING_LOST))
+    op.create_index("ix_telemetry_figures_device", "telemetry_figures", ["device", "minute"])
+    for name in ("lost", "folded"):
+        op.add_column("telemetry_streams", sa.Column(name, sa.LargeBinary))
+    conn.execute(sa.update(_streams).values(lost=_NOTHING_LOST, folded=_NOTHING_FOLDED))
     with op.batch_alter_table("telemetry_streams") as table:
-        table.alter_column("lost", existing_type=sa.LargeBinary(), nullable=False)
+        for name in ("lost", "folded"):
+            table.alter_column(name, existing_type=sa.LargeBinary(), nullable=False)
 
 
 def downgrade() -> None:
     """Explode the batches into records again; what is declared lost is forgotten."""
     conn = op.get_bind()
+    op.drop_index("ix_telemetry_figures_device", "telemetry_figures")
     op.create_table(
         "telemetry_records",
         sa.Column("id", _NUMBER, primary_key=True, autoincrement=True),
@@ -93,7 +104,7 @@ def downgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_telemetry_records_device", "telemetry_records", ["device", "klass", "id"])
-    last, query = 0, sa.select(_new).where(_new.c.gap.is_(None)).order_by(_new.c.id).limit(1)
+    last, query = 0, sa.select(_new).order_by(_new.c.id).limit(1)
     while (row := conn.execute(query.where(_new.c.id > last)).one_or_none()) is not None:
         conn.execute(sa.insert(_old), [_exploded(row, record) for record in decode_columns(bytes(row.columns))])
         last = row.id
@@ -108,7 +119,8 @@ def downgrade() -> None:
         sa.Column("digest", sa.String(64), nullable=False),
         sa.PrimaryKeyConstraint("device", "epoch", "klass", "first", "last", name=op.f("pk_telemetry_batches")),
     )
-    op.drop_column("telemetry_streams", "lost")
+    for name in ("lost", "folded"):
+        op.drop_column("telemetry_streams", name)
 
 
 def _exploded(row: _Row, record: Record) -> dict[str, object]:
@@ -165,6 +177,8 @@ def _batch(rows: Sequence[_Row]) -> dict[str, object]:
     columns = encode_columns([Record(seq=row.seq, at_ms=row.at_ms, body=_body(row)) for row in rows])
     first = rows[0]
     return {
+        # Ids tell the order of arrival, and no two batches have the same record.
+        "id": min(row.id for row in rows),
         "device": first.device,
         "epoch": first.epoch,
         "klass": first.klass,
@@ -173,12 +187,15 @@ def _batch(rows: Sequence[_Row]) -> dict[str, object]:
         "digest": digest_of(columns=columns, gap=None),
         "received_ms": first.received_ms,
         "records": len(rows),
-        "gap": None,
         "columns": columns,
     }
 
 
 def _body(row: _Row) -> Body:
     fields = msgspec.msgpack.decode(row.body, type=dict[str, object])
+    for name, value in fields.items():
+        # The former hub took numbers that columns do not hold.
+        if isinstance(value, int) and value > _MOST:
+            fields[name] = _MOST
     body: Body = msgspec.convert({**fields, "kind": row.kind}, type=Body)
     return body
