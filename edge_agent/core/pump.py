@@ -9,8 +9,9 @@ Rules of this file:
    no answer in time, and at every connect, the whole class counts as unsent and is loaded again from its head. That is
    safe: the outbox hands out the same batches until they are settled, and the hub counts each once.
 3. A batch that will never be taken, by the hub or by the broker, is buried: put aside with the reason. It holds up
-   nothing. The first of a row is noted; only the first, because the note is itself a record, and notes about refused
-   notes would never end. A stored batch ends the row.
+   nothing, and its numbers become a gap that has to go out: once what is on its way is answered, the class is loaded
+   from its head. The first of a row is noted; only the first, because the note is itself a record, and notes about
+   refused notes would never end. A stored batch ends the row.
 4. A class that is refused for now (quota, rights, a disk that fails) rests, and no other class with it.
 
 Each `LoadBatch` is answered once, with the number that it was asked under; an answer to an earlier one is void. A gap
@@ -74,6 +75,7 @@ class Lane(msgspec.Struct, frozen=True):
         sent: on their way, oldest first.
         ask: number of the newest LoadBatch; answers to earlier ones are void.
         more: records came while loading.
+        again: a gap lies below what is on its way: nothing more goes out before that is answered.
         resends, rests: in a row, each making the next wait longer.
         noted: the row of refusals that goes on was told.
     """
@@ -82,6 +84,7 @@ class Lane(msgspec.Struct, frozen=True):
     sent: tuple[BatchId, ...] = ()
     ask: int = 0
     more: bool = False
+    again: bool = False
     resends: int = 0
     rests: int = 0
     noted: bool = False
@@ -202,7 +205,7 @@ class Settle(msgspec.Struct, frozen=True):
 
 
 class Bury(msgspec.Struct, frozen=True):
-    """Let the outbox put it aside with the reason, and delete it."""
+    """Let the outbox put it aside with the reason, and leave a gap; delete it where it is a gap itself."""
 
     batch: BatchId
     reason: str
@@ -282,7 +285,7 @@ def _nothing(pump: Pump, event: NothingWaiting) -> _Step:
     if lane.phase is not LanePhase.LOADING or lane.ask != event.ask:
         return Decision(pump)
     # What came while the outbox was asked may have been missed by the answer.
-    phase = LanePhase.WAITING if lane.more else LanePhase.QUIET
+    phase = LanePhase.WAITING if lane.more or lane.again else LanePhase.QUIET
     return _load(_with(pump, event.klass, replace(lane, phase=phase, more=False)))
 
 
@@ -352,7 +355,8 @@ def _answered(lane: Lane, verdict: Verdict) -> tuple[Lane, tuple[PumpEffect, ...
 def _buried(lane: Lane, batch: BatchId, code: str) -> tuple[Lane, tuple[PumpEffect, ...]]:
     bury = Bury(batch, code[:MAX_REASON_CHARS])
     effects = (bury,) if lane.noted else (bury, _note(batch, code))
-    return replace(_without(lane, batch), noted=True), effects
+    phase = LanePhase.WAITING if lane.phase is LanePhase.QUIET else lane.phase
+    return replace(_without(lane, batch), phase=phase, again=True, noted=True), effects
 
 
 def _without(lane: Lane, batch: BatchId) -> Lane:
@@ -402,8 +406,9 @@ def _load(pump: Pump, *effects: PumpEffect) -> _Step:
         if lane.phase is LanePhase.LOADING:
             break
         places = MAX_IN_FLIGHT if klass is RecordClass.EVENT else MAX_IN_FLIGHT - 1
-        if lane.phase is LanePhase.WAITING and len(lane.sent) < WINDOW and on_the_way < places:
-            asking = replace(lane, phase=LanePhase.LOADING, ask=lane.ask + 1, more=False)
+        window = 1 if lane.again else WINDOW
+        if lane.phase is LanePhase.WAITING and len(lane.sent) < window and on_the_way < places:
+            asking = replace(lane, phase=LanePhase.LOADING, ask=lane.ask + 1, more=False, again=False)
             after = lane.sent[-1].last if lane.sent else 0
             return Decision(_with(pump, klass, asking), (*effects, LoadBatch(klass, after, asking.ask)))
     return Decision(pump, effects)

@@ -294,6 +294,44 @@ def test_what_the_hub_refuses_is_buried_in_the_middle_of_a_window() -> None:
     assert script.say(ack(one, three))[:2] == [Settle(one.batch), Settle(three.batch)]
 
 
+def test_the_gap_of_what_was_buried_goes_out_once_what_is_on_its_way_is_answered() -> None:
+    script = Script()
+    one, two, three, four = (batch(EVENT, n) for n in (1, 2, 3, 4))
+    script.until(EVENT, one, two, three)
+    script.say(refused(two))
+    assert loads(script.say(ready(four))) == [(OUTCOME, 0)], "the class goes no further, the others do"
+    script.say(nothing(OUTCOME), nothing(RESULT), nothing(READING))
+    assert loads(script.say(ack(one, three))) == []
+    assert loads(script.say(ack(four))) == [(EVENT, 0)]
+    gap = Batch(
+        batch=BatchId(epoch=EPOCH, klass=0, first=2, last=2, digest="gap"), gap=Gap(reason="refused", records=1)
+    )
+    assert loads(script.say(ready(gap))) == [(EVENT, 2)]
+    assert script.say(ack(gap)) == [Settle(gap.batch), StopAckTimer(EVENT)]
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_the_gap_of_what_was_buried_is_found_while_nothing_else_waits(is_late: bool) -> None:
+    script = Script()
+    one = batch(READING, 1)
+    script.until(READING, one)
+    if is_late:
+        script.say(ack(one))
+    script.say(nothing(READING))
+    if is_late:
+        script.say(nothing(READING))
+    assert loads(script.say(refused(one))) == [(READING, 0)]
+
+
+def test_a_refusal_while_the_outbox_is_asked_makes_it_be_asked_from_the_head() -> None:
+    script = Script()
+    one = batch(READING, 1)
+    script.until(READING, one)
+    assert loads(script.say(refused(one))) == []
+    assert loads(script.say(nothing(READING))) == [(READING, 0)]
+    assert loads(script.say(nothing(READING))) == []
+
+
 def test_only_the_first_refusal_of_a_row_is_noted() -> None:
     script = Script()
     batches = [batch(EVENT, n) for n in range(1, 5)]
