@@ -31,8 +31,12 @@ class Courier(Protocol):
         """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later.
 
         `ref` comes back in `on_refused(topic, ref, code, reason)` when the broker acknowledges with a failure, or when
-        the message is larger than the broker takes (0x95).
+        the message is larger than the broker takes (0x95), and in `on_taken(ref)` when it acknowledges without one.
         """
+        ...
+
+    def holds(self, ref: BatchId) -> bool:
+        """Whether a message of this ref was handed over on this connection and the broker has yet to acknowledge it."""
         ...
 
     async def disconnect(self) -> None:

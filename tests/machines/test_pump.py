@@ -36,6 +36,7 @@ from edge_agent.core.pump import (
     StopAckTimer,
     StopRestTimer,
     StorageRefused,
+    Taken,
     WentOffline,
     WentOnline,
 )
@@ -270,14 +271,32 @@ def test_a_class_that_is_drained_looks_once_more_for_what_was_left_or_lost_meanw
     assert loads(script.say(nothing(READING))) == []
 
 
-def test_progress_makes_patience_short_again() -> None:
+def test_an_answer_to_what_was_sent_once_makes_patience_short_again() -> None:
     script = Script()
-    one, two = batch(EVENT, 1), batch(EVENT, 2)
+    one, two, three = (batch(EVENT, n) for n in (1, 2, 3))
     script.until(EVENT, one)
     script.say(AckTimedOut(EVENT, one.batch.digest))
     script.say(ready(one), ack(one))
     effects = script.say(ready(two))
-    assert StartAckTimer(EVENT, two.batch.digest, 10_000) in effects
+    assert StartAckTimer(EVENT, two.batch.digest, 20_000) in effects, "it may be the first copy's answer"
+    script.say(ack(two))
+    assert StartAckTimer(EVENT, three.batch.digest, 10_000) in script.say(ready(three))
+
+
+def test_what_the_broker_has_yet_to_take_is_not_sent_again() -> None:
+    script = Script()
+    one, two = batch(EVENT, 1), batch(EVENT, 2)
+    script.until(EVENT, one, two)
+    digest = one.batch.digest
+    script.say(nothing(EVENT))
+    again = [StartAckTimer(EVENT, digest, 10_000)]
+    for _ in range(3):
+        assert script.say(AckTimedOut(EVENT, digest, held=True)) == again
+    assert script.say(Taken(one.batch)) == again, "only now the hub can hear of it"
+    assert script.say(Taken(two.batch)) == []
+    assert script.sent[EVENT] == [1, 2]
+    assert loads(script.say(AckTimedOut(EVENT, digest))) == [(EVENT, 0)]
+    assert StartAckTimer(EVENT, digest, 20_000) in script.say(ready(one))
 
 
 # Refusals
