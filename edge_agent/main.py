@@ -222,6 +222,7 @@ def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Call
         on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
         on_lost=lambda reason: uplink().lost(reason),
         on_refused=lambda topic, ref, code, reason: uplink().refused(topic, ref, code, reason),
+        on_taken=lambda ref: uplink().taken(ref),
     )
 
 

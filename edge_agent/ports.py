@@ -31,8 +31,12 @@ class Courier(Protocol):
         """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later.
 
         `ref` comes back in `on_refused(topic, ref, code, reason)` when the broker acknowledges with a failure, or when
-        the message is larger than the broker takes (0x95).
+        the message is larger than the broker takes (0x95), and in `on_taken(ref)` when it acknowledges without one.
         """
+        ...
+
+    def holds(self, ref: BatchId) -> bool:
+        """Whether a message of this ref was handed over on this connection and the broker has yet to acknowledge it."""
         ...
 
     async def disconnect(self) -> None:
@@ -86,8 +90,9 @@ class Depth(msgspec.Struct, frozen=True, kw_only=True):
         records: waiting, by class; what is not yet on the disk is not counted.
         bytes: on the disk, all files of the outbox together.
         oldest_ms: by class, how long the oldest has waited, by the store's own clock; absent where none waits.
-        lost: records by reason (`evicted`, `expired`, `dropped`, `damaged`) since the store was made.
+        lost: records by reason (`evicted`, `expired`, `dropped`, `damaged`, `refused`) since the store was made.
         buried: batches put aside because the hub or the broker will never take them, as far as they are kept.
+        buried_given_up: of those, how many went to make room since the start.
     """
 
     records: Mapping[RecordClass, int]
@@ -96,6 +101,7 @@ class Depth(msgspec.Struct, frozen=True, kw_only=True):
     lost: Mapping[str, int]
     buried: int
     wear: Wear
+    buried_given_up: int = 0
 
 
 class Ticket(Protocol):
@@ -144,7 +150,10 @@ class Outbox(Protocol):
         ...
 
     async def bury(self, batch: BatchId, *, reason: str) -> bool:
-        """Put aside a batch that will never be taken, with the reason, and settle it; False for what is not open."""
+        """Put aside a batch that will never be taken, with the reason, and leave a gap; False for what is not open.
+
+        A gap that will never be taken is settled.
+        """
         ...
 
     async def flush(self) -> None:

@@ -200,6 +200,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         queue_oldest_ms: how long the oldest has waited, by class name; absent where none waits.
         queue_lost: records that will not reach the hub, by reason, since the store was made.
         queue_buried: batches that were put aside because nobody takes them.
+        queue_buried_given_up: of those, how many went to make room since the start.
+        queue_unkept: records by class that nobody waited for and that the disk did not take, since the start.
         queue_written_bytes, queue_syncs: what the outbox has cost the disk since the start.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
@@ -226,6 +228,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     queue_oldest_ms: dict[str, int] = {}
     queue_lost: dict[str, int] = {}
     queue_buried: int = 0
+    queue_buried_given_up: int = 0
+    queue_unkept: dict[str, int] = {}
     queue_written_bytes: int = 0
     queue_syncs: int = 0
     results_lost: int = 0

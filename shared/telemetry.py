@@ -135,14 +135,15 @@ class Grade(Enum):
     MEMORY = "memory"
 
 
-GapReason = Literal["evicted", "expired", "dropped", "damaged"]
+GapReason = Literal["evicted", "expired", "dropped", "damaged", "refused"]
 
 
 class Gap(msgspec.Struct, frozen=True, kw_only=True):
     """Records that will not come; travels as a `Batch` without columns, and is settled like one.
 
     Attributes:
-        reason: `evicted` for room, `expired` by their time to live, `dropped` by a person, `damaged` on the disk.
+        reason: `evicted` for room, `expired` by their time to live, `dropped` by a person, `damaged` on the disk,
+            `refused` by the hub or the broker for good.
         records: how many of the numbers first to last were waiting; the others had been settled before.
     """
 

@@ -120,6 +120,7 @@ class MqttCourier:
     `on_message(topic, payload)` and `on_lost(reason)` run on the event loop; `on_lost` once per lost connection and
     never after `disconnect`. `on_refused(topic, ref, code, reason)` tells of a message that the broker acknowledged
     with a failure (not allowed, quota), or that is larger than it takes, which it is never shown: it will not arrive.
+    `on_taken(ref)` tells of one with a ref that it acknowledged without a failure.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class MqttCourier:
         on_message: Callable[[str, bytes], None],
         on_lost: Callable[[str], None],
         on_refused: Callable[[str, BatchId | None, int, str], None] | None = None,
+        on_taken: Callable[[BatchId], None] | None = None,
         connect_ms: int = CONNECT_MS,
         keepalive_s: int = KEEPALIVE_S,
     ) -> None:
@@ -142,6 +144,7 @@ class MqttCourier:
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_refused = on_refused
+        self._on_taken = on_taken
         self._connect_ms = connect_ms
         self._keepalive_s = keepalive_s
         self._link: _Link | None = None
@@ -207,6 +210,10 @@ class MqttCourier:
             return False
         link.sent[info.mid] = (topic, ref)
         return True
+
+    def holds(self, ref: BatchId) -> bool:
+        """Whether a message of this ref was handed over on this connection and the broker has yet to acknowledge it."""
+        return self._link is not None and any(ref == own for _, own in self._link.sent.values())
 
     async def disconnect(self) -> None:
         """Leave without triggering the last will, after what was handed over where the broker still takes it."""
@@ -306,9 +313,11 @@ class MqttCourier:
             self._on_lost(reason)
 
     def _acknowledged(self, link: _Link, mid: int, failure: int, reason: str) -> None:
-        message = link.sent.pop(mid, None)
-        if failure and message is not None:
-            self._tell_refused(link, *message, failure, reason)
+        topic, ref = link.sent.pop(mid, ("", None))
+        if failure and topic:
+            self._tell_refused(link, topic, ref, failure, reason)
+        elif ref is not None and link is self._link and self._on_taken is not None:
+            self._on_taken(ref)
 
     def _tell_refused(self, link: _Link, topic: str, ref: BatchId | None, code: int, reason: str) -> None:
         if link is self._link and self._on_refused is not None:

@@ -38,7 +38,11 @@ def render(state: AgentState) -> bytes:
     add("queue_bytes", "gauge", "What the outbox takes on the disk.", [({}, state.queue_bytes)])
     lost = _by("reason", state.queue_lost)
     add("queue_lost_records_total", "counter", "Records that will not reach the hub, each told as a gap.", lost)
+    unkept = _by("class", state.queue_unkept)
+    add("queue_unkept_records_total", "counter", "Records the disk did not take and nobody waited for.", unkept)
     add("queue_buried_batches", "gauge", "Batches put aside because nobody takes them.", [({}, state.queue_buried)])
+    told = "Batches put aside that went to make room."
+    add("queue_buried_given_up_batches_total", "counter", told, [({}, state.queue_buried_given_up)])
     add("queue_written_bytes_total", "counter", "Bytes handed to the disk.", [({}, state.queue_written_bytes)])
     add("queue_syncs_total", "counter", "Times that the disk was waited for.", [({}, state.queue_syncs)])
     serving = {model.family: model.signature is not None for model in state.models}

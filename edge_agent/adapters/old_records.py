@@ -11,7 +11,7 @@ new store's epoch, which the hub cannot know for the same: of each class one bat
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import msgspec
@@ -43,10 +43,9 @@ class SqliteOldRecords:
         self._taken = await self._database.write(_take)
         return [(at_ms, body) for _, _, at_ms, body in self._taken]
 
-    async def forget(self, count: int) -> None:
-        """Delete the first `count` of those that `oldest` gave."""
-        gone = [(klass, number) for klass, number, _, _ in self._taken[:count]]
-        self._taken = self._taken[count:]
+    async def forget(self, places: Collection[int]) -> None:
+        """Delete those at these places of what `oldest` gave last."""
+        gone = [self._taken[place][:2] for place in places]
 
         def work(connection: Connection) -> None:
             connection.executemany("DELETE FROM records WHERE klass = ? AND seq = ?", gone)

@@ -5,12 +5,15 @@ Rules of this file:
    agent that was updated meanwhile may give others, and the hub then compares record by record.
 2. Only what was handed out, and is answered with its own digest, is settled or buried.
 3. A record that cannot be read becomes a gap of its own and blocks nothing.
+4. So do the numbers of a batch that was buried: the hub is told that they will not come. A gap that is refused itself
+   is only let go of.
 
 Not here: files and their order (`journal.py`), when to commit (`outbox.py`), when to send (`edge_agent/core/pump.py`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
@@ -24,10 +27,12 @@ from edge_agent.core.frames import Entry
 from edge_agent.core.journal import Moment, Portion
 from edge_agent.ports import Depth
 from shared import limits
-from shared.errors import InvalidValue
+from shared.errors import InvalidValue, StorageFull
 from shared.telemetry import BatchId, Body, Gap, Record, RecordClass
 from shared.wire.columns import encode_columns
 from shared.wire.messages import Batch, digest_of
+
+logger = logging.getLogger(__name__)
 
 _MAX_HANDED: Final = 256
 
@@ -93,14 +98,24 @@ class RecordStore:
         return self._journal.settle(RecordClass(batch.klass), batch.first, batch.last)
 
     def bury(self, batch: BatchId, *, reason: str, moment: Moment) -> bool:
-        """Put aside a batch that will never be taken, with the reason, and settle it; False for what is not open."""
+        """Put aside a batch that will never be taken, with the reason, and leave a gap; False for what is not open."""
         if not self._is_open(batch):
             return False
-        found = self.load(RecordClass(batch.klass), after=batch.first - 1, moment=moment)
+        klass = RecordClass(batch.klass)
+        found = self.load(klass, after=batch.first - 1, moment=moment)
         if found is None or found.batch != batch:
             return False
-        self._buried.put(found, reason=reason)
-        return self.settle(batch)
+        try:
+            self._buried.put(found, reason=reason)
+        except StorageFull as error:
+            # A batch that nobody takes must not hold up its class until somebody makes room.
+            about = {"class": klass.name.lower(), "first": batch.first, "last": batch.last, "reason": reason}
+            logger.error("refused records are gone, for lack of room", extra={**about, "why": error.message})
+        if found.gap is not None:
+            return self.settle(batch)
+        self._journal.lose(klass, batch.first, batch.last, "refused", moment)
+        del self._handed[batch.klass, batch.first, batch.last]
+        return True
 
     def drop(self, klass: RecordClass, *, moment: Moment) -> int:
         """Drop the class's waiting records, leaving a gap; returns how many. Raises InvalidValue for class 0."""
@@ -114,7 +129,8 @@ class RecordStore:
 
     def depth(self, moment: Moment) -> Depth:
         """How much waits, and what it has cost."""
-        return replace(self._journal.depth(moment), buried=self._buried.count)
+        depth = self._journal.depth(moment)
+        return replace(depth, buried=self._buried.count, buried_given_up=self._buried.given_up)
 
     def close(self, moment: Moment) -> None:
         """Let go of the files. Safe to call twice."""

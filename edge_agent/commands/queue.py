@@ -39,6 +39,8 @@ def document_of(state: AgentState) -> dict[str, object]:
         "bytes": state.queue_bytes,
         "lost": state.queue_lost,
         "buried": state.queue_buried,
+        "buried_given_up": state.queue_buried_given_up,
+        "unkept": state.queue_unkept,
         "written_bytes": state.queue_written_bytes,
         "syncs": state.queue_syncs,
         "link": state.link,
@@ -51,12 +53,19 @@ def listing_of(state: AgentState) -> str:
     rows = [
         (klass, str(count), duration(ages[klass]) if klass in ages else "-") for klass, count in state.queue.items()
     ]
-    lost = ", ".join(f"{count} {reason}" for reason, count in sorted(state.queue_lost.items()) if count)
+    aside = f"{state.queue_buried} batches" if state.queue_buried else "nothing"
+    if state.queue_buried_given_up:
+        aside += f", {state.queue_buried_given_up} more went to make room"
     facts = [
         ("on disk", f"{state.queue_bytes} bytes"),
-        ("lost", lost or "nothing"),
-        ("put aside", f"{state.queue_buried} batches" if state.queue_buried else "nothing"),
+        ("lost", _counts(state.queue_lost)),
+        ("never kept", _counts(state.queue_unkept)),
+        ("put aside", aside),
         ("since start", f"{state.queue_written_bytes} bytes written, {state.queue_syncs} syncs"),
         ("link", state.link),
     ]
     return f"{screen.table(('CLASS', 'RECORDS', 'OLDEST'), rows)}\n\n{screen.fields(facts)}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count) or "nothing"

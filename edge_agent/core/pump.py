@@ -7,10 +7,13 @@ Rules of this file:
    for class 0. A class is loaded only when every more precious one has nothing to load, rests, or has its window full.
 2. Batches of a class are sent in order. Their answers may come in any order, once, twice or never. When the oldest has
    no answer in time, and at every connect, the whole class counts as unsent and is loaded again from its head. That is
-   safe: the outbox hands out the same batches until they are settled, and the hub counts each once.
+   safe: the outbox hands out the same batches until they are settled, and the hub counts each once. The time does not
+   count while the broker has yet to take the batch: on a slow line copies would only delay it. Nor does the answer to a
+   batch that was sent twice say how long an answer takes, so only one that was sent once makes patience short again.
 3. A batch that will never be taken, by the hub or by the broker, is buried: put aside with the reason. It holds up
-   nothing. The first of a row is noted; only the first, because the note is itself a record, and notes about refused
-   notes would never end. A stored batch ends the row.
+   nothing, and its numbers become a gap that has to go out: once what is on its way is answered, the class is loaded
+   from its head. The first of a row is noted; only the first, because the note is itself a record, and notes about
+   refused notes would never end. A stored batch ends the row.
 4. A class that is refused for now (quota, rights, a disk that fails) rests, and no other class with it.
 
 Each `LoadBatch` is answered once, with the number that it was asked under; an answer to an earlier one is void. A gap
@@ -21,7 +24,7 @@ is a batch like any other. The driver carries out the effects of one decision in
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -74,7 +77,9 @@ class Lane(msgspec.Struct, frozen=True):
         sent: on their way, oldest first.
         ask: number of the newest LoadBatch; answers to earlier ones are void.
         more: records came while loading.
+        again: a gap lies below what is on its way: nothing more goes out before that is answered.
         resends, rests: in a row, each making the next wait longer.
+        copied: up to this number batches may have been sent twice.
         noted: the row of refusals that goes on was told.
     """
 
@@ -82,8 +87,10 @@ class Lane(msgspec.Struct, frozen=True):
     sent: tuple[BatchId, ...] = ()
     ask: int = 0
     more: bool = False
+    again: bool = False
     resends: int = 0
     rests: int = 0
+    copied: int = 0
     noted: bool = False
 
 
@@ -134,6 +141,12 @@ class NotTaken(msgspec.Struct, frozen=True):
     batch: BatchId
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """The broker has this batch; the hub has yet to hear of it."""
+
+    batch: BatchId
+
+
 class PublishRefused(msgspec.Struct, frozen=True, kw_only=True):
     """The broker acknowledged this batch with a failure, or would have. `jitter` is drawn from 0 to 1."""
 
@@ -149,10 +162,11 @@ class AckArrived(msgspec.Struct, frozen=True):
 
 
 class AckTimedOut(msgspec.Struct, frozen=True):
-    """The class's ack timer: no answer to the batch with this digest."""
+    """The class's ack timer: no answer to the batch with this digest; `held`: the broker has yet to take it."""
 
     klass: RecordClass
     digest: str
+    held: bool = False
 
 
 class RestOver(msgspec.Struct, frozen=True):
@@ -166,19 +180,9 @@ class Hurried(msgspec.Struct, frozen=True):
 
 
 PumpEvent = (
-    WentOnline
-    | WentOffline
-    | RecordsWaiting
-    | BatchReady
-    | NothingWaiting
-    | StorageRefused
-    | NotTaken
-    | PublishRefused
-    | AckArrived
-    | AckTimedOut
-    | RestOver
-    | Hurried
-)
+    WentOnline | WentOffline | RecordsWaiting | BatchReady | NothingWaiting | StorageRefused | NotTaken
+    | Taken | PublishRefused | AckArrived | AckTimedOut | RestOver | Hurried
+)  # fmt: skip
 
 
 class LoadBatch(msgspec.Struct, frozen=True):
@@ -190,7 +194,7 @@ class LoadBatch(msgspec.Struct, frozen=True):
 
 
 class SendBatch(msgspec.Struct, frozen=True):
-    """Publish it; say NotTaken when the courier does not take it."""
+    """Publish it, unless the courier holds it still; say NotTaken when the courier does not take it."""
 
     batch: Batch
 
@@ -202,7 +206,7 @@ class Settle(msgspec.Struct, frozen=True):
 
 
 class Bury(msgspec.Struct, frozen=True):
-    """Let the outbox put it aside with the reason, and delete it."""
+    """Let the outbox put it aside with the reason, and leave a gap; delete it where it is a gap itself."""
 
     batch: BatchId
     reason: str
@@ -282,7 +286,7 @@ def _nothing(pump: Pump, event: NothingWaiting) -> _Step:
     if lane.phase is not LanePhase.LOADING or lane.ask != event.ask:
         return Decision(pump)
     # What came while the outbox was asked may have been missed by the answer.
-    phase = LanePhase.WAITING if lane.more else LanePhase.QUIET
+    phase = LanePhase.WAITING if lane.more or lane.again else LanePhase.QUIET
     return _load(_with(pump, event.klass, replace(lane, phase=phase, more=False)))
 
 
@@ -297,6 +301,11 @@ def _not_taken(pump: Pump, event: NotTaken) -> _Step:
         return Decision(pump)
     klass, index = place
     return _rest(pump, klass, keep=index, delay_ms=NO_ROOM_REST_MS)
+
+
+def _taken(pump: Pump, event: Taken) -> _Step:
+    klass, index = _place(pump, event.batch) or (RecordClass.EVENT, None)
+    return Decision(pump, _patience(klass, pump.lanes[klass]) if index == 0 else ())
 
 
 def _publish_refused(pump: Pump, event: PublishRefused) -> _Step:
@@ -346,13 +355,15 @@ def _answered(lane: Lane, verdict: Verdict) -> tuple[Lane, tuple[PumpEffect, ...
     if verdict.batch not in lane.sent:
         # An answer from before a reconnect, or the second one: settling it saves a resend, and twice is harmless.
         return lane, (settle,)
-    return replace(_without(lane, verdict.batch), resends=0, rests=0, noted=False), (settle,)
+    resends = lane.resends if verdict.batch.first <= lane.copied else 0
+    return replace(_without(lane, verdict.batch), resends=resends, rests=0, noted=False), (settle,)
 
 
 def _buried(lane: Lane, batch: BatchId, code: str) -> tuple[Lane, tuple[PumpEffect, ...]]:
     bury = Bury(batch, code[:MAX_REASON_CHARS])
     effects = (bury,) if lane.noted else (bury, _note(batch, code))
-    return replace(_without(lane, batch), noted=True), effects
+    phase = LanePhase.WAITING if lane.phase is LanePhase.QUIET else lane.phase
+    return replace(_without(lane, batch), phase=phase, again=True, noted=True), effects
 
 
 def _without(lane: Lane, batch: BatchId) -> Lane:
@@ -368,9 +379,12 @@ def _timed_out(pump: Pump, event: AckTimedOut) -> _Step:
     lane = pump.lanes[event.klass]
     if not lane.sent or lane.sent[0].digest != event.digest:
         return Decision(pump)
+    if event.held:
+        return Decision(pump, _patience(event.klass, lane))
+    late = replace(lane, resends=lane.resends + 1, copied=lane.sent[-1].last)
     if lane.phase is LanePhase.RESTING:
-        return Decision(_with(pump, event.klass, replace(lane, sent=(), resends=lane.resends + 1)))
-    return _load(_with(pump, event.klass, replace(_unsent(lane), resends=lane.resends + 1)))
+        return Decision(_with(pump, event.klass, replace(late, sent=())))
+    return _load(_with(pump, event.klass, _unsent(late)))
 
 
 def _rested(pump: Pump, event: RestOver) -> _Step:
@@ -402,8 +416,9 @@ def _load(pump: Pump, *effects: PumpEffect) -> _Step:
         if lane.phase is LanePhase.LOADING:
             break
         places = MAX_IN_FLIGHT if klass is RecordClass.EVENT else MAX_IN_FLIGHT - 1
-        if lane.phase is LanePhase.WAITING and len(lane.sent) < WINDOW and on_the_way < places:
-            asking = replace(lane, phase=LanePhase.LOADING, ask=lane.ask + 1, more=False)
+        window = 1 if lane.again else WINDOW
+        if lane.phase is LanePhase.WAITING and len(lane.sent) < window and on_the_way < places:
+            asking = replace(lane, phase=LanePhase.LOADING, ask=lane.ask + 1, more=False, again=False)
             after = lane.sent[-1].last if lane.sent else 0
             return Decision(_with(pump, klass, asking), (*effects, LoadBatch(klass, after, asking.ask)))
     return Decision(pump, effects)
@@ -433,10 +448,12 @@ def _ack_timer(klass: RecordClass, before: Lane, after: Lane) -> tuple[PumpEffec
     """The timer belongs to the oldest on its way: it starts anew when that is another one."""
     if before.sent[:1] == after.sent[:1]:
         return ()
-    if not after.sent:
-        return (StopAckTimer(klass),)
-    delay_ms = doubled_ms(FIRST_ACK_MS, times=after.resends, longest_ms=LONGEST_ACK_MS)
-    return (StartAckTimer(klass, after.sent[0].digest, delay_ms),)
+    return _patience(klass, after) if after.sent else (StopAckTimer(klass),)
+
+
+def _patience(klass: RecordClass, lane: Lane) -> tuple[PumpEffect, ...]:
+    delay_ms = doubled_ms(FIRST_ACK_MS, times=lane.resends, longest_ms=LONGEST_ACK_MS)
+    return (StartAckTimer(klass, lane.sent[0].digest, delay_ms),)
 
 
 def _stops(pump: Pump) -> tuple[PumpEffect, ...]:
@@ -454,6 +471,7 @@ def _note(batch: BatchId, code: str) -> Note:
     return Note("telemetry.refused", detail)
 
 
+_HEARD_OFFLINE: Final = (WentOnline, AckArrived)
 _OFF, _ON = PumpPhase.OFFLINE, PumpPhase.ONLINE
 
 PUMP: Final[Table[PumpPhase, Pump, PumpEvent, PumpEffect]] = Table(
@@ -464,29 +482,19 @@ PUMP: Final[Table[PumpPhase, Pump, PumpEvent, PumpEffect]] = Table(
         # A reconnect whose loss was not heard of.
         (_ON, WentOnline): Row((_ON,), _online),
         (_ON, WentOffline): Row((_OFF,), _offline),
-        (_OFF, WentOffline): Row((_OFF,), _stay),
         (_ON, RecordsWaiting): Row((_ON,), _waiting),
-        # Offline every lane is WAITING already.
-        (_OFF, RecordsWaiting): Row((_OFF,), _stay),
         (_ON, BatchReady): Row((_ON,), _ready),
         (_ON, NothingWaiting): Row((_ON,), _nothing),
         (_ON, StorageRefused): Row((_ON,), _storage_refused),
-        # Answers to questions asked before the link was lost; the next connection asks anew.
-        (_OFF, BatchReady): Row((_OFF,), _stay),
-        (_OFF, NothingWaiting): Row((_OFF,), _stay),
-        (_OFF, StorageRefused): Row((_OFF,), _stay),
         (_ON, NotTaken): Row((_ON,), _not_taken),
+        (_ON, Taken): Row((_ON,), _taken),
         (_ON, PublishRefused): Row((_ON,), _publish_refused),
-        (_OFF, NotTaken): Row((_OFF,), _stay),
-        (_OFF, PublishRefused): Row((_OFF,), _stay),
         (_ON, AckArrived): Row((_ON,), _acked),
         (_OFF, AckArrived): Row((_OFF,), _acked),
         (_ON, AckTimedOut): Row((_ON,), _timed_out),
         (_ON, RestOver): Row((_ON,), _rested),
         (_ON, Hurried): Row((_ON,), _hurried),
-        # Offline nothing is on its way and nothing rests.
-        (_OFF, AckTimedOut): Row((_OFF,), _stay),
-        (_OFF, RestOver): Row((_OFF,), _stay),
-        (_OFF, Hurried): Row((_OFF,), _stay),
+        # Offline every lane waits already, nothing is on its way, nothing rests, and answers from before are void.
+        **{(_OFF, event): Row((_OFF,), _stay) for event in get_args(PumpEvent) if event not in _HEARD_OFFLINE},
     },
 )

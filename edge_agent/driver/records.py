@@ -3,8 +3,8 @@
 Rules of this file:
 1. Who must know that a record is on the disk waits for it (`keep`): what was promised to an application, and events.
    All others only put it (`keep_soon`), and one task for each class sees when there is something to send.
-2. A record that nobody waits for is not lost in silence: when the disk takes none, that is logged once, and once when
-   it is over.
+2. A record that nobody waits for is not lost in silence: each that the disk does not take is counted; when it takes
+   none, that is logged once, and once when it is over.
 
 Not here: the far end, sending and settling (`uplink.py`).
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 from edge_agent.core.pump import Hurried, RecordsWaiting
@@ -39,8 +40,8 @@ class OldRecords(Protocol):
         """A few of those that are left, with their times; empty when none is."""
         ...
 
-    async def forget(self, count: int) -> None:
-        """Delete the first `count` of those that `oldest` gave."""
+    async def forget(self, places: Collection[int]) -> None:
+        """Delete those at these places of what `oldest` gave last."""
         ...
 
 
@@ -55,10 +56,10 @@ class Records:
         self._clock = clock
         self._inbox, self._works = loop.inbox, loop.works
         self._outbox = outbox
-        self._newest: dict[RecordClass, Ticket] = {}
+        self._unsure: dict[RecordClass, deque[Ticket]] = {klass: deque() for klass in RecordClass}
         self._watched: set[RecordClass] = set()
+        self._waking: set[RecordClass] = set()
         self._refused: set[RecordClass] = set()
-        self._unsure: dict[RecordClass, int] = {}
         self.lost: dict[RecordClass, int] = {}
 
     async def keep(self, body: Body) -> int:
@@ -91,8 +92,7 @@ class Records:
         except TimeoutError:
             self._note_lost(klass, 1, "the disk does not keep up")
         else:
-            self._newest[klass] = ticket
-            self._unsure[klass] = self._unsure.get(klass, 0) + 1
+            self._unsure[klass].append(ticket)
             if klass not in self._watched:
                 self._watched.add(klass)
                 self._works.start(("durable", klass), self._watch(klass))
@@ -131,33 +131,49 @@ class Records:
             while found := await old.oldest():
                 brought = await self._bring(found)
                 await old.forget(brought)
-                adopted += brought
-                if brought < len(found):
+                adopted += len(brought)
+                if len(brought) < len(found):
                     await asyncio.sleep(ADOPT_AGAIN_S)
         except StorageError as error:
             logger.error("old records cannot be read, the next start tries again", extra={"why": error.message})
         if adopted:
             logger.info("old records are in the outbox", extra={"records": adopted})
 
-    async def _bring(self, found: Sequence[tuple[int, Body]]) -> int:
-        """How many of these, from the first, are durable now."""
-        brought = 0
-        klass = CLASS_OF[type(found[0][1])]
+    async def _bring(self, found: Sequence[tuple[int, Body]]) -> Sequence[int]:
+        """The places of those among these that are durable now; no other one will become it."""
+        brought: list[int] = []
+        tickets: list[Ticket] = []
         try:
-            tickets = [await self._put_patiently(body, at_ms, Grade.DURABLE) for at_ms, body in found]
-            for (_, body), ticket in zip(found, tickets, strict=True):
-                klass = CLASS_OF[type(body)]
-                await ticket.durable()
-                brought += 1
-                self._wake(klass)
+            for at_ms, body in found:
+                tickets.append(await self._put_patiently(body, at_ms, Grade.DURABLE))
         except StorageError as error:
-            self._note_disk(klass, error.message)
+            self._note_disk(CLASS_OF[type(body)], error.message)
         except TimeoutError:
-            self._note_disk(klass, f"the disk took nothing for {ROOM_WITHIN_S:g} s")
+            self._note_disk(CLASS_OF[type(body)], f"the disk took nothing for {ROOM_WITHIN_S:g} s")
+        # Every one that was put is waited for: one that is not told of here would be put once more.
+        for place, ticket in enumerate(tickets):
+            klass = CLASS_OF[type(found[place][1])]
+            try:
+                await ticket.durable()
+            except StorageError as error:
+                self._note_disk(klass, error.message)
+            else:
+                brought.append(place)
+                self._wake_soon(klass)
         return brought
 
     def _wake(self, klass: RecordClass) -> None:
         self._inbox.post(ForPump(RecordsWaiting(klass)))
+
+    def _wake_soon(self, klass: RecordClass) -> None:
+        """Wake the pump once for all that became durable together."""
+        if klass not in self._waking:
+            self._waking.add(klass)
+            asyncio.get_running_loop().call_soon(self._wake_now, klass)
+
+    def _wake_now(self, klass: RecordClass) -> None:
+        self._waking.discard(klass)
+        self._wake(klass)
 
     def _put(self, body: Body, at_ms: int, grade: Grade) -> Ticket:
         return self._outbox.put(body, at_ms=at_ms, grade=grade)
@@ -172,17 +188,18 @@ class Records:
             return self._put(body, at_ms, grade)
 
     async def _watch(self, klass: RecordClass) -> None:
-        """Wake the pump each time that the newest record of the class has become durable, until there is no newer."""
+        """See what becomes of each record of the class, until there is none of which that is not known."""
+        unsure = self._unsure[klass]
         try:
-            while (ticket := self._newest.pop(klass, None)) is not None:
-                unsure = self._unsure.pop(klass, 0)
+            while unsure:
                 try:
-                    await ticket.durable()
+                    # All that are committed together are known once the first is: only that one is waited for.
+                    await unsure.popleft().durable()
                 except StorageError as error:
-                    self._note_lost(klass, unsure, error.message)
+                    self._note_lost(klass, 1, error.message)
                 else:
                     self._note_disk(klass, "")
-                    self._wake(klass)
+                    self._wake_soon(klass)
         finally:
             self._watched.discard(klass)
 

@@ -140,6 +140,8 @@ class Service:
             queue_oldest_ms={klass.name.lower(): age for klass, age in depth.oldest_ms.items()},
             queue_lost=dict(depth.lost),
             queue_buried=depth.buried,
+            queue_buried_given_up=depth.buried_given_up,
+            queue_unkept={klass.name.lower(): count for klass, count in sorted(self._records.lost.items())},
             queue_written_bytes=depth.wear.written_bytes,
             queue_syncs=depth.wear.syncs,
             assignment_version=self._uplink.assignment_version,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, assert_never
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_agent import __version__
 from edge_agent.core import link, pump
@@ -155,6 +156,10 @@ class Uplink:
         if ref is not None:
             self._inbox.post(ForPump(pump.PublishRefused(batch=ref, code=code, jitter=random.random())))
 
+    def taken(self, ref: BatchId) -> None:
+        """The broker has a batch."""
+        self._inbox.post(ForPump(pump.Taken(ref)))
+
     async def _connect(self) -> None:
         self._session += 1
         device = self._running.device
@@ -216,6 +221,9 @@ class Uplink:
 
     async def on_pump(self, event: pump.PumpEvent) -> None:
         """Let the pump decide and carry out what it says, each effect before the next."""
+        if isinstance(event, pump.AckTimedOut):
+            oldest = self._pump.lanes[event.klass].sent[:1]
+            event = replace(event, held=any(map(self._courier.holds, oldest)))
         decision = pump.decide(self._pump, event)
         self._pump = decision.state
         for effect in decision.effects:
@@ -223,7 +231,7 @@ class Uplink:
                 case pump.LoadBatch(klass, after, ask):
                     await self._load(klass, after=after, ask=ask)
                 case pump.SendBatch(batch):
-                    if not self.send(_LEAF[RecordClass(batch.batch.klass)], batch, ref=batch.batch):
+                    if not self._send(batch):
                         self._inbox.post(ForPump(pump.NotTaken(batch.batch)))
                 case pump.Settle(batch_id):
                     await self._let_go(batch_id, self._outbox.settle(batch_id))
@@ -241,6 +249,11 @@ class Uplink:
                     self._inbox.post(Noted(name, detail))
                 case _:
                     assert_never(effect)
+
+    def _send(self, batch: Batch) -> bool:
+        # A copy of what still waits for a slow line would only come behind it.
+        ref = batch.batch
+        return self._courier.holds(ref) or self.send(_LEAF[RecordClass(ref.klass)], batch, ref=ref)
 
     async def _let_go(self, batch: BatchId, work: Coroutine[Any, Any, bool]) -> None:
         try:

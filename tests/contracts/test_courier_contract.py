@@ -32,6 +32,7 @@ class Ear:
         self.messages: list[tuple[str, bytes]] = []
         self.lost: list[str] = []
         self.refused: list[tuple[str, BatchId | None, int]] = []
+        self.taken: list[BatchId] = []
 
     async def until(self, done: Callable[[Ear], bool]) -> None:
         async with asyncio.timeout(15):
@@ -66,6 +67,7 @@ class Kit:
                 on_message=lambda topic, payload: ear.messages.append((topic, payload)),
                 on_lost=ear.lost.append,
                 on_refused=lambda topic, ref, code, _: ear.refused.append((topic, ref, code)),
+                on_taken=ear.taken.append,
             )
         self.couriers.append(made)
         return made
@@ -80,6 +82,7 @@ class Kit:
             on_message=lambda topic, payload: ear.messages.append((topic, payload)),
             on_lost=ear.lost.append,
             on_refused=lambda topic, ref, code, _: ear.refused.append((topic, ref, code)),
+            on_taken=ear.taken.append,
         )
 
     @asynccontextmanager
@@ -185,6 +188,8 @@ def test_a_device_hears_only_what_is_for_it_and_cannot_speak_as_another(kit: Kit
             assert ear_a.messages == [(topics.down(A, "ack"), b"for a")]
             assert ear_b.messages == [(topics.down(B, "ack"), b"for b")]
             assert ear_a.refused == [(topics.up(B, "birth"), BATCH, 0x87)]
+            assert ear_a.taken == []
+            assert not a.holds(BATCH)
             await a.disconnect()
             await b.disconnect()
 
@@ -207,6 +212,8 @@ def test_what_is_larger_than_the_broker_takes_is_told_and_breaks_nothing(kit: Ki
             assert courier.publish(topic, b"y" * room, ref=BATCH)
             await hub.until(lambda ear: bool(ear.messages))
             assert hub.messages == [(topic, b"y" * room)]
+            await ear.until(lambda ear: ear.taken == [BATCH])
+            assert not courier.holds(BATCH)
             assert (len(ear.refused), ear.lost) == (1, [])
             await courier.disconnect()
 

@@ -15,7 +15,7 @@ from edge_agent.ports import Outbox
 from shared import limits
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.limits import KIB, MIB
-from shared.telemetry import Body, DeviceEvent, Grade, Outcome, Reading, Record, RecordClass, Result
+from shared.telemetry import Body, DeviceEvent, Gap, Grade, Outcome, Reading, Record, RecordClass, Result
 from shared.wire.columns import decode_columns
 from shared.wire.messages import Batch, digest_of
 from tests.fakes.clock import FakeClock
@@ -212,19 +212,37 @@ def test_an_answer_that_fits_no_open_batch_settles_nothing(play: Play) -> None:
     play(story)
 
 
-def test_a_batch_that_nobody_takes_is_put_aside_and_blocks_nothing(play: Play) -> None:
+def test_a_batch_that_nobody_takes_is_put_aside_and_its_numbers_are_a_gap(play: Play) -> None:
     async def story(outbox: Outbox) -> None:
         await put(outbox, reading(1))
         refused = await first_batch(outbox, READING)
         await put(outbox, reading(2))
         assert await outbox.bury(refused.batch, reason="telemetry.columns")
         assert outbox.depth().buried == 1
-        assert span(await first_batch(outbox, READING)) == (2, 2)
+        assert outbox.depth().lost == {"refused": 1}
+        assert not await outbox.settle(refused.batch)
+        assert not await outbox.bury(refused.batch, reason="telemetry.columns")
 
     async def later(outbox: Outbox) -> None:
         assert outbox.depth().buried == 1
+        gap = await first_batch(outbox, READING)
+        assert (span(gap), gap.gap) == ((1, 1), Gap(reason="refused", records=1))
+        assert await outbox.settle(gap.batch)
+        assert span(await first_batch(outbox, READING)) == (2, 2)
 
     play(story, later)
+
+
+def test_a_gap_that_nobody_takes_is_let_go_of(play: Play) -> None:
+    async def story(outbox: Outbox) -> None:
+        await put(outbox, reading(1))
+        assert await outbox.bury((await first_batch(outbox, READING)).batch, reason="telemetry.columns")
+        assert await outbox.bury((await first_batch(outbox, READING)).batch, reason="telemetry.gap")
+        assert await outbox.load(READING) is None
+        assert outbox.depth().lost == {"refused": 1}
+        assert outbox.depth().records[READING] == 0
+
+    play(story)
 
 
 def test_numbers_go_on_after_everything_was_settled_and_after_a_restart(play: Play) -> None:

@@ -290,6 +290,7 @@ class AgentWorld:
             on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
             on_lost=lambda reason: self.uplink.lost(reason),
             on_refused=lambda topic, ref, code, reason: self.uplink.refused(topic, ref, code, reason),
+            on_taken=lambda ref: self.uplink.taken(ref),
         )
         self.records = Records(clock=self.clock, loop=loop, outbox=self.outbox)
         self.models = Models(

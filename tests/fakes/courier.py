@@ -50,7 +50,7 @@ class FakeBroker:
         """Let what waits in the windows through."""
         self.acknowledges = True
         for client in self.clients.values():
-            client.window = 0
+            client.acknowledged()
 
 
 class FakeCourier:
@@ -66,6 +66,7 @@ class FakeCourier:
         on_message: Callable[[str, bytes], None],
         on_lost: Callable[[str], None],
         on_refused: Callable[[str, BatchId | None, int, str], None] | None = None,
+        on_taken: Callable[[BatchId], None] | None = None,
         refused: bool = False,
     ) -> None:
         self._broker = broker
@@ -73,10 +74,12 @@ class FakeCourier:
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_refused = on_refused
+        self._on_taken = on_taken
         self._refused = refused
         self._subscribed = ""
         self._will: tuple[str, bytes] | None = None
         self.window = 0
+        self.held: list[BatchId | None] = []
 
     async def connect(self, *, will_topic: str, will_payload: bytes, subscribe: str) -> None:
         """Join the broker; takes over a link of the same name."""
@@ -89,6 +92,7 @@ class FakeCourier:
         if before is not None:
             before.drop("taken over")
         self._will, self._subscribed, self.window = (will_topic, will_payload), subscribe, 0
+        self.held.clear()
         self._broker.clients[self._device] = self
 
     def publish(self, topic: str, payload: bytes, *, ref: BatchId | None = None) -> bool:
@@ -101,9 +105,24 @@ class FakeCourier:
             if self._on_refused is not None:
                 loop.call_soon(self._on_refused, topic, ref, *failure)
             return True
-        self.window += 0 if self._broker.acknowledges else 1
+        if not self._broker.acknowledges:
+            self.window += 1
+            self.held.append(ref)
+        elif ref is not None and self._on_taken is not None:
+            loop.call_soon(self._on_taken, ref)
         loop.call_soon(self._broker.route, topic, payload)
         return True
+
+    def holds(self, ref: BatchId) -> bool:
+        """Whether it is in the window."""
+        return ref in self.held
+
+    def acknowledged(self) -> None:
+        """The broker has everything in the window."""
+        held, self.held, self.window = self.held, [], 0
+        for ref in held:
+            if ref is not None and self._on_taken is not None:
+                self._on_taken(ref)
 
     async def disconnect(self) -> None:
         """Leave without the will."""

@@ -286,5 +286,7 @@ def _may_be(story: Story, place: Place, reason: str, *, at: int) -> bool:
             return place[0] == OUTCOME
         case "dropped":
             return any(began <= at and klass == place[0] for began, klass in story.dropping)
+        case "refused":
+            return story.settling.get(place, at + 1) <= at
         case _:
             return False

@@ -36,6 +36,7 @@ from edge_agent.core.pump import (
     StopAckTimer,
     StopRestTimer,
     StorageRefused,
+    Taken,
     WentOffline,
     WentOnline,
 )
@@ -270,14 +271,32 @@ def test_a_class_that_is_drained_looks_once_more_for_what_was_left_or_lost_meanw
     assert loads(script.say(nothing(READING))) == []
 
 
-def test_progress_makes_patience_short_again() -> None:
+def test_an_answer_to_what_was_sent_once_makes_patience_short_again() -> None:
     script = Script()
-    one, two = batch(EVENT, 1), batch(EVENT, 2)
+    one, two, three = (batch(EVENT, n) for n in (1, 2, 3))
     script.until(EVENT, one)
     script.say(AckTimedOut(EVENT, one.batch.digest))
     script.say(ready(one), ack(one))
     effects = script.say(ready(two))
-    assert StartAckTimer(EVENT, two.batch.digest, 10_000) in effects
+    assert StartAckTimer(EVENT, two.batch.digest, 20_000) in effects, "it may be the first copy's answer"
+    script.say(ack(two))
+    assert StartAckTimer(EVENT, three.batch.digest, 10_000) in script.say(ready(three))
+
+
+def test_what_the_broker_has_yet_to_take_is_not_sent_again() -> None:
+    script = Script()
+    one, two = batch(EVENT, 1), batch(EVENT, 2)
+    script.until(EVENT, one, two)
+    digest = one.batch.digest
+    script.say(nothing(EVENT))
+    again = [StartAckTimer(EVENT, digest, 10_000)]
+    for _ in range(3):
+        assert script.say(AckTimedOut(EVENT, digest, held=True)) == again
+    assert script.say(Taken(one.batch)) == again, "only now the hub can hear of it"
+    assert script.say(Taken(two.batch)) == []
+    assert script.sent[EVENT] == [1, 2]
+    assert loads(script.say(AckTimedOut(EVENT, digest))) == [(EVENT, 0)]
+    assert StartAckTimer(EVENT, digest, 20_000) in script.say(ready(one))
 
 
 # Refusals
@@ -292,6 +311,44 @@ def test_what_the_hub_refuses_is_buried_in_the_middle_of_a_window() -> None:
     assert effects == [Bury(two.batch, "telemetry.conflict"), Note("telemetry.refused", detail)]
     assert script.sent[EVENT] == [1, 3]
     assert script.say(ack(one, three))[:2] == [Settle(one.batch), Settle(three.batch)]
+
+
+def test_the_gap_of_what_was_buried_goes_out_once_what_is_on_its_way_is_answered() -> None:
+    script = Script()
+    one, two, three, four = (batch(EVENT, n) for n in (1, 2, 3, 4))
+    script.until(EVENT, one, two, three)
+    script.say(refused(two))
+    assert loads(script.say(ready(four))) == [(OUTCOME, 0)], "the class goes no further, the others do"
+    script.say(nothing(OUTCOME), nothing(RESULT), nothing(READING))
+    assert loads(script.say(ack(one, three))) == []
+    assert loads(script.say(ack(four))) == [(EVENT, 0)]
+    gap = Batch(
+        batch=BatchId(epoch=EPOCH, klass=0, first=2, last=2, digest="gap"), gap=Gap(reason="refused", records=1)
+    )
+    assert loads(script.say(ready(gap))) == [(EVENT, 2)]
+    assert script.say(ack(gap)) == [Settle(gap.batch), StopAckTimer(EVENT)]
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_the_gap_of_what_was_buried_is_found_while_nothing_else_waits(is_late: bool) -> None:
+    script = Script()
+    one = batch(READING, 1)
+    script.until(READING, one)
+    if is_late:
+        script.say(ack(one))
+    script.say(nothing(READING))
+    if is_late:
+        script.say(nothing(READING))
+    assert loads(script.say(refused(one))) == [(READING, 0)]
+
+
+def test_a_refusal_while_the_outbox_is_asked_makes_it_be_asked_from_the_head() -> None:
+    script = Script()
+    one = batch(READING, 1)
+    script.until(READING, one)
+    assert loads(script.say(refused(one))) == []
+    assert loads(script.say(nothing(READING))) == [(READING, 0)]
+    assert loads(script.say(nothing(READING))) == []
 
 
 def test_only_the_first_refusal_of_a_row_is_noted() -> None:

@@ -306,7 +306,9 @@ class Process:
             self._on_pump(pump.AckArrived(ack))
 
     def puback(self, line: Line, ref: BatchId) -> None:
-        """The broker has the message, which means nothing."""
+        """The broker has the message."""
+        if line is self._line:
+            self._on_pump(pump.Taken(ref))
 
     def refused(self, line: Line, ref: BatchId, code: int) -> None:
         """The broker does not take the message."""

@@ -13,7 +13,7 @@ from edge_agent.driver.events import Noted
 from edge_agent.ports import Ticket
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.inference import AgentState, Control, Done, Measure, Reply, Status
-from shared.telemetry import Body, DeviceEvent, Grade, Reading, RecordClass, Result
+from shared.telemetry import BatchId, Body, DeviceEvent, Grade, Reading, RecordClass, Result
 from shared.wire.messages import Batch
 from tests.fakes.agent_world import AgentWorld, until
 from tests.fakes.courier import FakeCourier
@@ -124,6 +124,38 @@ def test_a_courier_without_room_is_asked_again_soon(monkeypatch: pytest.MonkeyPa
         )
         monkeypatch.setattr(FakeCourier, "WINDOW", 64)
         await until(lambda: world.hub.readings() == ["waits"], "it arrives", within_s=5)
+
+    world.life(story)
+
+
+def test_a_batch_that_waits_for_a_slow_line_is_not_published_again() -> None:
+    world = AgentWorld()
+
+    def sent() -> tuple[BatchId, ...]:
+        return world.uplink._pump.lanes[RecordClass.READING].sent
+
+    def published() -> int:
+        return sum(topic.endswith("telemetry") for topic, _ in world.broker.published)
+
+    async def story() -> None:
+        await online(world)
+        await drained(world)
+        world.broker.acknowledges, world.hub.silent = False, True
+        before = published()
+        await measured(world, "slow")
+        await until(lambda: published() == before + 1, "on its way")
+        (claim,) = sent()
+        late = pump.AckTimedOut(RecordClass.READING, claim.digest)
+        await world.uplink.on_pump(late)
+        assert sent() == (claim,), "it has yet to leave"
+        await world.uplink.on_pump(pump.WentOnline())
+        await until(lambda: sent() == (claim,), "loaded again")
+        assert published() == before + 1
+        world.broker.acknowledge()
+        world.hub.silent = False
+        await world.uplink.on_pump(late)
+        await until(lambda: world.hub.readings() == ["slow"], "the broker had it, and no answer came")
+        assert published() == before + 2
 
     world.life(story)
 

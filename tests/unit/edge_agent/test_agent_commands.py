@@ -62,6 +62,8 @@ STATE = AgentState(
     queue_oldest_ms={"event": 90_061_000, "result": 5_000},
     queue_lost={"evicted": 7, "expired": 0},
     queue_buried=2,
+    queue_buried_given_up=5,
+    queue_unkept={"result": 8, "reading": 9},
     queue_written_bytes=4096,
     queue_syncs=3,
     assignment_version=2,
@@ -112,7 +114,8 @@ reading  1        -
 
 on disk      2048 bytes
 lost         7 evicted
-put aside    2 batches
+never kept   9 reading, 8 result
+put aside    2 batches, 5 more went to make room
 since start  4096 bytes written, 3 syncs
 link         offline
 """
@@ -157,7 +160,8 @@ def test_queue_and_model(state: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert run("queue", "ls", "--json", state=state) == 0
         assert json.loads(capsys.readouterr().out) == {
             "records": STATE.queue, "oldest_ms": STATE.queue_oldest_ms, "bytes": 2048, "lost": STATE.queue_lost,
-            "buried": 2, "written_bytes": 4096, "syncs": 3, "link": "offline",
+            "buried": 2, "buried_given_up": 5, "unkept": STATE.queue_unkept,
+            "written_bytes": 4096, "syncs": 3, "link": "offline",
         }  # fmt: skip
         assert run("queue", "ls", state=state) == 0
         assert capsys.readouterr().out == QUEUE

@@ -125,6 +125,53 @@ def test_what_the_new_outbox_does_not_take_stays_and_goes_later(
     assert sum(map(len, found.values())) == 1_004
 
 
+def test_what_the_outbox_takes_behind_what_it_does_not_is_not_put_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = FakeOutbox(total_bytes=8 * 2**20)
+    put, refusals = outbox.put, 3
+
+    def full_for_events(body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> KeptTicket:
+        nonlocal refusals
+        if isinstance(body, DeviceEvent) and refusals:
+            refusals -= 1
+            return KeptTicket(error=StorageFull("no room for events"))
+        return put(body, at_ms=at_ms, grade=grade)
+
+    async def act(database: Database, loop: Loop, records: Records) -> None:
+        outbox.put = full_for_events  # type: ignore[method-assign]
+        await records.adopt(SqliteOldRecords(database))
+        assert await database.write(left) == 0
+
+    monkeypatch.setattr(records_module, "ADOPT_AGAIN_S", 0.001)
+    with_old_records(tmp_path, act, outbox=outbox)
+    found = asyncio.run(stored(outbox))
+    assert [len(found[klass]) for klass in RecordClass] == [1, 1, 1_001, 1]
+
+
+def test_what_was_put_before_the_outbox_had_no_more_room_is_not_put_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = FakeOutbox(total_bytes=8 * 2**20)
+    put, behind = outbox.put, 0
+
+    def slow(body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> KeptTicket:
+        nonlocal behind
+        behind += 1
+        if 100 < behind <= 102:
+            raise StorageFull("the disk is slower", code="storage.behind")
+        return put(body, at_ms=at_ms, grade=grade)
+
+    async def act(database: Database, loop: Loop, records: Records) -> None:
+        outbox.put = slow  # type: ignore[method-assign]
+        await records.adopt(SqliteOldRecords(database))
+
+    monkeypatch.setattr(records_module, "ADOPT_AGAIN_S", 0.001)
+    with_old_records(tmp_path, act, outbox=outbox)
+    found = asyncio.run(stored(outbox))
+    assert [len(found[klass]) for klass in RecordClass] == [1, 1, 1_001, 1]
+
+
 def test_a_crash_between_leaves_every_record_in_one_place_at_least(tmp_path: Path) -> None:
     outbox = FakeOutbox(total_bytes=8 * 2**20)
 

@@ -41,7 +41,7 @@ def test_the_stories_cover_what_they_are_about(size: int) -> None:
         judge(story, story.open(), at=story.at())
         assert all(isinstance(error, StorageFull) for error in story.errors)
     reasons = {reason for story in stories for reason in story.told.values()}
-    assert reasons == {"evicted", "expired", "dropped"}
+    assert reasons == {"evicted", "expired", "dropped", "refused"}
     assert all(any(getattr(story, what) for story in stories) for what in ("settling", "handed", "buried", "errors"))
 
 
