@@ -157,11 +157,6 @@ class Journal:
         with _translated():
             return self._lose(self._chains[klass], first, last, reason, moment)
 
-    def lose(self, klass: RecordClass, first: int, last: int, reason: GapReason, moment: Moment) -> None:
-        """Declare what waits of these numbers lost, leaving a gap; durable when it returns. Raises StorageError."""
-        with _translated():
-            self._lose(self._chains[klass], first, last, reason, moment)
-
     def drop(self, klass: RecordClass, *, moment: Moment) -> int:
         """Drop everything that waits of this class, leaving a gap; returns how many records. Not class 0."""
         chain = self._chains[klass]

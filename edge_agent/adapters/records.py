@@ -113,7 +113,7 @@ class RecordStore:
             logger.error("refused records are gone, for lack of room", extra={**about, "why": error.message})
         if found.gap is not None:
             return self.settle(batch)
-        self._journal.lose(klass, batch.first, batch.last, "refused", moment)
+        self._journal.lose(klass, batch.first, batch.last, reason="refused", moment=moment)
         del self._handed[batch.klass, batch.first, batch.last]
         return True
 
