@@ -63,11 +63,10 @@ class Connected(msgspec.Struct, frozen=True):
 
 
 class ConnectFailed(msgspec.Struct, frozen=True, kw_only=True):
-    """The courier could not connect. `jitter` is drawn from 0 to 1; `retry_after_ms` is what the server asked for."""
+    """The courier could not connect. `jitter` is drawn from 0 to 1."""
 
     jitter: float
     reason: str = ""
-    retry_after_ms: int | None = None
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,8 +147,6 @@ def _failed(link: Link, event: ConnectFailed | Lost) -> _Step:
     if isinstance(event, Lost):
         failures = max(failures, LOST_FAILURES)
     delay_ms = wait_ms(failures, jitter=event.jitter)
-    if isinstance(event, ConnectFailed) and event.retry_after_ms is not None:
-        delay_ms = max(delay_ms, min(event.retry_after_ms, LONGEST_WINDOW_MS))
     after = replace(link, phase=LinkPhase.OFFLINE, failures=failures, detail=event.reason)
     return Decision(after, (StartTimer(delay_ms),))
 

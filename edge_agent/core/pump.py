@@ -17,7 +17,7 @@ Rules of this file:
 4. A class that is refused for now (quota, rights, a disk that fails) rests, and no other class with it.
 
 Each `LoadBatch` is answered once, with the number that it was asked under; an answer to an earlier one is void. A gap
-is a batch like any other. The driver carries out the effects of one decision in order, each before the next:
+is a batch like any other. The driver asks the outbox in the order of the effects, and it answers in that order:
 `LoadBatch` after `Settle` must not find what was settled. Not here: bytes, disk, the courier, drawing the jitter.
 """
 

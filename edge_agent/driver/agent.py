@@ -105,6 +105,7 @@ class Agent:
     async def stop(self) -> None:
         """Leave in order: nothing accepted is lost, the hub is told, no child stays behind."""
         self._answering.close()
+        await asyncio.sleep(0)  # what happened last is on its way to the outbox: it goes onto the disk with the rest
         await self._records.end()
         self._loop.end()
         await self._uplink.say_goodbye()
@@ -136,7 +137,7 @@ class Agent:
             case MessageArrived(topic, payload):
                 self._uplink.on_message(topic, payload)
             case Noted():
-                await self._note(event)
+                self._note(event)
             case ReconcileDue():
                 await self._reconcile()
             case ReportDue():
@@ -203,19 +204,24 @@ class Agent:
             await self._models.offer(verified)
         self._timers.start("reconcile", RECONCILE_MS, ReconcileDue())
 
-    async def _note(self, event: Noted) -> None:
-        self._held.discard(id(event))
+    def _note(self, event: Noted) -> None:
+        """Let the event be kept; the inbox does not wait for the disk."""
+        if id(event) not in self._held and len(self._held) >= MAX_HELD_EVENTS:
+            logger.error("event not recorded", extra={"event": event.name, "why": "too many wait for the disk"})
+            return
+        self._held.add(id(event))
+        self._works.start(("note", id(event)), self._keep(event))
+
+    async def _keep(self, event: Noted) -> None:
         # Some of it was said by others: the hub, a model's own process.
         clipped = {key: text[:MAX_DETAIL_CHARS] for key, text in event.detail.items()}
         try:
             await self._records.keep(DeviceEvent(name=event.name, detail=clipped))
-        except StorageError as error:
+        except StorageError:
             # Events are never evicted, so a full outbox pushes back: what happened is held here and said again.
-            if len(self._held) >= MAX_HELD_EVENTS:
-                logger.error("event not recorded", extra={"event": event.name, "why": error.message})
-                return
-            self._held.add(id(event))
             self._timers.start(("held", id(event)), RETRY_MS, event)
+        else:
+            self._held.discard(id(event))
 
     async def _watch_vitals(self) -> None:
         while True:

@@ -3,17 +3,21 @@
 Rules of this file:
 1. Birth is the first message after every connect, then the state, then batches.
 2. A batch leaves the outbox because the hub has acknowledged it, never because the broker took it.
-3. What arrives is decoded and checked here and goes into the inbox as an event; what is not understood is logged once
+3. Nothing here waits for the disk: each thing that is asked of the outbox is a task of its own, in order, and a disk
+   that does not answer within DISK_WITHIN_S counts as one that refuses. Link and slots go on meanwhile.
+4. What arrives is decoded and checked here and goes into the inbox as an event; what is not understood is logged once
    per kind and counted, and never stops the agent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, assert_never
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, TypeVar, assert_never
 
 import msgspec
 from msgspec.structs import replace
@@ -49,6 +53,9 @@ from shared.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+DISK_WITHIN_S: Final = 10.0
 REPORT_DELAY_MS: Final = 200
 """Reports asked for within this time become one."""
 
@@ -220,7 +227,7 @@ class Uplink:
     # Batches
 
     async def on_pump(self, event: pump.PumpEvent) -> None:
-        """Let the pump decide and carry out what it says, each effect before the next."""
+        """Let the pump decide and carry out what it says; the outbox is asked in that order."""
         if isinstance(event, pump.AckTimedOut):
             oldest = self._pump.lanes[event.klass].sent[:1]
             event = replace(event, held=any(map(self._courier.holds, oldest)))
@@ -229,14 +236,14 @@ class Uplink:
         for effect in decision.effects:
             match effect:
                 case pump.LoadBatch(klass, after, ask):
-                    await self._load(klass, after=after, ask=ask)
+                    self._works.start(("load", klass), self._load(klass, after=after, ask=ask))
                 case pump.SendBatch(batch):
                     if not self._send(batch):
                         self._inbox.post(ForPump(pump.NotTaken(batch.batch)))
                 case pump.Settle(batch_id):
-                    await self._let_go(batch_id, self._outbox.settle(batch_id))
+                    self._let_go(batch_id, partial(self._outbox.settle, batch_id))
                 case pump.Bury(batch_id, reason):
-                    await self._let_go(batch_id, self._outbox.bury(batch_id, reason=reason))
+                    self._let_go(batch_id, partial(self._outbox.bury, batch_id, reason=reason))
                 case pump.StartAckTimer(klass, digest, delay_ms):
                     self._timers.start(("ack", klass), delay_ms, ForPump(pump.AckTimedOut(klass, digest)))
                 case pump.StopAckTimer(klass):
@@ -255,17 +262,20 @@ class Uplink:
         ref = batch.batch
         return self._courier.holds(ref) or self.send(_LEAF[RecordClass(ref.klass)], batch, ref=ref)
 
-    async def _let_go(self, batch: BatchId, work: Coroutine[Any, Any, bool]) -> None:
-        try:
-            await work
-        except StorageError as error:
-            # It will be sent once more, and the hub will say that it has it.
-            logger.error("answered records cannot be deleted", extra={"why": error.message})
-            self._inbox.post(ForPump(pump.StorageRefused(RecordClass(batch.klass))))
+    def _let_go(self, batch: BatchId, ask: Callable[[], Awaitable[bool]]) -> None:
+        async def work() -> None:
+            try:
+                await _in_time(ask())
+            except StorageError as error:
+                # It will be sent once more, and the hub will say that it has it.
+                logger.error("answered records cannot be deleted", extra={"why": error.message})
+                self._inbox.post(ForPump(pump.StorageRefused(RecordClass(batch.klass))))
+
+        self._works.start(("let go", batch), work())
 
     async def _load(self, klass: RecordClass, *, after: int, ask: int) -> None:
         try:
-            batch = await self._outbox.load(klass, after=after)
+            batch = await _in_time(self._outbox.load(klass, after=after))
         except StorageError as error:
             logger.error("records cannot be read", extra={"why": error.message})
             self._inbox.post(ForPump(pump.StorageRefused(klass)))
@@ -318,3 +328,12 @@ class Uplink:
                 body=encode_body(message),
             )
         )
+
+
+async def _in_time(work: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(DISK_WITHIN_S):
+            return await work
+    except TimeoutError as error:
+        message = f"the disk has not answered for {DISK_WITHIN_S:g} s"
+        raise StorageError(message, code="storage.stalled", hint="look at the system's log") from error

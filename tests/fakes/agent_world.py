@@ -269,17 +269,20 @@ class AgentWorld:
             self.inbox = loop.inbox
             await self._compose(loop)
             await self.agent.start()
-            running = group.create_task(self.agent.run())
+            running = group.create_task(self._run())
             async with asyncio.timeout(20):
                 await story()
             if clean:
                 self.inbox.post(Stop("test"))
                 await running
-                await self.agent.stop()
             else:
                 running.cancel()
                 loop.end()
                 self.broker.clients.clear()
+
+    async def _run(self) -> None:
+        await self.agent.run()
+        await self.agent.stop()
 
     async def _compose(self, loop: Loop) -> None:
         running = RunningDevice(device=DEVICE, profile="test", boot=await self.ledger.next_boot())

@@ -35,9 +35,9 @@ def said(*events: LinkEvent, start: Link | None = None) -> tuple[Link, list[link
     return state, effects
 
 
-def failed(jitter: float = 1.0, **more: int) -> ConnectFailed:
+def failed(jitter: float = 1.0) -> ConnectFailed:
     """A connect that failed."""
-    return ConnectFailed(reason="no route", jitter=jitter, retry_after_ms=more.get("retry_after_ms"))
+    return ConnectFailed(reason="no route", jitter=jitter)
 
 
 def waits(effects: list[link.LinkEffect]) -> list[int]:
@@ -70,12 +70,6 @@ def test_waiting_widens_up_to_a_minute() -> None:
 @pytest.mark.parametrize(("jitter", "delay_ms"), [(0.0, 50), (0.5, 375), (1.0, 750), (9.0, 750), (-1.0, 50)])
 def test_jitter_is_full_and_bounded(jitter: float, delay_ms: int) -> None:
     _, effects = said(StartLink(), failed(jitter))
-    assert waits(effects) == [delay_ms]
-
-
-@pytest.mark.parametrize(("asked_ms", "delay_ms"), [(5_000, 5_000), (10, 750), (10**9, 60_000)])
-def test_the_server_may_ask_for_more_time_within_bounds(asked_ms: int, delay_ms: int) -> None:
-    _, effects = said(StartLink(), failed(retry_after_ms=asked_ms))
     assert waits(effects) == [delay_ms]
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Never
 
 import pytest
 
 from edge_agent.core import pump
 from edge_agent.driver import agent as agent_module
 from edge_agent.driver import records as records_module
+from edge_agent.driver import uplink as uplink_module
 from edge_agent.driver.events import Noted
 from edge_agent.ports import Ticket
 from shared.errors import InvalidValue, StorageError, StorageFull
 from shared.inference import AgentState, Control, Done, Measure, Reply, Status
 from shared.telemetry import BatchId, Body, DeviceEvent, Grade, Reading, RecordClass, Result
-from shared.wire.messages import Batch
+from shared.wire.messages import Ack, Batch, Verdict
 from tests.fakes.agent_world import AgentWorld, until
 from tests.fakes.courier import FakeCourier
 from tests.fakes.outbox import KeptTicket
@@ -185,6 +188,104 @@ def test_a_disk_that_fails_rests_and_nothing_is_lost(monkeypatch: pytest.MonkeyP
         assert world.hub.readings() == ["kept"]
 
     monkeypatch.setattr(pump, "STORAGE_REST_MS", 5)
+    world.life(story)
+
+
+def test_a_disk_that_does_not_answer_stops_neither_the_link_nor_the_slots_nor_the_end() -> None:
+    world = AgentWorld()
+    put = world.outbox.put
+
+    async def never(*_: object, **__: object) -> Never:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def kept_never(body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> Ticket:
+        if isinstance(body, DeviceEvent):
+            return SimpleNamespace(durable=never)
+        return put(body, at_ms=at_ms, grade=grade)
+
+    async def story() -> None:
+        await online(world)
+        await drained(world)
+        await measured(world, "stays")
+        await drained(world)
+        outbox = world.outbox
+        outbox.load = outbox.settle = outbox.bury = never  # type: ignore[method-assign]
+        outbox.put = kept_never  # type: ignore[method-assign,assignment]
+        await measured(world, "not read")
+        claim = BatchId(epoch="0" * 16, klass=3, first=1, last=1, digest="")
+        await world.uplink.on_pump(pump.AckArrived(Ack(verdicts=(Verdict(batch=claim, status="stored"),))))
+        world.inbox.post(Noted("host.lost", {}))
+        world.broker.go_down()
+        await until(lambda: not world.uplink.online, "offline")
+        world.broker.up = True
+        await world.ask(Control(command="queue.flush"))
+        await online(world)
+
+    world.life(story)
+
+
+def test_a_disk_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = AgentWorld()
+    load, stalls = world.outbox.load, 2
+
+    async def loads(klass: RecordClass, *, after: int = 0) -> Batch | None:
+        nonlocal stalls
+        if klass is RecordClass.READING and stalls:
+            stalls -= 1
+            await asyncio.Event().wait()
+        return await load(klass, after=after)
+
+    async def story() -> None:
+        world.outbox.load = loads  # type: ignore[method-assign]
+        await measured(world, "kept")
+        await until(lambda: world.hub.readings() == ["kept"], "the disk is back")
+
+    monkeypatch.setattr(uplink_module, "DISK_WITHIN_S", 0.01)
+    monkeypatch.setattr(pump, "STORAGE_REST_MS", 5)
+    world.life(story)
+    assert stalls == 0
+
+
+def test_what_happened_right_before_the_end_is_kept() -> None:
+    world = AgentWorld()
+    world.broker.up = False
+
+    async def story() -> None:
+        await until(lambda: world.uplink.state == "offline", "tried")
+        world.inbox.post(Noted("host.lost", {}))
+
+    world.life(story)
+    assert world.outbox.depth().records[RecordClass.EVENT] == 1
+
+
+def test_an_event_that_the_disk_keeps_late_is_kept_once() -> None:
+    world = AgentWorld()
+    put, go_on = world.outbox.put, asyncio.Event()
+    puts = 0
+
+    def late(body: Body, *, at_ms: int, grade: Grade = Grade.DURABLE) -> Ticket:
+        nonlocal puts
+        ticket = put(body, at_ms=at_ms, grade=grade)
+        if not isinstance(body, DeviceEvent):
+            return ticket
+        puts += 1
+
+        async def durable() -> int:
+            await go_on.wait()
+            return await ticket.durable()
+
+        return SimpleNamespace(durable=durable)
+
+    async def story() -> None:
+        world.outbox.put = late  # type: ignore[method-assign,assignment]
+        world.inbox.post(Noted("host.lost", {}))
+        await until(lambda: puts == 1, "put")
+        await measured(world, "meanwhile")
+        go_on.set()
+        await until(lambda: world.hub.events() == ["host.lost"], "told")
+        assert puts == 1
+
     world.life(story)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from edge_agent.adapters.system import SystemMoments, boot_id, is_synchronised, uptime_ms
+from edge_agent.adapters import system
+from edge_agent.adapters.system import SystemMoments, boot_id, find_adjtimex, is_synchronised, uptime_ms
 
 
 def test_the_boot_has_one_name(tmp_path: Path) -> None:
@@ -39,6 +40,28 @@ def test_a_clock_is_synchronised_when_the_kernel_has_no_doubt(state: int, status
 
 def test_a_moment_is_all_of_them_at_once() -> None:
     moment = SystemMoments()()
-    assert moment.synchronised == is_synchronised()
+    assert moment.synchronised == is_synchronised(find_adjtimex())
     assert abs(moment.wall_ms - time.time() * 1000) < 60_000
     assert abs(moment.uptime_ms - uptime_ms()) < 60_000
+
+
+def test_the_kernel_is_asked_for_its_doubt_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ms, asked = 500, 0
+
+    def adjtimex(_: Any) -> int:
+        nonlocal asked
+        asked += 1
+        return 5 if asked == 2 else 0
+
+    monkeypatch.setattr(system, "uptime_ms", lambda: now_ms)
+    moments = SystemMoments(adjtimex)
+    told = []
+    for later in (500, 501, 1_499, 1_500, 2_499, 2_500):
+        now_ms = later
+        told.append(moments().synchronised)
+    assert told == [True, True, True, False, False, True]
+    assert asked == 3
+
+
+def test_where_the_kernel_cannot_be_asked_there_is_doubt() -> None:
+    assert is_synchronised(None) is False
