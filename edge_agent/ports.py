@@ -108,12 +108,7 @@ class Ticket(Protocol):
     """The promise for one record."""
 
     async def durable(self) -> int:
-        """Wait until it is on the disk and return its number.
-
-        Raises:
-            StorageFull: there is no room, and none may be made for this class.
-            StorageError: the disk refused; nothing of the record is stored.
-        """
+        """Wait until it is on the disk and return its number; raises StorageError, and keeps nothing then."""
         ...
 
 

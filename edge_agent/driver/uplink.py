@@ -288,7 +288,7 @@ class Uplink:
     def on_message(self, topic: str, payload: bytes) -> None:
         """Take apart what arrived and say it to the part that it is for."""
         try:
-            message = self._open(topic, payload)
+            message = _open(topic, payload, device=self._running.device)
         except ProtocolViolation as error:
             if error.code not in self._unknown:
                 self._unknown.add(error.code)
@@ -303,13 +303,6 @@ class Uplink:
                 self._inbox.post(TaskCame(message))
             case Birth() | Death() | Batch() | Reported() | RoundReply():
                 logger.warning("message for the hub came to the device", extra={"kind": KIND_OF[type(message)]})
-
-    def _open(self, topic: str, payload: bytes) -> Message:
-        topics.parse_down(topic)
-        envelope = decode_envelope(payload)
-        if envelope.device != self._running.device:
-            raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
-        return decode_body(envelope)
 
     def send(self, leaf: topics.UpLeaf, message: Message, *, ref: BatchId | None = None) -> bool:
         """Publish a message now; False when the link does not take it: whoever needs it sends it again."""
@@ -337,3 +330,11 @@ async def _in_time(work: Awaitable[T]) -> T:
     except TimeoutError as error:
         message = f"the disk has not answered for {DISK_WITHIN_S:g} s"
         raise StorageError(message, code="storage.stalled", hint="look at the system's log") from error
+
+
+def _open(topic: str, payload: bytes, *, device: DeviceId) -> Message:
+    topics.parse_down(topic)
+    envelope = decode_envelope(payload)
+    if envelope.device != device:
+        raise ProtocolViolation(f"the message is for {envelope.device[:80]!r}", code="protocol.device")
+    return decode_body(envelope)
