@@ -24,7 +24,7 @@ SIZE = 1000
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks and pauses that a test has time for."""
-    monkeypatch.setattr(courier_module, "LOOK_S", 0.02)
+    monkeypatch.setattr(courier_module, "LOOK_S", 0.04)
     monkeypatch.setattr(courier_module, "_PAUSES_S", (0.01,))
     monkeypatch.setattr(courier_module, "MAX_HELD_BYTES", 3 * SIZE)
 
@@ -91,10 +91,11 @@ def test_a_broker_that_falls_silent_is_left(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (broker, courier, _):
             await until(lambda: courier.is_connected, "it is connected")
+            before = broker.connections
             await until(lambda: broker.pings > 2 * SILENT_LOOKS // PING_LOOKS, "it stays")
-            assert broker.connections == 1
+            assert broker.connections == before
             broker.answers_pings = False
-            await until(lambda: broker.connections == 2, "it comes anew")
+            await until(lambda: broker.connections > before, "it comes anew")
 
     asyncio.run(story())
 
@@ -106,14 +107,14 @@ def test_full_hands_do_not_cost_the_link(tmp_path: Path) -> None:
         async with running(tmp_path) as (broker, courier, held):
             await until(lambda: courier.is_connected, "it is connected")
             await fill(broker, held)
-            since = broker.pings
+            before, since = broker.connections, broker.pings
             await until(lambda: broker.pings - since > 2 * SILENT_LOOKS // PING_LOOKS, "the broker hears from us")
             for message in held:
                 message.settle()
             broker.publish(9, b"after")
             await until(lambda: held[-1].payload == b"after", "it goes on")
             assert courier.is_connected
-            assert broker.connections == 1
+            assert broker.connections == before
 
     asyncio.run(story())
 
@@ -123,12 +124,12 @@ def test_a_connection_that_breaks_while_hands_are_full_is_noticed(tmp_path: Path
         async with running(tmp_path) as (broker, courier, held):
             await until(lambda: courier.is_connected, "it is connected")
             await fill(broker, held)
-            broken = courier._socket
+            before, broken = broker.connections, courier._socket
             assert broken is not None
             broker.reset()
             await until(lambda: not courier.is_connected, "it has noticed")
             assert broken.fileno() == -1
-            assert broker.connections == 1
+            assert broker.connections == before
             for message in held:
                 message.settle()
             await until(lambda: courier.is_connected, "it is back")
