@@ -72,6 +72,7 @@ async def store_apart(batches: Sequence[Opened], write: Write) -> Stored:
         try:
             found = await write([batches[place] for place in places])
         except Exception as error:
+            # Whatever it is, it must not stop the batches of others.
             if _is_of_now(error):
                 return _stored(batches, taken, {}, error)
             split = _split(batches, places, error)
