@@ -145,10 +145,7 @@ class Outbox(Protocol):
         ...
 
     async def bury(self, batch: BatchId, *, reason: str) -> bool:
-        """Put aside a batch that will never be taken, with the reason, and leave a gap; False for what is not open.
-
-        A gap that will never be taken is settled.
-        """
+        """Put aside what will never be taken, and leave a gap (a gap is only settled); False for what is not open."""
         ...
 
     async def flush(self) -> None:

@@ -238,8 +238,10 @@ class Uplink:
                 case pump.LoadBatch(klass, after, ask):
                     self._works.start(("load", klass), self._load(klass, after=after, ask=ask))
                 case pump.SendBatch(batch):
-                    if not self._send(batch):
-                        self._inbox.post(ForPump(pump.NotTaken(batch.batch)))
+                    # A copy of what still waits for a slow line would only come behind it.
+                    ref, leaf = batch.batch, _LEAF[RecordClass(batch.batch.klass)]
+                    if not self._courier.holds(ref) and not self.send(leaf, batch, ref=ref):
+                        self._inbox.post(ForPump(pump.NotTaken(ref)))
                 case pump.Settle(batch_id):
                     self._let_go(batch_id, partial(self._outbox.settle, batch_id))
                 case pump.Bury(batch_id, reason):
@@ -256,11 +258,6 @@ class Uplink:
                     self._inbox.post(Noted(name, detail))
                 case _:
                     assert_never(effect)
-
-    def _send(self, batch: Batch) -> bool:
-        # A copy of what still waits for a slow line would only come behind it.
-        ref = batch.batch
-        return self._courier.holds(ref) or self.send(_LEAF[RecordClass(ref.klass)], batch, ref=ref)
 
     def _let_go(self, batch: BatchId, ask: Callable[[], Awaitable[bool]]) -> None:
         async def work() -> None:

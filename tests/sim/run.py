@@ -128,7 +128,10 @@ class House:
         found: dict[Stream, set[int]] = {}
         for machine in self.machines:
             for name in machine.aside.names():
-                claim = msgspec.msgpack.decode(machine.aside.read(name, 0, MIB), type=BuriedBatch).batch
+                letter = msgspec.msgpack.decode(machine.aside.read(name, 0, MIB), type=BuriedBatch)
+                if letter.gap is None:
+                    continue  # its numbers are in a gap, and that is at the hub, or was refused and lies here too
+                claim = letter.batch
                 numbers = found.setdefault((machine.name, claim.epoch, claim.klass), set())
                 numbers.update(range(claim.first, claim.last + 1))
         return found

@@ -3,7 +3,7 @@
 The properties, each with the name under which a failing seed reports it:
 
 - `lost`: every record whose append returned has its effect at the hub, or lies in a gap that the hub was told of. The
-  only excuses are a batch that was refused and buried under a reason, and a disk that was taken away.
+  only excuses are a gap that was refused too and buried under a reason, and a disk that was taken away.
 - `twice`: no record has two effects, and none has an effect and lies in a gap that the hub counts.
 - `spoiled`: a gap tells accepted records as damaged only where the disk has rotted.
 - `invented`: nothing is at the hub that was not put, nothing under another number than it was given, nothing in other
@@ -271,7 +271,7 @@ class Truth:
         Args:
             stored: number and token of every record, as often as it is there.
             gaps: what the hub counts as lost.
-            aside: what the devices have buried, with a reason.
+            aside: gaps that the devices have buried, with a reason, because nobody took those either.
         """
         seen: set[int] = set()
         for stream, records in stored.items():
