@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from cloud_hub.telemetry import taking
-from cloud_hub.telemetry.taking import Received
 from tests.fakes.telemetry_store import MemoryTransaction
 from tests.sim import faulty_journal as journal
 from tests.sim import faulty_parts as wrong
@@ -37,13 +36,16 @@ def _store(kind: Any) -> tuple[Patch, ...]:
 
 def _gaps_over_records() -> tuple[Patch, ...]:
     """What is here is not looked at when a gap is taken."""
-    lost = property(lambda self: tuple((one.first, one.last) for one in self.lost))
-    return (Patch(Received, "settled", lambda _: lost),)
+    return (Patch(taking, "within", lambda _: lambda ranges, first, last: ()),)
 
 
 def _conflicts_dropped() -> tuple[Patch, ...]:
     """What is stored under a number is not compared."""
-    return (Patch(taking, "_records_of", lambda _: lambda rows: {}),)
+
+    def comparing(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda records, rows: original(records, ())
+
+    return (Patch(taking, "_compared", comparing),)
 
 
 def _epochs_untold() -> tuple[Patch, ...]:
