@@ -25,7 +25,7 @@ SLOWER: Final = "1.5.0"
 
 OPTIONS: Final = ("--stages", "1,2,100%", "--soak", "2", "--max-harmed", "1", "--deadline", "30", "--max-ratio", "3")
 """Short soaks, so that the demo is short; what counts as worse is the hub's default."""
-ROLLED_OUT_S: Final = 60.0
+ROLLED_OUT_S: Final = 100.0
 STAGE_S: Final = 30.0
 UNHEALTHY: Final = 7
 """What a command ends with that waited for a rollout which was rolled back."""

@@ -54,11 +54,12 @@ def _size(sample: Sample) -> int:
 
 
 class FakeReplies:
-    """`ports.RoundReplies` without a disk; `refuses` makes the disk refuse."""
+    """`ports.RoundReplies` without a disk; `refuses` makes the disk refuse, `refused` counts how often it did."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], tuple[int, bytes]] = {}
         self.refuses = False
+        self.refused = 0
 
     async def load(self, run: str, message: str) -> bytes | None:
         """The kept answer."""
@@ -68,6 +69,7 @@ class FakeReplies:
     async def keep(self, run: str, message: str, content: bytes, *, at_ms: int) -> None:
         """Keep it, and forget older ones."""
         if self.refuses:
+            self.refused += 1
             raise StorageError("the disk refuses")
         old = [key for key, (kept_ms, _) in self.kept.items() if key[0] == run or kept_ms < at_ms - 86_400_000]
         for key in old:

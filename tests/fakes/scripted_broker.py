@@ -38,6 +38,14 @@ class ScriptedBroker:
         self.pings = 0
         self.acknowledged: list[int] = []
         self._writer: asyncio.StreamWriter | None = None
+        self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    async def end(self) -> None:
+        """Hang up on everybody, and see the connections closed."""
+        for writer in self._serving.values():
+            writer.transport.abort()
+        async with asyncio.timeout(5):
+            await asyncio.gather(*self._serving, return_exceptions=True)
 
     def publish(self, mid: int, payload: bytes) -> None:
         """Send a message to the hub."""
@@ -57,13 +65,20 @@ class ScriptedBroker:
         """One connection, until it ends."""
         self.connections += 1
         self._writer = writer
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving[task] = writer
         try:
             while True:
                 kind, body = await _packet(reader)
                 if answer := self._answer(kind, body):
                     writer.write(answer)
         except (OSError, asyncio.IncompleteReadError):
-            writer.close()
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        finally:
+            del self._serving[task]
 
     def _answer(self, kind: int, body: bytes) -> bytes:
         if kind == CONNECT and self.connack is not None:
@@ -101,6 +116,7 @@ async def scripted_broker(folder: Path) -> AsyncIterator[tuple[ScriptedBroker, L
         )
     finally:
         listening.close()
+        await broker.end()
 
 
 async def _packet(reader: asyncio.StreamReader) -> tuple[int, bytes]:

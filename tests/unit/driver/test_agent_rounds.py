@@ -336,7 +336,7 @@ def test_a_disk_that_refuses_an_answer_keeps_it_from_being_sent() -> None:
         await teach(world)
         world.replies.refuses = True
         send(world, task("m1"))
-        await until(lambda: bool(world.trainers.started and world.trainers.started[0].lessons), "it learns")
+        await until(lambda: world.replies.refused > 0, "the disk has refused its answer")
         world.replies.refuses = False
         send(world, task("m2"))
         (reply,) = await answers(world, 1)
