@@ -9,9 +9,8 @@ import msgspec
 
 from edge_agent.core.lessons import Lesson
 from shared.federated import Array
-from shared.ids import Digest
 from shared.inference import TensorHead
-from shared.model import FileRef, Manifest, Variant
+from shared.model import Manifest, Variant
 from shared.release import Floors, VerifiedAssignment
 from shared.telemetry import BatchId, Body, Grade, Reading, RecordClass
 from shared.wire.messages import Batch
@@ -213,62 +212,6 @@ class Vitals(Protocol):
 
     def read(self) -> tuple[Reading, ...]:
         """All readings that this machine offers; quick, and never raises for one that it does not."""
-        ...
-
-
-class Shelf(Protocol):
-    """Content-addressed files below the state directory, written, synced, verified and renamed."""
-
-    def has(self, digest: Digest) -> bool:
-        """Whether a verified file with this digest is there."""
-        ...
-
-    def resume_at(self, digest: Digest) -> int:
-        """How many bytes of an unfinished file are there."""
-        ...
-
-    def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
-        """Write at this offset of the unfinished file; raises StorageFull or StorageError."""
-        ...
-
-    def publish(self, file: FileRef) -> None:
-        """Sync, hash from the same descriptor, rename, sync the directory; TransferCorrupt drops the file."""
-        ...
-
-    def open(self, file: FileRef) -> int:
-        """A read-only descriptor whose content was just hashed again; TransferCorrupt when the disk changed it."""
-        ...
-
-    def drop(self, digest: Digest) -> None:
-        """Remove this file, finished or not, if it is there."""
-        ...
-
-    def collect(self, keep: frozenset[Digest]) -> int:
-        """Remove every file that is not to be kept and return how many bytes that freed."""
-        ...
-
-
-class Fetcher(Protocol):
-    """HTTPS to the hub with the device's certificate."""
-
-    async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
-        """A metadata file, None where the hub has none of that name; raises TransferError."""
-        ...
-
-    async def blob(self, file: FileRef, shelf: Shelf) -> None:
-        """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it."""
-        ...
-
-    async def upload(self, path: str, data: bytes) -> None:
-        """PUT these bytes at this path of the hub; the same bytes may be put there twice. Raises TransferError."""
-        ...
-
-
-class Verifier(Protocol):
-    """Decides, in a short-lived child, whether an assignment and the releases that it names are to be trusted."""
-
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
-        """The verified assignment; raises TrustError with the attack's name; any other error is no word on it."""
         ...
 
 

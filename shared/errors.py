@@ -116,6 +116,12 @@ class HostLost(ModelError):
     retry = True
 
 
+class PatchFailed(TransferError):
+    """A patch does not make what it promised; the whole file still can be fetched."""
+
+    code = "transfer.patch"
+
+
 class StorageError(OutriderError):
     """The disk refused, or holds something else than what was written."""
 

@@ -127,6 +127,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         release_counter: grows by at least one with each release of the family; orders releases where versions cannot.
         min_release_counter: the security floor; a device that accepted this release refuses anything below it.
         variants: in the publisher's order of preference.
+        profiles: device profiles that may run it; empty means any. Signed, so that no hub can send it elsewhere.
     """
 
     family: FamilyName
@@ -140,6 +141,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     golden: Golden
     variants: tuple[Variant, ...]
     lineage: Lineage = Lineage()
+    profiles: tuple[str, ...] = ()
     schema: int = 1
 
 

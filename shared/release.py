@@ -16,7 +16,21 @@ class AssignedModel(msgspec.Struct, frozen=True, kw_only=True):
     manifest: FileRef
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+class Patch(msgspec.Struct, frozen=True, kw_only=True):
+    """A way from one file to another that is shorter than the other (shared/patch.py).
+
+    Attributes:
+        base, result: SHA-256 of the file that it starts from and of the one that it makes.
+        digest, length: of the patch itself; checked before a byte of it is read.
+    """
+
+    base: Digest
+    result: Digest
+    digest: Digest
+    length: int
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The full desired state of one device: never empty, bound to its name, monotone, expiring.
 
     Attributes:
@@ -25,6 +39,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
         issued_ms, expires_ms: hub's wall clock; expiry stops installing, never serving.
         models: at least one, one per family.
         force: families whose quarantine the operator lifts with this assignment.
+        together: sets of families that change as one or not at all; no family is in two.
+        patches: shorter ways to files of these releases, from what this device runs; only ever a help.
     """
 
     device: DeviceId
@@ -33,6 +49,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     expires_ms: int
     models: tuple[AssignedModel, ...]
     force: tuple[FamilyName, ...] = ()
+    together: tuple[tuple[FamilyName, ...], ...] = ()
+    patches: tuple[Patch, ...] = ()
 
 
 class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

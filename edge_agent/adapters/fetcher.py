@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 from urllib.parse import quote
 
 from edge_agent.identity import check_hub_url
-from edge_agent.ports import Shelf
+from edge_agent.update_ports import Shelf
 from shared.clock import Clock
 from shared.errors import TransferCorrupt, TransferError, TransferRefused, Unreachable
 from shared.limits import KIB

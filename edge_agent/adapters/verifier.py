@@ -25,7 +25,7 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 from edge_agent.framing import FrameReader, build_frame
-from edge_agent.ports import Fetcher
+from edge_agent.update_ports import Fetcher
 from shared import limits
 from shared.errors import (
     OutriderError,

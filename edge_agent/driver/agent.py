@@ -34,7 +34,8 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import Uplink
-from edge_agent.ports import Ledger, Verifier, Vitals
+from edge_agent.ports import Ledger, Vitals
+from edge_agent.update_ports import Verifier
 from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment

@@ -14,7 +14,7 @@ from typing import Final
 from edge_agent.core.slot_values import FetchFailed, FilesBad, FilesHere, FilesVerified
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Fetcher, Shelf
+from edge_agent.update_ports import Fetcher, Shelf
 from shared.errors import StorageError, TransferCorrupt, TransferError
 from shared.ids import FamilyName
 from shared.model import FileRef

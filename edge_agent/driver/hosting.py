@@ -14,7 +14,8 @@ from edge_agent.core.slot_values import AnswerBad, AnswerGood, Event, FilesBad, 
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.files import open_verified
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Hosts, ModelHost, Shelf
+from edge_agent.ports import Hosts, ModelHost
+from edge_agent.update_ports import Shelf
 from shared.errors import HostLost, OutriderError, StorageError, TransferCorrupt
 from shared.ids import FamilyName
 

@@ -47,7 +47,8 @@ from edge_agent.driver.events import ForSlot
 from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Fetcher, Hosts, Ledger, Shelf
+from edge_agent.ports import Hosts, Ledger
+from edge_agent.update_ports import Fetcher, Shelf
 from shared.errors import OutriderError
 from shared.ids import FamilyName
 from shared.inference import ModelState

@@ -29,7 +29,8 @@ from edge_agent.core.training import Outcome, Task, Training
 from edge_agent.driver.events import ForTraining
 from edge_agent.driver.files import open_verified
 from edge_agent.driver.loop import Loop
-from edge_agent.ports import Fetcher, RoundReplies, Sample, Samples, Shelf, Trainer, Trainers
+from edge_agent.ports import RoundReplies, Sample, Samples, Trainer, Trainers
+from edge_agent.update_ports import Fetcher, Shelf
 from shared import limits
 from shared.clock import Clock
 from shared.errors import ModelError, OutriderError, ProtocolViolation, StorageError, TransferError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.shelf import FileShelf
-from edge_agent.ports import Shelf
+from edge_agent.update_ports import Shelf
 from shared.errors import StorageError, TransferCorrupt
 from shared.ids import Digest
 from shared.model import FileRef

@@ -22,7 +22,8 @@ from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.ports import HostAnswer, Shelf
+from edge_agent.ports import HostAnswer
+from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, TransferError, TrustError, Unreachable
 from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from edge_agent.ports import Shelf
+from edge_agent.update_ports import Shelf
 from shared.errors import TransferCorrupt, TransferError
 from shared.model import FileRef
 from shared.wire.verification import Need

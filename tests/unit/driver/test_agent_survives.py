@@ -13,7 +13,8 @@ import pytest
 
 from edge_agent.core.slot_values import Phase, Withdrawn
 from edge_agent.driver.events import ReconcileDue
-from edge_agent.ports import HostAnswer, Shelf, Ticket
+from edge_agent.ports import HostAnswer, Ticket
+from edge_agent.update_ports import Shelf
 from shared.errors import ModelError, StorageError, StorageFull
 from shared.ids import Digest, FamilyName
 from shared.inference import Answer, Control, Measure, TensorHead

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.driver import rounds
-from edge_agent.ports import Shelf
+from edge_agent.update_ports import Shelf
 from shared.ids import Digest
 from shared.model import FileRef
 from shared.wire.flower import decode_message, encode_message

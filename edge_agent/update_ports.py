@@ -1,0 +1,77 @@
+"""What bringing a release in asks of the outside: files, the hub's files, patches and a verdict on what came.
+
+Beside `ports.py`, which holds every other port; the rules are the same: adapters promise what is written here, and one
+contract suite holds the fakes and the real ones to it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shared.ids import Digest
+from shared.model import FileRef
+from shared.release import Floors, Patch, VerifiedAssignment
+
+
+class Shelf(Protocol):
+    """Content-addressed files below the state directory, written, synced, verified and renamed."""
+
+    def has(self, digest: Digest) -> bool:
+        """Whether a verified file with this digest is there."""
+        ...
+
+    def resume_at(self, digest: Digest) -> int:
+        """How many bytes of an unfinished file are there."""
+        ...
+
+    def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
+        """Write at this offset of the unfinished file; raises StorageFull or StorageError."""
+        ...
+
+    def publish(self, file: FileRef) -> None:
+        """Sync, hash from the same descriptor, rename, sync the directory; TransferCorrupt drops the file."""
+        ...
+
+    def open(self, file: FileRef) -> int:
+        """A read-only descriptor whose content was just hashed again; TransferCorrupt when the disk changed it."""
+        ...
+
+    def drop(self, digest: Digest) -> None:
+        """Remove this file, finished or not, if it is there."""
+        ...
+
+    def collect(self, keep: frozenset[Digest]) -> int:
+        """Remove every file that is not to be kept and return how many bytes that freed."""
+        ...
+
+
+class Fetcher(Protocol):
+    """HTTPS to the hub with the device's certificate."""
+
+    async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
+        """A metadata file, None where the hub has none of that name; raises TransferError."""
+        ...
+
+    async def blob(self, file: FileRef, shelf: Shelf) -> None:
+        """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it."""
+        ...
+
+    async def upload(self, path: str, data: bytes) -> None:
+        """PUT these bytes at this path of the hub; the same bytes may be put there twice. Raises TransferError."""
+        ...
+
+
+class Patcher(Protocol):
+    """Makes a file from one that is on the shelf, in a short-lived child with bounded memory."""
+
+    async def apply(self, patch: Patch, *, base: FileRef, result: FileRef) -> None:
+        """Publish `result`; base and patch are on the shelf. Raises PatchFailed: fetch the whole file instead."""
+        ...
+
+
+class Verifier(Protocol):
+    """Decides, in a short-lived child, whether an assignment and the releases that it names are to be trusted."""
+
+    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+        """The verified assignment; raises TrustError with the attack's name; any other error is no word on it."""
+        ...
