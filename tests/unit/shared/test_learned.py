@@ -82,9 +82,9 @@ def test_another_graph_is_refused() -> None:
         if struct.pack("<4f", 1, -1, -1, 1) in data:
             with pytest.raises(TrustError, match="graph is another"):
                 check(data)
-    for data in (MADE.model[:-1], MADE.model + b"\0"):
+    for other in (MADE.model[:-1], MADE.model + b"\0"):
         with pytest.raises(TrustError, match="length"):
-            check(data)
+            check(other)
 
 
 def test_tensors_that_the_base_does_not_have_are_refused() -> None:
