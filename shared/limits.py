@@ -9,6 +9,7 @@ from typing import Final
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
 
 # Wire
 MAX_MQTT_PACKET_BYTES: Final = 256 * KIB

@@ -27,6 +27,7 @@ from shared.errors import HostLost, ModelError, OutriderError
 from shared.inference import TensorHead
 from shared.model import encode_manifest
 from tests.conftest import ROOT
+from tests.fakes import hostile_models as hostile
 from tests.fakes.releases import Build, build, sign_classifier
 
 pytestmark = pytest.mark.live
@@ -34,6 +35,9 @@ HEAD = (TensorHead(name="x", dtype="fp32", shape=(1, 2)),)
 ROW = struct.pack("<2f", 1, 2)
 
 Work = Callable[[LiveHost, HostReady], Awaitable[None]]
+
+
+LITERT = importlib.util.find_spec("ai_edge_litert") is not None
 
 
 def play(
@@ -249,10 +253,9 @@ def growing() -> Build:
     [
         (sign_classifier(altered=(1, 0, 0, 1)), "model.golden"),
         (sign_classifier(model=b"\x08\x09this is no model"), "model.admission"),
-        (
-            sign_classifier(runtime="litert"),
-            "model.corrupt" if importlib.util.find_spec("ai_edge_litert") else "model.runtime_missing",
-        ),
+        (sign_classifier(model=hostile.FOREIGN["a pickle of protocol 4"].make()), "model.admission"),
+        (sign_classifier(model=hostile.external("hardlink.bin")), "model.admission"),
+        (sign_classifier(runtime="litert"), "model.admission" if LITERT else "model.runtime_missing"),
     ],
 )
 def test_a_release_that_does_not_hold_is_refused(tmp_path: Path, made: Build, code: str) -> None:
