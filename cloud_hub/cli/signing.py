@@ -25,7 +25,7 @@ from cloud_hub.keyring import Keyring
 from shared.errors import Conflict, InvalidValue, StorageError
 from shared.ids import FamilyName
 from shared.trust import metadata as md
-from shared.trust import repository
+from shared.trust import publication, repository
 from shared.trust.library import CryptoSigner, Key, Metadata, Targets
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import TARGETS, family_role
@@ -137,7 +137,7 @@ def _role(inspected: Inspected, family: FamilyName, *, release_key: CryptoSigner
 def _rehearse(inspected: Inspected, family: FamilyName, bundle: Bundle, *, now_ms: int) -> None:
     """Check the bundle as the hub will, so that keys of another hub are noticed here."""
     proposal = inspected.proposal
-    repository.check_publication(
+    publication.check_publication(
         proposal.root.encode(),
         family=family,
         current_targets=proposal.targets.encode(),

@@ -5,7 +5,7 @@ timestamp and its audit row, so that no reader ever sees a half of it; the onlin
 appear nor disappear, they only say which signed files are the newest. Renewal of the two online roles happens when
 half of their life is over.
 
-Not here: the checks of signatures, thresholds and versions (shared/trust/repository.py), the offline keys.
+Not here: the checks of signatures, thresholds and versions (shared/trust/publication.py), the offline keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared import limits
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError, StorageError, TrustError
 from shared.ids import FamilyName
-from shared.trust import repository
+from shared.trust import publication, repository
 from shared.trust.library import Metadata, Signer, Targets
 from shared.trust.metadata import check_signatures, expires_ms
 from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, family_role, parse_file_name
@@ -248,7 +248,7 @@ class Publishing:
             raise _unfounded()
         name = family_role(row.family)
         before = current.get(name)
-        publication = repository.check_publication(
+        found = publication.check_publication(
             current[ROOT].document,
             family=row.family,
             current_targets=current[TARGETS].document,
@@ -259,7 +259,7 @@ class Publishing:
         )
         if targets is not None:
             _check_other_families(current[TARGETS].document, targets, family=row.family)
-        rules.check_listed(publication.files, release=row.files)
+        rules.check_listed(found.files, release=row.files)
         self._require_files(row)
         rows = [_row(repository.read_targets(role, role=name), name, role, now_ms)]
         if targets is not None:
