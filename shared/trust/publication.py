@@ -98,6 +98,7 @@ def check_delegation(targets: Metadata[Targets], family: FamilyName) -> None:
 
 
 def check_next(newer: Metadata[Targets], current: Metadata[Targets] | None, *, role: str) -> None:
+    """Raise Conflict unless this is the version that follows."""
     expected = 1 if current is None else current.signed.version + 1
     if newer.signed.version != expected:
         raise Conflict(
@@ -108,6 +109,7 @@ def check_next(newer: Metadata[Targets], current: Metadata[Targets] | None, *, r
 
 
 def check_kept(newer: Metadata[Targets], current: Metadata[Targets], *, role: str) -> None:
+    """Raise Conflict unless every released file and every delegated family is still there, unchanged."""
     for path, before in current.signed.targets.items():
         now = newer.signed.targets.get(path)
         if now is None or not repository.is_same_file(before, now):
