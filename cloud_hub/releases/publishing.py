@@ -24,6 +24,8 @@ from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
+from cloud_hub.releases.keychange import Changed, change_keys
+from cloud_hub.releases.online import KeySource, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
 from shared.clock import Clock
@@ -40,15 +42,6 @@ RENEW_EVERY_S: Final = 60.0
 KEPT_VERSIONS: Final = 16
 """Old snapshots and timestamps that stay, for devices that are in the middle of a refresh."""
 ACTOR: Final = "hub"
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineKeys:
-    """The keys that the hub signs with by itself."""
-
-    snapshot: Signer
-    timestamp: Signer
-    assignment: Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +88,7 @@ def found(
         ]
         tables.add_metadata(conn, rows)
         current = {row.role: row for row in rows}
-        tables.add_metadata(conn, _online(current, snapshot=snapshot, timestamp=timestamp, now_ms=now_ms))
+        tables.add_metadata(conn, sign_online(current, snapshot=snapshot, timestamp=timestamp, now_ms=now_ms))
         audit.record(
             conn,
             at_ms=now_ms,
@@ -113,10 +106,10 @@ class Publishing:
 
     Args:
         database, clock, blobs, counts: what it works with.
-        keys: the online keys.
+        keys: the online keys, by root.
     """
 
-    def __init__(self, *, database: Database, clock: Clock, blobs: Blobs, counts: Counts, keys: OnlineKeys) -> None:
+    def __init__(self, *, database: Database, clock: Clock, blobs: Blobs, counts: Counts, keys: KeySource) -> None:
         self._database = database
         self._clock = clock
         self._blobs = blobs
@@ -184,6 +177,27 @@ class Publishing:
         await self._watch_expiry()
         return row
 
+    async def change_keys(self, parts: Mapping[str, str], *, actor: str) -> Changed:
+        """Make a signed change of keys take effect; the same change again changes nothing.
+
+        Raises:
+            TrustError, Conflict, InvalidValue: as `shared.trust.ceremony.check_change`.
+            ConfigError: the hub does not have the online keys that the new root lists.
+        """
+        now_ms = self._clock.wall_ms()
+        pieces = {role: text.encode() for role, text in parts.items()}
+        try:
+            changed = await self._database.write(
+                lambda conn: change_keys(conn, pieces, keys=self._keys, actor=actor, now_ms=now_ms)
+            )
+        except OutriderError as error:
+            logger.warning("change of keys refused: %s: %s", error.code, error.message)
+            raise
+        if changed.is_new:
+            logger.info("keys changed: %s", ", ".join(f"{role} {number}" for role, number in changed.versions.items()))
+        await self._watch_expiry()
+        return changed
+
     async def run(self) -> None:
         """Renew snapshot and timestamp in time, until cancelled."""
         while True:
@@ -205,10 +219,11 @@ class Publishing:
             due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
             if not due:
                 return False
-            rows = _online(
+            keys = self._keys(current[ROOT].document)
+            rows = sign_online(
                 current,
-                snapshot=self._keys.snapshot if SNAPSHOT in due else None,
-                timestamp=self._keys.timestamp,
+                snapshot=keys.snapshot if SNAPSHOT in due else None,
+                timestamp=keys.timestamp,
                 now_ms=now_ms,
             )
             tables.add_metadata(conn, rows)
@@ -265,7 +280,8 @@ class Publishing:
         if targets is not None:
             rows.append(_row(repository.read_targets(targets), TARGETS, targets, now_ms))
         current.update({added.role: added for added in rows})
-        rows += _online(current, snapshot=self._keys.snapshot, timestamp=self._keys.timestamp, now_ms=now_ms)
+        keys = self._keys(current[ROOT].document)
+        rows += sign_online(current, snapshot=keys.snapshot, timestamp=keys.timestamp, now_ms=now_ms)
         tables.add_metadata(conn, rows)
         tables.mark_published(conn, row.family, row.version, at_ms=now_ms, actor=actor)
         audit.record(
@@ -297,28 +313,6 @@ class Publishing:
                 self._counts.metadata_expires.labels(role).set(current[role].expires_ms / 1000)
         if families:
             self._counts.metadata_expires.labels("families").set(min(families) / 1000)
-
-
-def _online(
-    current: Mapping[str, MetadataRow], *, snapshot: Signer | None, timestamp: Signer, now_ms: int
-) -> list[MetadataRow]:
-    """The next snapshot (with a key for it) and the next timestamp, over these newest files."""
-    rows: list[MetadataRow] = []
-    newest = current.get(SNAPSHOT)
-    if snapshot is not None or newest is None:
-        assert snapshot is not None, "there is a snapshot from the founding on"
-        files = {role: row.document for role, row in current.items() if role not in (ROOT, SNAPSHOT, TIMESTAMP)}
-        previous = None if newest is None else repository.read_snapshot(newest.document)
-        unsigned = repository.new_snapshot(previous, files, now_ms=now_ms)
-        document = repository.sign(unsigned, snapshot)
-        newest = MetadataRow(SNAPSHOT, unsigned.signed.version, document, now_ms, expires_ms(unsigned.signed))
-        rows.append(newest)
-    before = current.get(TIMESTAMP)
-    stamped = repository.new_timestamp(
-        None if before is None else repository.read_timestamp(before.document), newest.document, now_ms=now_ms
-    )
-    document = repository.sign(stamped, timestamp)
-    return [*rows, MetadataRow(TIMESTAMP, stamped.signed.version, document, now_ms, expires_ms(stamped.signed))]
 
 
 def _ready(conn: Connection, family: str, version: str) -> ModelRow:

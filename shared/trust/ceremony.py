@@ -123,6 +123,11 @@ def next_role(current: Metadata[Targets], *, now_ms: int, days: int = TARGETS_DA
     return Metadata(signed)
 
 
+def read_draft_root(data: bytes) -> Metadata[Root]:
+    """Parse a root that may still lack signatures; raises TrustError."""
+    return md.load(Root, data, role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
+
+
 def check_change(
     current: Mapping[str, bytes], parts: Mapping[str, bytes], *, now_ms: int, is_signed: bool = True
 ) -> None:
@@ -155,7 +160,7 @@ def _check_root(current: bytes | None, new: bytes | None, *, now_ms: int, is_sig
         assert before is not None, "a change without a root changes what is published"
         md.check_fresh(before.signed, role=ROOT, now_ms=now_ms)
         return before.signed
-    after = md.load(Root, new, role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
+    after = read_draft_root(new)
     expected = 1 if before is None else before.signed.version + 1
     if after.signed.version != expected:
         raise Conflict(

@@ -12,7 +12,6 @@ from typing import Final
 
 import msgspec
 
-from shared import limits
 from shared.errors import InvalidValue, TrustError
 from shared.trust import ceremony, repository
 from shared.trust import metadata as md
@@ -131,7 +130,7 @@ def add_signatures(draft: Draft, signers: Iterable[Signer]) -> tuple[Draft, tupl
     for role, text in draft.parts.items():
         mine = [held[keyid] for name, keyid in sorted(wanted) if name == role]
         if mine and role == ROOT:
-            root = md.load(Root, text.encode(), role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
+            root = ceremony.read_draft_root(text.encode())
             parts[role] = sign_more(root, *mine).decode()
         elif mine:
             parts[role] = sign_more(repository.read_targets(text.encode(), role=role), *mine).decode()
@@ -166,7 +165,7 @@ def follow(known: bytes, roots: Sequence[bytes]) -> Metadata[Root]:
     Raises:
         TrustError: `trust.root` when they are another hub's, or somebody puts a root in between.
     """
-    trusted = md.load(Root, known, role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
+    trusted = ceremony.read_draft_root(known)
     for data in roots:
         root = repository.read_root(data)
         if root.signed.version < trusted.signed.version:
@@ -264,7 +263,7 @@ def _has_signed(key: Key, metadata: Metadata[Root] | Metadata[Targets], payload:
 
 
 def _root(text: str | None) -> Metadata[Root] | None:
-    return None if text is None else md.load(Root, text.encode(), role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
+    return None if text is None else ceremony.read_draft_root(text.encode())
 
 
 def _targets(text: str | None, role: str) -> Metadata[Targets] | None:

@@ -145,7 +145,7 @@ class ReleaseRoom:
             database=self.database,
             clock=self.clock,
             metrics=Metrics(),
-            keys=self.keys,
+            keys=lambda _root: self.keys,
             fleet=self.fleet,
             post=Post(publish=self.outgoing.publish, clock=self.clock),
             bus=self.bus,
