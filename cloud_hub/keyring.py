@@ -30,6 +30,8 @@ OFFLINE: Final = ("root", "targets", "release")
 ONLINE: Final = ("snapshot", "timestamp", "assignment")
 
 MAX_KEY_BYTES: Final = 16 * 1024
+TRUSTED_ROOT: Final = "trusted-root.json"
+"""Beside offline keys: the root that their holder's machine signed or followed last. Not a secret."""
 MAX_KEYS: Final = 16
 """Of one role in one directory."""
 
@@ -73,11 +75,15 @@ class Keyring:
 
     def add(self, role: str) -> CryptoSigner:
         """Make one more key of a role, under the first name that is free; raises Conflict or StorageError."""
+        path = self.free_path(role)
         self._make_directory()
-        names = (role, *(f"{role}-{number}" for number in range(2, MAX_KEYS + 1)))
-        for name in names:
+        return write_key(path)
+
+    def free_path(self, role: str) -> Path:
+        """The file of a role's next key: `root.key`, then `root-2.key`; raises Conflict when there are too many."""
+        for name in (role, *(f"{role}-{number}" for number in range(2, MAX_KEYS + 1))):
             if not self.path(name).exists():
-                return write_key(self.path(name))
+                return self.path(name)
         raise _exists(self.path(role))
 
     def add_next(self, role: str) -> CryptoSigner:
@@ -99,16 +105,24 @@ class Keyring:
 
     def find(self, role: str, keyids: Collection[str]) -> CryptoSigner:
         """The key of a role that has one of these identifiers; raises ConfigError when it is not here."""
+        return read_signer(self._find(role, keyids))
+
+    def _find(self, role: str, keyids: Collection[str]) -> Path:
         for path in sorted(self._directory.glob(f"{role}*.key")):
-            signer = read_signer(path)
-            if signer.public_key.keyid in keyids:
-                return signer
+            if read_signer(path).public_key.keyid in keyids:
+                return path
         wanted = ", ".join(sorted(keyid[:SHORT] for keyid in keyids))
         raise ConfigError(
             f"{self._directory} holds no {role} key that the root lists ({wanted})",
             code="config.key_missing",
             hint="restore it from the backup, or replace it: `outrider-hub keys rotate`",
         )
+
+    def take_over(self, role: str, keyids: Collection[str], source: Keyring) -> None:
+        """Copy one of these keys from another directory, under the role's own name; raises ConfigError or Conflict."""
+        data = source._find(role, keyids).read_bytes()
+        self._make_directory()
+        write_key(self.path(role), data)
 
     def write_public(self, role: str, key: Key) -> Path:
         """Write a key's public half beside it; raises StorageError."""

@@ -60,7 +60,7 @@ def test_init_makes_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert made["broker"] == "mqtts://hub.example:9883"
     assert token_file.read_text().strip() == made["token"]
     assert token_file.stat().st_mode & 0o777 == 0o600
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     expected = {
         "hub.db",
         "hub.toml",
