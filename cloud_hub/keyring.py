@@ -21,7 +21,7 @@ from typing import Final
 
 from cloud_hub.files import replace, sync
 from shared.errors import ConfigError, Conflict, InvalidValue, StorageError
-from shared.trust.drafts import SHORT
+from shared.trust.authority import SHORT
 from shared.trust.keys import new_private_pem, public_half, read_public_half, signer_from_pem
 from shared.trust.library import CryptoSigner, Key
 from shared.trust.repository import RoleKeys, RootKeys

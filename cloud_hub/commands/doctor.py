@@ -150,6 +150,7 @@ def _certificates(config: HubConfig) -> str:
 
 
 def _keys(config: HubConfig) -> str:
+    config.require()
     with closing(Database(config.database_url)) as database:
         online_keys(config.folder.keys)(newest_root(database))
     return ", ".join(ONLINE)

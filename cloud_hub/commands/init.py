@@ -33,7 +33,7 @@ from cloud_hub.keyring import OFFLINE, ONLINE, TRUSTED_ROOT, Keyring, root_keys
 from cloud_hub.releases.desk import found
 from shared.errors import Conflict, InvalidValue, StorageError
 from shared.trust import repository
-from shared.trust.ceremony import role_keys
+from shared.trust.authority import role_keys
 from shared.trust.drafts import Draft, check_draft, encode_draft
 from shared.trust.roles import ROOT, TARGETS
 

@@ -20,7 +20,8 @@ from cloud_hub.ground.system import SystemClock
 from cloud_hub.keyring import OFFLINE, ONLINE, TRUSTED_ROOT, Keyring, read_public
 from shared.errors import Conflict, InvalidValue, StorageError, TrustError
 from shared.trust import ceremony, drafts, repository
-from shared.trust.drafts import Draft, Quorum, short
+from shared.trust.authority import short
+from shared.trust.drafts import Draft, Quorum
 from shared.trust.library import Key
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import ROOT, TARGETS
@@ -218,19 +219,23 @@ def _first_draft(arguments: argparse.Namespace) -> int:
 
 def _require_known(draft: Draft, keyring: Keyring) -> None:
     """Raise TrustError when the draft builds on another root than this machine followed."""
-    known = keyring.directory / TRUSTED_ROOT
-    roots = [text.encode() for text in draft.roots] or [draft.parts[ROOT].encode()]
+    path = keyring.directory / TRUSTED_ROOT
+    known = path.read_bytes() if path.exists() else None
     if not draft.basis:
+        first = ceremony.read_draft_root(draft.parts[ROOT].encode())
+        if known is not None and ceremony.read_draft_root(known).signed_bytes != first.signed_bytes:
+            raise TrustError(
+                f"these keys belong to a root already, and this draft begins another one ({path})",
+                code="trust.root",
+                hint="use other keys for another hub; if the earlier draft was given up, remove trusted-root.json",
+            )
         return
     if draft.roots[-1:] != (draft.basis.get(ROOT),):
         raise InvalidValue("the draft's roots do not end in its basis", code="invalid.draft", hint="make it again")
-    if known.exists():
-        drafts.follow(known.read_bytes(), roots)
+    if known is not None:
+        drafts.follow(known, [text.encode() for text in draft.roots])
     else:
-        screen.note(
-            f"This machine signs for this hub for the first time: compare root {len(roots)} with the others' before you"
-            " say yes."
-        )
+        screen.note("These keys sign for this hub for the first time: compare all identifiers with the others' first.")
 
 
 def _remember(draft: Draft, keyring: Keyring) -> None:

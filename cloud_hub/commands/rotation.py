@@ -31,7 +31,8 @@ from cloud_hub.releases.desk import change_keys, read_published
 from shared.errors import InvalidValue
 from shared.ids import parse_family
 from shared.trust import ceremony, drafts, repository
-from shared.trust.drafts import Draft, short
+from shared.trust.authority import family_keys, role_keys, short
+from shared.trust.drafts import Draft
 from shared.trust.library import Key, Metadata, Root, Targets
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import ROOT, TARGETS
@@ -119,8 +120,8 @@ def _check_role(role: str) -> None:
 
 def _held(root: Metadata[Root], targets: Metadata[Targets], role: str) -> RoleKeys | None:
     if role.startswith(ceremony.FAMILIES):
-        return ceremony.family_keys(targets.signed, role)
-    return ceremony.role_keys(root.signed, role)
+        return family_keys(targets.signed, role)
+    return role_keys(root.signed, role)
 
 
 def _for_role(role: str, added: Sequence[tuple[str, Key]]) -> list[Key]:

@@ -8,7 +8,8 @@ from typing import Final
 
 from cloud_hub.keyring import Keyring
 from cloud_hub.releases.desk import KeySource, OnlineKeys
-from shared.trust import ceremony, repository
+from shared.trust import repository
+from shared.trust.authority import role_keys
 from shared.trust.library import Root, Signer
 
 KEPT_ROOTS: Final = 2
@@ -34,5 +35,5 @@ def online_keys(folder: Path) -> KeySource:
 
 
 def _find(keyring: Keyring, root: Root, role: str) -> Signer:
-    held = ceremony.role_keys(root, role)
+    held = role_keys(root, role)
     return keyring.find(role, () if held is None else [key.keyid for key in held.keys])

@@ -25,6 +25,7 @@ from shared.ids import parse_family
 from shared.trust import metadata as md
 from shared.trust import publication, repository
 from shared.trust.assignment import EXTENSION, TYPE, authorised_keys
+from shared.trust.authority import family_keys, require_signed, role_keys, root_roles
 from shared.trust.library import Delegations, Metadata, Role, Root, Targets
 from shared.trust.repository import ROOT_DAYS, TARGETS_DAYS, RoleKeys
 from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL
@@ -33,36 +34,12 @@ FAMILIES: Final = "models/"
 OFFLINE_ROLES: Final = (ROOT, TARGETS)
 
 
-def role_keys(root: Root, role: str) -> RoleKeys | None:
-    """The keys that a root lists for a role, online roles of the extension included; None when it does not know it."""
-    with md.translated(f"keys of {role}"):
-        if role in TOP_LEVEL:
-            named = root.roles[role]
-            return RoleKeys(keys=tuple(root.keys[keyid] for keyid in named.keyids), threshold=named.threshold)
-        entry = root.unrecognized_fields.get(EXTENSION, {}).get(role)
-        if entry is None:
-            return None
-        return RoleKeys(keys=tuple(root.keys[keyid] for keyid in entry["keyids"]), threshold=entry["threshold"])
-
-
-def root_roles(root: Root) -> tuple[str, ...]:
-    """Every role that a root lists keys for: the four of TUF, then those of the extension."""
-    return (ROOT, TARGETS, SNAPSHOT, TIMESTAMP, *sorted(root.unrecognized_fields.get(EXTENSION, {})))
-
-
-def family_keys(targets: Targets, role: str) -> RoleKeys | None:
-    """The keys of a family's role; None when the targets do not delegate it."""
-    delegations = targets.delegations
-    found = (delegations.roles or {}).get(role) if delegations is not None else None
-    if delegations is None or found is None:
-        return None
-    return RoleKeys(keys=tuple(delegations.keys[keyid] for keyid in found.keyids), threshold=found.threshold)
-
-
 def first_root(keys: Mapping[str, RoleKeys], *, now_ms: int, days: int = ROOT_DAYS) -> Metadata[Root]:
     """Version 1, with exactly these keys by role."""
-    empty = Root(version=0, expires=repository.in_days(now_ms, days), consistent_snapshot=True)
-    return next_root(Metadata(empty), keys, now_ms=now_ms, days=days)
+    empty = Root(version=1, expires=repository.in_days(now_ms, days), consistent_snapshot=True)
+    root = next_root(Metadata(empty), keys, now_ms=now_ms, days=days)
+    root.signed.version = 1
+    return root
 
 
 def next_root(
@@ -169,9 +146,9 @@ def _check_root(current: bytes | None, new: bytes | None, *, now_ms: int, is_sig
             hint="another root was published in the meantime; make the change again with `outrider-hub keys rotate`",
         )
     if before is not None and is_signed:
-        md.check_signatures(before.signed, ROOT, after)
+        require_signed(before.signed, ROOT, after)
     if is_signed:
-        md.check_signatures(after.signed, ROOT, after)
+        require_signed(after.signed, ROOT, after)
     md.check_fresh(after.signed, role=ROOT, now_ms=now_ms)
     if not after.signed.consistent_snapshot:
         raise TrustError("the root gives up consistent snapshots", code="trust.malformed")
@@ -192,7 +169,7 @@ def _check_targets(root: Root, current: bytes | None, new: bytes | None, *, now_
     before = None if current is None else repository.read_targets(current)
     if new is None:
         assert before is not None, "a first change brings targets"
-        md.check_signatures(root, TARGETS, before)
+        require_signed(root, TARGETS, before)
         return before.signed
     after = repository.read_targets(new)
     publication.check_next(after, before, role=TARGETS)
@@ -203,7 +180,7 @@ def _check_targets(root: Root, current: bytes | None, new: bytes | None, *, now_
     for role in (after.signed.delegations.roles or {}) if after.signed.delegations is not None else {}:
         _require_plain(after, role)
     if is_signed:
-        md.check_signatures(root, TARGETS, after)
+        require_signed(root, TARGETS, after)
     md.check_fresh(after.signed, role=TARGETS, now_ms=now_ms)
     return after.signed
 
@@ -217,7 +194,7 @@ def _check_family(
         )
     if new is None:
         # The family's keys may be others now: then what it has released must be signed again in the same change.
-        md.check_signatures(targets, role, repository.read_targets(current, role=role))
+        require_signed(targets, role, repository.read_targets(current, role=role))
         return
     before, after = repository.read_targets(current, role=role), repository.read_targets(new, role=role)
     publication.check_next(after, before, role=role)
@@ -229,7 +206,7 @@ def _check_family(
             hint="a change of keys changes no files; releases are published with `outrider release publish`",
         )
     if is_signed:
-        md.check_signatures(targets, role, after)
+        require_signed(targets, role, after)
     md.check_fresh(after.signed, role=role, now_ms=now_ms)
 
 

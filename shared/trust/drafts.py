@@ -15,13 +15,12 @@ import msgspec
 from shared.errors import InvalidValue, TrustError
 from shared.trust import ceremony, repository
 from shared.trust import metadata as md
-from shared.trust.library import Key, Metadata, Root, Signer, Targets, UnverifiedSignatureError
+from shared.trust.authority import family_keys, role_keys, root_roles, short, signed_by
+from shared.trust.library import Metadata, Root, Signer, Targets
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import ROOT, TARGETS
 
 MAX_DRAFT_BYTES: Final = 32 * 1024 * 1024
-SHORT: Final = 12
-"""Digits of a key's identifier that people compare."""
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,16 +144,6 @@ def sign_more(metadata: Metadata[md.S], *signers: Signer) -> bytes:
     return added.to_bytes()
 
 
-def signed_by(keys: RoleKeys, metadata: Metadata[Root] | Metadata[Targets]) -> tuple[str, ...]:
-    """Which of these keys have signed, each key once whatever its names are."""
-    found: dict[str, str] = {}
-    payload = metadata.signed_bytes
-    for key in keys.keys:
-        if _has_signed(key, metadata, payload):
-            found.setdefault(md.key_material(key), key.keyid)
-    return tuple(found.values())
-
-
 def follow(known: bytes, roots: Sequence[bytes]) -> Metadata[Root]:
     """The newest of these roots, if they follow from one that is known; signatures of the known one do not matter.
 
@@ -195,9 +184,9 @@ def describe(draft: Draft) -> tuple[str, ...]:
             new, old = _root(draft.parts[ROOT]), _root(draft.basis.get(ROOT))
             assert new is not None
             lines.append(f"root {new.signed.version}, until {new.signed.expires:%Y-%m-%d}")
-            for name in ceremony.root_roles(new.signed):
-                before = ceremony.role_keys(old.signed, name) if old is not None else None
-                lines += _role_lines(name, ceremony.role_keys(new.signed, name), before, is_first=old is None)
+            for name in root_roles(new.signed):
+                before = role_keys(old.signed, name) if old is not None else None
+                lines += _role_lines(name, role_keys(new.signed, name), before, is_first=old is None)
         else:
             piece, earlier = _targets(draft.parts[role], role), _targets(draft.basis.get(role), role)
             assert piece is not None
@@ -205,24 +194,23 @@ def describe(draft: Draft) -> tuple[str, ...]:
             lines.append(f"{role} {piece.signed.version}, until {piece.signed.expires:%Y-%m-%d}{files}")
             roles = (piece.signed.delegations.roles or {}) if piece.signed.delegations is not None else {}
             for name in sorted(roles):
-                before = ceremony.family_keys(earlier.signed, name) if earlier is not None else None
-                lines += _role_lines(name, ceremony.family_keys(piece.signed, name), before, is_first=earlier is None)
+                before = family_keys(earlier.signed, name) if earlier is not None else None
+                lines += _role_lines(name, family_keys(piece.signed, name), before, is_first=earlier is None)
     return tuple(lines)
 
 
 def missing(found: Sequence[Quorum]) -> tuple[str, ...]:
     """For people, a line for each quorum that is not reached: how many are missing and whose keys could sign."""
-    return tuple(
-        f"{quorum.role} {quorum.version} needs {quorum.missing} more of {', '.join(short(k) for k in quorum.waiting)} "
-        f"({quorum.authority} asks for {quorum.threshold})"
-        for quorum in found
-        if quorum.missing
-    )
-
-
-def short(keyid: str) -> str:
-    """The part of a key's identifier that people compare."""
-    return keyid[:SHORT]
+    lines: dict[tuple[str, tuple[str, ...], int], str] = {}
+    for quorum in found:
+        if quorum.missing:
+            waiting = ", ".join(short(keyid) for keyid in quorum.waiting)
+            lines.setdefault(
+                (quorum.role, quorum.waiting, quorum.missing),
+                f"{quorum.role} {quorum.version} needs {quorum.missing} more of {waiting} "
+                f"({quorum.authority} asks for {quorum.threshold})",
+            )
+    return tuple(lines.values())
 
 
 def _role_lines(role: str, keys: RoleKeys | None, before: RoleKeys | None, *, is_first: bool) -> list[str]:
@@ -237,8 +225,8 @@ def _role_lines(role: str, keys: RoleKeys | None, before: RoleKeys | None, *, is
     return lines + [f"    {short(keyid)}  REMOVED" for keyid in sorted(old - new)]
 
 
-def _quorum(authority: Root | Targets, role: str, piece: Metadata[Root] | Metadata[Targets], name: str) -> Quorum:
-    held = ceremony.role_keys(authority, role) if isinstance(authority, Root) else ceremony.family_keys(authority, role)
+def _quorum(authority: Root | Targets, role: str, piece: Metadata[md.S], name: str) -> Quorum:
+    held = role_keys(authority, role) if isinstance(authority, Root) else family_keys(authority, role)
     if held is None:
         raise TrustError(f"nobody may sign {role!r}", code="trust.unknown_target", hint="make the draft again")
     return Quorum(
@@ -249,17 +237,6 @@ def _quorum(authority: Root | Targets, role: str, piece: Metadata[Root] | Metada
         signed=signed_by(held, piece),
         threshold=held.threshold,
     )
-
-
-def _has_signed(key: Key, metadata: Metadata[Root] | Metadata[Targets], payload: bytes) -> bool:
-    if key.keyid not in metadata.signatures:
-        return False
-    with md.translated("a signature"):
-        try:
-            key.verify_signature(metadata.signatures[key.keyid], payload)
-        except UnverifiedSignatureError:
-            return False
-    return True
 
 
 def _root(text: str | None) -> Metadata[Root] | None:

@@ -145,7 +145,7 @@ def test_a_crash_at_any_step_can_be_run_again(
     else:
         assert init(tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "offline"]
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     assert main(["doctor", "--data", str(tmp_path / "data"), "--json"]) in (0, 1)
     capsys.readouterr()
 
