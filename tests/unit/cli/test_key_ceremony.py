@@ -279,3 +279,174 @@ def _resigned(served: Served) -> bytes:
     """What the hub sends by itself once it has looked: the assignment, signed with the new key."""
     asyncio.run(served.desk.assigning.look())
     return served.outgoing.documents()[-1][1]
+
+
+def release_by_both(place: Place, served: Served) -> None:
+    served.make_ready(FIRST, counter=1)
+    place.lines(page("A release is signed the same way", "Before Bob has signed"))
+
+
+def sign(place: Place, who: str, *more: str, version: str = "1.0.0") -> tuple[int, str]:
+    return place.line(f"outrider release sign digits/{version} --keys {who} --yes {' '.join(more)}")
+
+
+BUNDLE = "digits-1.0.0.release.json"
+
+
+def test_a_second_signer_signs_only_what_this_machine_would_sign(place: Place, served: Served) -> None:
+    served.make_ready(FIRST, counter=1)
+    assert sign(place, "ann")[0] == 0
+    honest = Path(BUNDLE).read_bytes()
+    bundle = msgspec.json.decode(honest)
+    role = msgspec.json.decode(bundle["role"])
+    target = next(iter(role["signed"]["targets"].values()))
+    for change in (
+        lambda: target.update(length=target["length"] + 1),
+        lambda: role["signed"].update(expires="2099-01-01T00:00:00Z"),
+        lambda: role["signed"].update(version=2),
+        lambda: role["signed"]["targets"].update({"models/digits/1.0.0/more.onnx": target}),
+    ):
+        role = msgspec.json.decode(bundle["role"])
+        target = next(iter(role["signed"]["targets"].values()))
+        change()
+        changed = msgspec.json.encode({**bundle, "role": msgspec.json.encode(role).decode()})
+        Path(BUNDLE).write_bytes(changed)
+        code, said = sign(place, "bob", "--bundle", BUNDLE)
+        assert (code, "code: trust.bundle" in said) == (9, True), said
+        assert Path(BUNDLE).read_bytes() == changed, "nothing was signed"
+    Path(BUNDLE).write_bytes(honest)
+    code, said = sign(place, "ann", "--bundle", BUNDLE)
+    assert code == 6, said
+    assert "missing" not in said
+    assert keyid("bob", "release")[:12] in said
+    assert sign(place, "bob", "--bundle", BUNDLE)[0] == 0
+    assert place.line(f"outrider release publish {BUNDLE}")[0] == 0
+
+
+def test_a_carried_file_that_was_changed_is_not_signed(place: Place, served: Served) -> None:
+    served.make_ready(FIRST, counter=1)
+    place.lines(["outrider release show digits/1.0.0 --export stick/digits"])
+    blob = next(iter(Path("stick/digits/blobs").iterdir()))
+    whole = blob.read_bytes()
+    for data in (whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x", whole[:-1]):
+        blob.write_bytes(data)
+        code, said = sign(place, "bob", "--from", "stick/digits")
+        assert (code, "code: transfer.corrupt" in said) == (9, True), said
+    blob.unlink()
+    assert sign(place, "bob", "--from", "stick/digits")[0] == 2
+    assert sign(place, "bob", "--from", "nowhere")[0] == 2
+    assert not Path(BUNDLE).exists()
+    assert place.line("outrider release show digits/1.0.0 --export stick/digits")[0] == 6
+
+
+def test_a_machine_that_knows_the_root_builds_on_no_strangers_release(place: Place, served: Served) -> None:
+    """The next release builds on one that Cid has not signed; the root beside the keys says whose signatures do."""
+    release_by_both(place, served)
+    served.make_ready(ModelVersion("1.1.0"), counter=2)
+    place.lines(
+        [
+            "outrider-hub keys init --out dan --role release",
+            "outrider-hub keys rotate models/digits --data hub --draft dan.json --add dan/release-*.pub.json",
+            "outrider-hub keys sign dan.json --keys ann --yes",
+            "outrider-hub keys sign dan.json --keys bob --yes",
+            "outrider-hub keys publish dan.json --data hub",
+        ]
+    )
+    code, said = sign(place, "dan", version="1.1.0")
+    assert (code, "trusted-root.json" in said) == (9, True), said
+    place.lines(["cp ann/trusted-root.json dan"])
+    known = Path("dan/trusted-root.json").read_bytes()
+    assert sign(place, "dan", version="1.1.0")[0] == 0
+    Path("digits-1.1.0.release.json").unlink()
+    # A hub that was broken into shows a root of its own making, under which its own release holds.
+    place.lines(["outrider-hub init --data other --offline other-keys"])
+    with closing(Database("sqlite:///other/hub.db")) as database:
+        rows = database.read_now(tables.newest_metadata)
+    Path("dan/trusted-root.json").write_bytes(rows["root"].document)
+    code, said = sign(place, "dan", version="1.1.0")
+    assert (code, "code: trust.root" in said) == (9, True), said
+    Path("dan/trusted-root.json").write_bytes(known)
+
+
+def test_a_change_of_keys_goes_over_the_link_by_an_admin_only(place: Place, served: Served) -> None:
+    place.lines(page("**A hub was copied", "**Ann's laptop")[:-2])
+    publish = "outrider release publish online-2.json"
+    code, said = place.line(publish)
+    assert (code, "code: trust.threshold" in said) == (9, True), said
+    place.lines(["outrider-hub keys sign online-2.json --keys cid --yes"])
+    assert place.line(publish)[0] == 4
+    served.role = Role.ADMIN
+    code, said = place.line(publish)
+    assert (code, "published root 2" in said) == (0, True), said
+    assert place.line(publish)[0] == 0
+    assert place.line("outrider-hub keys publish online-2.json --data hub")[1].startswith("was published before")
+    assert place.line(f"{publish} --assign all")[0] == 2
+
+
+def test_a_draft_of_strangers_is_not_signed(place: Place, served: Served) -> None:
+    assert served.actions()
+    place.lines(
+        [
+            "outrider-hub init --data other --offline other-keys",
+            "outrider-hub keys rotate root --data other --draft evil.json --add ann/root-*.pub.json",
+        ]
+    )
+    before = Path("evil.json").read_bytes()
+    code, said = place.line("outrider-hub keys sign evil.json --keys ann --yes")
+    assert (code, "code: trust.root" in said) == (9, True), said
+    first = place.folder / "first.json"
+    place.lines(
+        [
+            "cp ann/root-*.pub.json ann/targets-*.pub.json online/snapshot-*.pub.json ."
+            if False
+            else "outrider-hub keys init --draft first.json --public stick"
+        ]
+    )
+    assert place.line("outrider-hub keys sign first.json --keys ann --yes")[0] == 9, "another threshold, another root"
+    assert Path("evil.json").read_bytes() == before
+    assert '"sig"' not in first.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("keys init --out new", 2, "--role"),
+        ("keys init --out new --draft x.json --role root", 2, "not allowed"),
+        ("keys init --draft x.json", 2, "--public"),
+        ("keys init --draft x.json --public ann", 2, "snapshot"),
+        ("keys init --draft x.json --public stick --threshold root=9", 2, "root needs 9"),
+        ("keys init --draft x.json --public stick --threshold root", 2, "ROLE=N"),
+        ("keys init --draft root-1.json --public stick", 6, "exists"),
+        ("keys sign root-1.json --keys cid --yes", 0, "signs root"),
+        ("keys sign root-1.json --keys cid", 2, "--yes"),
+        ("keys sign digits.json --keys cid --yes", 6, "nothing in"),
+        ("keys sign digits.json --keys stick --yes", 78, "no key"),
+        ("keys sign nothing.json --keys ann --yes", 2, "cannot be read"),
+        ("keys show ann/trusted-root.json", 2, "not the draft"),
+        ("keys rotate models/../x --data hub --draft x.json", 2, "family"),
+        ("keys rotate nobody --data hub --draft x.json", 2, "no role"),
+        ("keys rotate root --data hub --draft x.json --threshold root=4", 2, "root needs 4"),
+        ("keys rotate root --data hub --draft x.json --threshold targets=1", 2, "name that role"),
+        ("keys rotate root --data hub --draft x.json --remove 0123456789ab", 2, "fits 0 keys"),
+        ("keys rotate root --data hub --draft x.json --add ann/release-*.pub.json", 2, "made for release"),
+        ("keys rotate snapshot --data hub --draft digits.json", 6, "exists"),
+        ("keys publish root-1.json --data hub", 0, "was published before"),
+        ("init --data second --root digits.json --online online", 2, "changes a hub"),
+        ("init --data second --root root-1.json", 2, "go together"),
+        ("init --data second --root root-1.json --online ann", 78, "no snapshot key"),
+    ],
+)
+def test_what_is_wrong_is_said_and_leaves_nothing(
+    place: Place, served: Served, line: str, code: int, said: str
+) -> None:
+    """Each on the hub of the page."""
+    assert served.actions()
+    words = [found for word in line.split() for found in (_expand(word) or [word])]
+    try:
+        ended, text = place.hub(*words)
+    except SystemExit as usage:
+        ended, text = int(usage.code or 0), place.capsys.readouterr().err
+    assert (ended, said in text) == (code, True), text
+    assert not Path("x.json").exists()
+    assert not Path("second").exists()
+    assert "PRIVATE" not in text
