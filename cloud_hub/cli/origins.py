@@ -1,7 +1,7 @@
 """Where a release that shall be signed comes from: the hub over HTTPS, or a folder that somebody carried here.
 
     proposal.json       what the hub asks to have signed, with every root
-    blobs/<sha256>      each file of the release
+    blobs/<sha256>      each file of the release but the manifest, which is in the proposal
 
 Neither is believed: files are hashed here, whoever brought them. Not here: what is looked at (inspection.py).
 """
@@ -19,6 +19,7 @@ from cloud_hub.cli.hub import Hub
 from cloud_hub.cli.inspection import Proposal
 from shared.errors import Conflict, InvalidValue, StorageError, TransferCorrupt
 from shared.ids import FamilyName, ModelVersion
+from shared.model import manifest_path
 from shared.trust import ceremony
 
 PROPOSAL: Final = "proposal.json"
@@ -88,9 +89,9 @@ class FolderOrigin:
             with path.open("rb") as file:
                 data = file.read(length + 1)
         except OSError as error:
-            raise InvalidValue(
+            raise StorageError(
                 f"{path} ({title}) cannot be read: {error.strerror}",
-                code="invalid.export",
+                code="storage.export",
                 hint="copy the whole folder again",
             ) from error
         if len(data) != length or hashlib.sha256(data).hexdigest() != digest:
@@ -115,6 +116,8 @@ def export(hub: Hub, family: FamilyName, version: ModelVersion, folder: Path) ->
     try:
         (folder / BLOBS).mkdir(parents=True, exist_ok=True)
         for file in proposal.files:
+            if file.path == manifest_path(family, version):
+                continue  # its text is in the proposal
             data = origin.blob(file.digest, length=file.length, title=file.path.rpartition("/")[2])
             files.replace(folder / BLOBS / file.digest, data)
         files.replace(folder / PROPOSAL, msgspec.json.encode(proposal))

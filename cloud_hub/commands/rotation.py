@@ -147,6 +147,8 @@ def _changed(
     old = before.keys if before is not None else ()
     kept = [key for key in old if not any(key.keyid.startswith(prefix) for prefix in removed)]
     keys = {key.keyid: key for key in (*kept, *added)}
+    if before is None and not keys:
+        return None
     wanted = threshold or (before.threshold if before is not None else 1)
     if before is not None and set(keys) == {key.keyid for key in old} and wanted == before.threshold:
         return None
