@@ -108,7 +108,8 @@ class Keyring:
         return read_signer(self._find(role, keyids))
 
     def _find(self, role: str, keyids: Collection[str]) -> Path:
-        for path in sorted(self._directory.glob(f"{role}*.key")):
+        first = self.path(role)
+        for path in (*((first,) if first.exists() else ()), *sorted(self._directory.glob(f"{role}-*.key"))):
             if read_signer(path).public_key.keyid in keyids:
                 return path
         wanted = ", ".join(sorted(keyid[:SHORT] for keyid in keyids))

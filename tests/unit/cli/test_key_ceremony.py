@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import msgspec
@@ -399,47 +399,45 @@ def test_a_draft_of_strangers_is_not_signed(place: Place, served: Served) -> Non
     assert '"sig"' not in first.read_text()
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "said"),
-    [
-        ("keys init --out new", 2, "--role"),
-        ("keys init --out new --draft x.json --role root", 2, "not allowed"),
-        ("keys init --draft x.json", 2, "--public"),
-        ("keys init --draft x.json --public ann", 2, "snapshot"),
-        ("keys init --draft x.json --public stick --threshold root=9", 2, "root needs 9"),
-        ("keys init --draft x.json --public stick --threshold root", 2, "ROLE=N"),
-        ("keys init --draft root-1.json --public stick", 6, "exists"),
-        ("keys sign root-1.json --keys cid --yes", 0, "signs root"),
-        ("keys sign root-1.json --keys cid", 2, "--yes"),
-        ("keys sign digits.json --keys cid --yes", 6, "nothing in"),
-        ("keys sign digits.json --keys stick --yes", 78, "no key"),
-        ("keys sign nothing.json --keys ann --yes", 2, "cannot be read"),
-        ("keys show ann/trusted-root.json", 2, "not the draft"),
-        ("keys rotate models/../x --data hub --draft x.json", 2, "family"),
-        ("keys rotate nobody --data hub --draft x.json", 2, "no role"),
-        ("keys rotate root --data hub --draft x.json --threshold root=4", 2, "root needs 4"),
-        ("keys rotate root --data hub --draft x.json --threshold targets=1", 2, "name that role"),
-        ("keys rotate root --data hub --draft x.json --remove 0123456789ab", 2, "fits 0 keys"),
-        ("keys rotate root --data hub --draft x.json --add ann/release-*.pub.json", 2, "made for release"),
-        ("keys rotate snapshot --data hub --draft digits.json", 6, "exists"),
-        ("keys rotate models/cats --data hub --draft x.json", 2, "no release yet"),
-        ("keys publish root-1.json --data hub", 0, "was published before"),
-        ("init --data second --root digits.json --online online", 2, "changes a hub"),
-        ("init --data second --root root-1.json", 2, "go together"),
-        ("init --data second --root root-1.json --online ann", 78, "no snapshot key"),
-    ],
+WRONG: Final = (
+    ("keys init --out new", 2, "--role"),
+    ("keys init --out new --draft x.json --role root", 2, "not allowed"),
+    ("keys init --draft x.json", 2, "--public"),
+    ("keys init --draft x.json --public ann", 2, "snapshot"),
+    ("keys init --draft x.json --public stick --threshold root=9", 2, "root needs 9"),
+    ("keys init --draft x.json --public stick --threshold root", 2, "ROLE=N"),
+    ("keys init --draft root-1.json --public stick", 6, "exists"),
+    ("keys sign root-1.json --keys cid", 2, "--yes"),
+    ("keys sign root-1.json --keys cid --yes", 0, "signs root"),
+    ("keys sign digits.json --keys cid --yes", 6, "nothing in"),
+    ("keys sign digits.json --keys stick --yes", 78, "no key"),
+    ("keys sign nothing.json --keys ann --yes", 2, "cannot be read"),
+    ("keys show ann/trusted-root.json", 2, "not the draft"),
+    ("keys rotate models/../x --data hub --draft x.json", 2, "family"),
+    ("keys rotate nobody --data hub --draft x.json", 2, "no role"),
+    ("keys rotate root --data hub --draft x.json --threshold root=4", 2, "root needs 4"),
+    ("keys rotate root --data hub --draft x.json --threshold targets=1", 2, "name that role"),
+    ("keys rotate root --data hub --draft x.json --remove 0123456789ab", 2, "fits 0 keys"),
+    ("keys rotate root --data hub --draft x.json --add ann/release-*.pub.json", 2, "made for release"),
+    ("keys rotate snapshot --data hub --draft digits.json", 6, "exists"),
+    ("keys rotate models/cats --data hub --draft x.json", 2, "no release yet"),
+    ("keys publish root-1.json --data hub", 0, "was published before"),
+    ("init --data second --root digits.json --online online", 2, "changes a hub"),
+    ("init --data second --root root-1.json", 2, "go together"),
+    ("init --data second --root root-1.json --online ann", 78, "no snapshot key"),
 )
-def test_what_is_wrong_is_said_and_leaves_nothing(
-    place: Place, served: Served, line: str, code: int, said: str
-) -> None:
-    """Each on the hub of the page."""
+"""Command, exit code, and a part of what is said; on the hub of the page, one after another."""
+
+
+def test_what_is_wrong_is_said_and_leaves_nothing(place: Place, served: Served) -> None:
     assert served.actions()
-    words = [found for word in line.split() for found in (_expand(word) or [word])]
-    try:
-        ended, text = place.hub(*words)
-    except SystemExit as usage:
-        ended, text = int(usage.code or 0), place.capsys.readouterr().err
-    assert (ended, said in text) == (code, True), text
-    assert not Path("x.json").exists()
-    assert not Path("second").exists()
-    assert "PRIVATE" not in text
+    for line, code, said in WRONG:
+        words = [found for word in line.split() for found in (_expand(word) or [word])]
+        try:
+            ended, text = place.hub(*words)
+        except SystemExit as usage:
+            ended, text = int(usage.code or 0), place.capsys.readouterr().err
+        assert (ended, said in text) == (code, True), (line, text)
+        assert not Path("x.json").exists(), line
+        assert not Path("second").exists(), line
+        assert "PRIVATE" not in text
