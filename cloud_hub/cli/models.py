@@ -85,9 +85,11 @@ def show(arguments: argparse.Namespace) -> Exit:
 def verify(arguments: argparse.Namespace) -> Exit:
     """Fetch, hash and run a model's variants; ends with 9 unless all is as the manifest says."""
     from cloud_hub.cli.inspection import inspect
+    from cloud_hub.cli.origins import MAX_KNOWN, HubOrigin
 
     family, version = parse_release(arguments.name)
-    inspected = inspect(Hub(load_context(arguments.context)), family, version)
+    origin = HubOrigin(Hub(load_context(arguments.context)), known_root=MAX_KNOWN)
+    inspected = inspect(origin, family, version)
     if arguments.json:
         screen.show_json(inspected.summary())
     else:

@@ -23,7 +23,9 @@ from cloud_hub.releases.assigning import Assigned, Assigning, Fleet, Outcome
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.catalogue import Catalogue
 from cloud_hub.releases.counts import Counts
-from cloud_hub.releases.publishing import OnlineKeys, Proposal, Publishing, found
+from cloud_hub.releases.keychange import Changed, change_keys, newest_root, read_published
+from cloud_hub.releases.online import KeySource, OnlineKeys
+from cloud_hub.releases.publishing import Proposal, Publishing, found
 from cloud_hub.releases.rules import Push, Selector
 from cloud_hub.releases.tables import ModelRow
 from cloud_hub.releases.workbench import Workbench
@@ -32,8 +34,10 @@ from shared.clock import Clock
 __all__ = [
     "Assigned",
     "Blob",
+    "Changed",
     "Desk",
     "Fleet",
+    "KeySource",
     "ModelRow",
     "OnlineKeys",
     "Outcome",
@@ -41,7 +45,10 @@ __all__ = [
     "Push",
     "ReleaseSettings",
     "Selector",
+    "change_keys",
     "found",
+    "newest_root",
+    "read_published",
 ]
 
 MINUTE_MS: Final = 60_000
@@ -70,7 +77,7 @@ class Desk:
     Args:
         data: the hub's data folder; `blobs/` and `builds/` in it are this room's.
         database, clock, metrics: the hub's.
-        keys: the online keys.
+        keys: the online keys, by root.
         fleet: the devices room.
         post: sends to devices.
         bus: tells of births and reports.
@@ -88,7 +95,7 @@ class Desk:
         database: Database,
         clock: Clock,
         metrics: Metrics,
-        keys: OnlineKeys,
+        keys: KeySource,
         fleet: Fleet,
         post: Post,
         bus: Bus,
@@ -112,7 +119,7 @@ class Desk:
             counts=self.counts,
             fleet=fleet,
             post=post,
-            signer=keys.assignment,
+            keys=keys,
             ttl_ms=settings.assignment_ttl_ms,
         )
         self.assigning.listen(bus)

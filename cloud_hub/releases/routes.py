@@ -1,4 +1,4 @@
-"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/metadata`, `/v1/assignments`.
+"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/roots`, `/v1/metadata`, `/v1/assignments`.
 
 `router(desk)` makes the routes. Bodies are msgspec structs: unknown fields and wrong types are refused by name.
 Blobs are streamed both ways and are exempt from the bounds on other requests (prefix `/v1/blobs/`): an upload is
@@ -29,6 +29,7 @@ BLOB_TYPE: Final = "application/octet-stream"
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
 Operator = Annotated[Principal, Depends(require(Role.OPERATOR))]
 ReleaseManager = Annotated[Principal, Depends(require(Role.RELEASE_MANAGER))]
+Admin = Annotated[Principal, Depends(require(Role.ADMIN))]
 Anyone = Annotated[Principal, Depends(require_any())]
 Limit = Annotated[int, Query(ge=1, le=limits.MAX_PAGE_ITEMS)]
 After = Annotated[str, Query(max_length=160)]
@@ -41,6 +42,12 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: str
     role: str
     targets: str | None = None
+
+
+class KeyChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signed metadata that changes keys, by role: `root`, `targets`, `models/<family>`."""
+
+    parts: dict[str, str]
 
 
 def router(desk: Desk) -> APIRouter:
@@ -67,6 +74,14 @@ def router(desk: Desk) -> APIRouter:
     release = "/releases/{family}/{version}"
     add(release, releases.get, methods=["GET"], operation_id="get_release", response_model=None)
     add(f"{release}/proposal", releases.proposal, methods=["GET"], operation_id="get_proposal", response_model=None)
+    add(
+        "/roots",
+        releases.change_keys,
+        methods=["POST"],
+        operation_id="change_keys",
+        status_code=201,
+        **takes(KeyChange),
+    )
     add("/metadata/{name:path}", releases.metadata, methods=["GET"], operation_id="get_metadata", response_model=None)
     add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **takes(Selector))
     add("/assignments", assignments.page, methods=["GET"], operation_id="list_assignments", response_model=None)
@@ -165,6 +180,12 @@ class _Releases:
             "report": _report(row),
         }
         return json_answer(document)
+
+    async def change_keys(self, request: Request, principal: Admin) -> Response:
+        """Make a signed change of keys take effect: a new root, and what has to be signed again under it."""
+        body = await read_json(request, KeyChange)
+        changed = await self._desk.publishing.change_keys(body.parts, actor=principal.actor)
+        return json_answer({"versions": changed.versions}, status=201 if changed.is_new else 200)
 
     async def metadata(self, name: str, _principal: Anyone) -> Response:
         """A metadata file by its consistent-snapshot name: `timestamp.json`, `3.targets.json`."""

@@ -60,7 +60,7 @@ def test_init_makes_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert made["broker"] == "mqtts://hub.example:9883"
     assert token_file.read_text().strip() == made["token"]
     assert token_file.stat().st_mode & 0o777 == 0o600
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     expected = {
         "hub.db",
         "hub.toml",
@@ -145,7 +145,7 @@ def test_a_crash_at_any_step_can_be_run_again(
     else:
         assert init(tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "offline"]
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     assert main(["doctor", "--data", str(tmp_path / "data"), "--json"]) in (0, 1)
     capsys.readouterr()
 
