@@ -28,6 +28,10 @@ class Shelf(Protocol):
         """Write at this offset of the unfinished file; raises StorageFull or StorageError."""
         ...
 
+    def part(self, digest: Digest) -> int:
+        """A descriptor for writing, of the unfinished file of this digest, which is empty then; raises StorageFull."""
+        ...
+
     def publish(self, file: FileRef) -> None:
         """Sync, hash from the same descriptor, rename, sync the directory; TransferCorrupt drops the file."""
         ...

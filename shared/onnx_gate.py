@@ -1,7 +1,7 @@
 """The admission gate for ONNX files: what must be known of a file before any runtime may open it.
 
-A scanner of the protobuf wire format (developers.google.com/protocol-buffers/docs/encoding) for the messages of
-onnx.proto, in standard Python only: it counts, follows every subgraph, function and attribute, and copies nothing.
+A scanner for the messages of onnx.proto, in standard Python only (shared/onnx_fields.py walks the wire format): it
+counts, follows every subgraph, function and attribute, and copies nothing.
 The hub asks at upload, the device before it starts a model host; neither loads onnx for it.
 
 Why not leave it to the runtime: from bytes, ONNX Runtime resolves external data against the process's working
@@ -9,7 +9,7 @@ directory, and follows hard links inside a model's directory.
 
 Rules: malformed bytes raise InvalidValue and nothing else; a field that appears where its type does not belong is
 malformed, as is a repeated singular name (parsers take the last one, a reader might take the first); work is bounded
-by MAX_FIELDS, not only by the file's length. Not here: whether the graph computes anything sensible.
+by a number of fields, not only by the file's length. Not here: whether the graph computes anything sensible.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Final
 import msgspec
 
 from shared import limits
-from shared.errors import InvalidValue
-
-MAX_FIELDS: Final = 40 * limits.MAX_GRAPH_NODES
-"""Fields read before the file counts as an attack on the reader's time; ordinary graphs need 10 to 20 per node."""
+from shared.onnx_fields import BYTES as _BYTES
+from shared.onnx_fields import VARINT as _VARINT
+from shared.onnx_fields import Allowance, walk
+from shared.onnx_fields import refusal as _refusal
 
 STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx"})
 
@@ -60,8 +60,6 @@ MICROSOFT_OPERATORS: Final = frozenset(
     }
 )
 """What ONNX Runtime's quantizer and its graph optimizer write in their own domain; nothing with access to a system."""
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Field = tuple[int, int, int, memoryview]
 """Number, wire type, value of a varint (0 otherwise), content of a length-delimited field (empty otherwise)."""
@@ -158,23 +156,6 @@ def check_onnx(data: bytes | bytearray | memoryview) -> OnnxSummary:
     return summary
 
 
-def _refusal(message: str, *, hint: str = "check that the file is a complete ONNX model") -> InvalidValue:
-    return InvalidValue(message, code="model.admission", hint=hint)
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for count in range(10):
-        if at >= len(view):
-            raise _refusal("the file ends in the middle of a number")
-        byte = view[at]
-        at += 1
-        value |= (byte & 0x7F) << (7 * count)
-        if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, at
-    raise _refusal("a number is too long")
-
-
 def _text(content: memoryview) -> str:
     try:
         return str(content, "utf-8")
@@ -186,7 +167,7 @@ class _Scan:
     """One pass over a file. Each method reads one kind of message of onnx.proto; numbers are its field numbers."""
 
     def __init__(self) -> None:
-        self._fields_left = MAX_FIELDS
+        self._allowance = Allowance()
         self._ir_version = 0
         self._graphs = 0
         self._opsets: dict[str, int] = {}
@@ -246,30 +227,9 @@ class _Scan:
                     self._function(content)
 
     def _fields(self, view: memoryview) -> Iterator[Field]:
-        at, end = 0, len(view)
         nothing = view[:0]
-        while at < end:
-            self._fields_left -= 1
-            if self._fields_left < 0:
-                raise _refusal(f"the file has more than {MAX_FIELDS} fields")
-            key, at = _varint(view, at)
-            number, wire = key >> 3, key & 7
-            if not 0 < number < 2**29:
-                raise _refusal("a field has no valid number")
-            if wire == _VARINT:
-                value, at = _varint(view, at)
-                yield number, wire, value, nothing
-                continue
-            if wire == _BYTES:
-                size, at = _varint(view, at)
-            elif wire in (_FIXED64, _FIXED32):
-                size = 8 if wire == _FIXED64 else 4
-            else:
-                raise _refusal("a field has a type that ONNX does not use")
-            if size > end - at:
-                raise _refusal("the file ends in the middle of a field")
-            yield number, wire, 0, view[at : at + size] if wire == _BYTES else nothing
-            at += size
+        for number, wire, value, begin, end in walk(view, self._allowance):
+            yield number, wire, value, view[begin:end] if wire == _BYTES else nothing
 
     def _opset(self, view: memoryview) -> None:
         domain, version = "", 0

@@ -4,8 +4,8 @@ Rules: elements are little-endian and row-major; `from_wire` copies nothing that
 the reading of class scores and the comparison of raw outputs are here, so that building a release, serving it and
 checking it cannot differ.
 
-Not here: what a model accepts (shared/inference.py), and anything that runs one. The only module of `shared` that
-imports numpy; the agent's core never imports this one.
+Not here: what a model accepts (shared/inference.py), and anything that runs one. With shared/patch the only place
+of `shared` that imports numpy; the agent's core never imports this one.
 """
 
 from __future__ import annotations

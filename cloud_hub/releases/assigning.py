@@ -33,10 +33,10 @@ from shared import limits
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError, StorageError, TrustError, Unreachable
 from shared.ids import DeviceId
-from shared.release import AssignedModel
+from shared.release import AssignedModel, Assignment, Patch
 from shared.trust import repository
 from shared.trust.assignment import open_assignment, sign_assignment
-from shared.trust.library import Root
+from shared.trust.library import Root, Signer
 from shared.trust.roles import ROOT
 from shared.wire.messages import Assign
 
@@ -210,6 +210,7 @@ class Assigning:
                 if following is None:
                     full.append(candidate.device)
                     continue
+                following = self._with_patches(conn, following, candidate, signer)
                 new = AssignmentRow(following, sign_assignment(following, signer), actor)
                 tables.add_assignment(conn, new)
                 audit.record(
@@ -229,6 +230,23 @@ class Assigning:
             return rows, full
 
         return await self._database.write(work)
+
+    def _with_patches(
+        self, conn: Connection, assignment: Assignment, candidate: Candidate, signer: Signer
+    ) -> Assignment:
+        """Shorter ways from what the device serves now to the files that it is assigned; as many as there is room."""
+        running = set(candidate.running.values())
+        known = tables.patches_from(conn, sorted(running)) if running else []
+        if not known:
+            return assignment
+        rows = [tables.find_model(conn, model.family, model.version) for model in assignment.models]
+        files = {file.digest for row in rows if row is not None for file in row.files}
+        found = [
+            Patch(base=row.base, result=row.result, digest=row.digest, length=row.length)
+            for row in known
+            if row.digest is not None and row.result in files and row.result not in running
+        ]
+        return rules.with_patches(assignment, found, length=lambda full: len(sign_assignment(full, signer)))
 
     async def _on_birth(self, event: DeviceBorn) -> None:
         await self._catch_up(event.device, event.assignment_version)
@@ -266,6 +284,7 @@ class Assigning:
                     labels=device.labels,
                     online=device.online,
                     assignment_version=device.assignment_version,
+                    running=rules.running_files(device.reported),
                 )
                 for device in page
             ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -109,12 +109,22 @@ class Publishing:
         keys: the online keys, by root.
     """
 
-    def __init__(self, *, database: Database, clock: Clock, blobs: Blobs, counts: Counts, keys: KeySource) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        blobs: Blobs,
+        counts: Counts,
+        keys: KeySource,
+        on_published: Callable[[], None],
+    ) -> None:
         self._database = database
         self._clock = clock
         self._blobs = blobs
         self._counts = counts
         self._keys = keys
+        self._on_published = on_published
 
     async def root(self) -> str:
         """The newest root, for devices that join."""
@@ -172,6 +182,7 @@ class Publishing:
             logger.warning("release refused: %s/%s: %s: %s", family[:80], version[:80], error.code, error.message)
             raise
         self._counts.publications.labels("published" if is_new else "repeated").inc()
+        self._on_published()
         if is_new:
             logger.info("release published: %s/%s", row.family, row.version)
         await self._watch_expiry()

@@ -130,8 +130,9 @@ class _Models:
         return _page([_model(row) for row in rows], limit=limit, key=_name)
 
     async def get(self, family: str, version: str, _principal: Viewer) -> Response:
-        """One pushed model with what was measured of it."""
-        return json_answer(_model(await self._desk.catalogue.get(family, version)))
+        """One pushed model with what was measured of it, and the patches to its files."""
+        row = await self._desk.catalogue.get(family, version)
+        return json_answer({**_model(row), "patches": await self._desk.patches.offered(row)})
 
 
 class _Releases:

@@ -168,6 +168,10 @@ class PassingShelf:
             raise TransferCorrupt(f"{self._file.path} is longer than promised", code="transfer.too_large")
         self._data[offset:] = data
 
+    def part(self, digest: Digest) -> int:
+        """Raises StorageError: there is no file behind it."""
+        raise StorageError(f"{digest} is only held in memory")
+
     def publish(self, file: FileRef) -> None:
         """Nothing to do: the verifier hashes it."""
 

@@ -188,10 +188,12 @@ class ReleaseRoom:
         }
         return Push(**{**fields, **changes})
 
-    def make_ready(self, version: str, *, family: str = "digits", min_release_counter: int | None = None) -> ModelRow:
-        """A version that was built, without building: one variant of a few bytes."""
+    def make_ready(
+        self, version: str, *, family: str = "digits", min_release_counter: int | None = None, model: bytes = b""
+    ) -> ModelRow:
+        """A version that was built, without building: one variant of these bytes, or of a few."""
         name, number = FamilyName(family), ModelVersion(version)
-        model, golden = f"model {family} {version}".encode(), b"golden"
+        model, golden = model or f"model {family} {version}".encode(), b"golden"
         push = self.push(model=model, golden=golden, family=name, version=number)
 
         def file(title: str, data: bytes) -> FileRef:

@@ -13,7 +13,7 @@ import pytest
 from scripts.checks.sources import read_sources
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPURE_SHARED = ("shared.trust", "shared.tensors")
+IMPURE_SHARED = ("shared.trust", "shared.tensors", "shared.patch")
 
 PLANTED: dict[str, tuple[str, str]] = {
     "sides": ("edge_agent/planted.py", "import cloud_hub.ground"),

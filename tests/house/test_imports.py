@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HEAVY = (
     "numpy", "onnx", "onnxruntime", "ai_edge_litert", "fastapi", "starlette", "sqlalchemy", "alembic", "pydantic",
-    "flwr", "cryptography", "tuf", "securesystemslib", "uvicorn", "shared.trust", "shared.tensors", "cloud_hub",
+    "flwr", "cryptography", "tuf", "securesystemslib", "uvicorn", "shared.trust", "shared.tensors", "shared.patch",
+    "cloud_hub",
 )  # fmt: skip
 DAEMON = ("edge_agent.__main__", "edge_agent.main", "edge_agent.driver", "edge_agent.config")
 MAX_IMPORTED_RSS_KIB = 35 * 1024

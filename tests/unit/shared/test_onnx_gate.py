@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import limits, onnx_gate
+from shared import limits, onnx_fields, onnx_gate
 from shared.errors import InvalidValue
 
 onnx: Any = pytest.importorskip("onnx")
@@ -201,7 +201,7 @@ def test_too_many_nodes_are_not_even_counted_to_the_end() -> None:
 
 
 def test_work_is_bounded_by_fields_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_gate, "MAX_FIELDS", 1000)
+    monkeypatch.setattr(onnx_fields, "MAX_FIELDS", 1000)
     assert "fields" in refusal(b"\x08\x01" * 1001)
 
 
