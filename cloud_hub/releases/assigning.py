@@ -30,10 +30,10 @@ from cloud_hub.releases.rules import Candidate, Selector, Skipped
 from cloud_hub.releases.tables import AssignmentRow
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, OutriderError, Unreachable
+from shared.errors import Conflict, InvalidValue, OutriderError, Unreachable
 from shared.ids import DeviceId
-from shared.release import AssignedModel
-from shared.trust.assignment import sign_assignment
+from shared.release import AssignedModel, Assignment
+from shared.trust.assignment import fit_assignment, sign_assignment
 from shared.trust.library import Signer
 from shared.wire.messages import Assign
 
@@ -195,6 +195,7 @@ class Assigning:
                     now_ms=now_ms,
                     ttl_ms=self._ttl_ms,
                 )
+                following = None if following is None else _fitting(following)
                 if following is None:
                     full.append(candidate.device)
                     continue
@@ -259,6 +260,15 @@ class Assigning:
             ]
             after = page[-1].id
         return found
+
+
+def _fitting(assignment: Assignment) -> Assignment | None:
+    """With as many of its patches as there is room for; None when it is too large without any."""
+    try:
+        return fit_assignment(assignment)
+    except InvalidValue as error:
+        logger.warning("assignment for %s cannot be made: %s", assignment.device, error.message)
+        return None
 
 
 def _published(conn: Connection, selector: Selector) -> AssignedModel:

@@ -22,7 +22,7 @@ from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp, encode_canonical
 from shared.trust.roles import family_role, file_name
-from shared.wire.verification import Job, Keep, Need
+from shared.wire.verification import Job, Keep, KeepManifest, Need
 
 NOW_MS = 1_795_000_000_000
 HOUR_MS = 3_600_000
@@ -63,11 +63,13 @@ def make_manifest(
 class Device:
     """What a device has on disk: the trusted root, the cache, the last assignment and the floors."""
 
-    def __init__(self, root: bytes, *, name: DeviceId = DEVICE) -> None:
+    def __init__(self, root: bytes, *, name: DeviceId = DEVICE, profile: str = "x86-gateway") -> None:
         self.name = name
+        self.profile = profile
         self.root = root
         self.cache: dict[str, bytes] = {}
         self.previous: bytes | None = None
+        self.manifests: dict[Digest, bytes] = {}
         self.floors = Floors()
         self.asked: list[str] = []
 
@@ -78,6 +80,7 @@ class Device:
         job = Job(
             document=document,
             device=self.name,
+            profile=self.profile,
             root=self.root,
             cache=dict(self.cache),
             floors=self.floors,
@@ -97,6 +100,8 @@ class Device:
                         answer = serve(step)
                     case Keep():
                         self._keep(step)
+                    case KeepManifest(digest=digest, data=data):
+                        self.manifests[digest] = data
         except StopIteration as end:
             verified: VerifiedAssignment = end.value
         self.floors = verified.floors

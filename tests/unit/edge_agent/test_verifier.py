@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.adapters.verifier import LiveVerifier, PassingShelf, TrustFolder
+from edge_agent.adapters.trust_folder import TrustFolder
+from edge_agent.adapters.verifier import LiveVerifier, PassingShelf
 from shared import limits
 from shared.errors import (
     OutriderError,
@@ -29,6 +30,7 @@ from tests.fakes.hub_fetcher import HubFetcher
 from tests.fakes.trust_repository import DEVICE, NOW_MS, TrustRepository, make_manifest
 
 DIGITS = ("digits", "1.0.0")
+PROFILE = "x86-gateway"
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def trust_dir(tmp_path: Path, hub: TrustRepository) -> Path:
 
 
 def live(trust_dir: Path, fetcher: HubFetcher, *, deadline_ms: int = 60_000) -> LiveVerifier:
-    return LiveVerifier(trust_dir=trust_dir, device=DEVICE, fetcher=fetcher, deadline_ms=deadline_ms)
+    return LiveVerifier(trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=fetcher, deadline_ms=deadline_ms)
 
 
 def verify(verifier: LiveVerifier, document: bytes, floors: Floors | None = None) -> VerifiedAssignment:
@@ -61,11 +63,12 @@ def test_a_good_assignment_is_accepted_and_kept(hub: TrustRepository, trust_dir:
     assert verified.models[0].manifest == make_manifest()
     assert {path.name for path in trust_dir.iterdir()} == {
         "root.json", "timestamp.json", "snapshot.json", "targets.json", "models%2Fdigits.json", "assignment",
+        "manifests",
     }  # fmt: skip
     assert (trust_dir / "assignment").read_bytes() == document
     fetcher.asked.clear()
     assert verify(live(trust_dir, fetcher), document, verified.floors) == verified
-    assert fetcher.asked == ["2.root.json", "timestamp.json", "models/digits/1.0.0/manifest.json"]
+    assert fetcher.asked == ["2.root.json", "timestamp.json"]
 
 
 def test_a_refusal_carries_code_and_hint_and_keeps_nothing_of_it(hub: TrustRepository, trust_dir: Path) -> None:
@@ -144,7 +147,9 @@ def test_verifications_take_turns(hub: TrustRepository, trust_dir: Path) -> None
     ids=["exits", "killed", "talks nonsense"],
 )
 def test_a_lost_verifier_is_a_refusal(hub: TrustRepository, trust_dir: Path, command: tuple[str, ...]) -> None:
-    verifier = LiveVerifier(trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=command)
+    verifier = LiveVerifier(
+        trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=HubFetcher(hub), command=command
+    )
     with pytest.raises(TrustError) as caught:
         verify(verifier, hub.assign(DIGITS))
     assert caught.value.code == "trust.verifier_lost"
@@ -152,7 +157,7 @@ def test_a_lost_verifier_is_a_refusal(hub: TrustRepository, trust_dir: Path, com
 
 def test_a_verifier_that_cannot_be_started_is_no_word_on_the_assignment(hub: TrustRepository, trust_dir: Path) -> None:
     verifier = LiveVerifier(
-        trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=("/nonexistent/python",)
+        trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=HubFetcher(hub), command=("/nonexistent/python",)
     )
     with pytest.raises(OutriderError) as caught:
         verify(verifier, hub.assign(DIGITS))
@@ -202,7 +207,7 @@ class Fetcher:
     async def blob(self, file, shelf):
         shelf.append(file.digest, (Path(sys.argv[2]) / file.digest).read_bytes(), offset=0)
 
-verifier = LiveVerifier(trust_dir=Path(sys.argv[1]), device="dev-1", fetcher=Fetcher())
+verifier = LiveVerifier(trust_dir=Path(sys.argv[1]), device="dev-1", profile="pi4", fetcher=Fetcher())
 document = (Path(sys.argv[2]) / "document").read_bytes()
 verified = asyncio.run(verifier.verify(document, floors=Floors(), wall_ms=int(sys.argv[3])))
 heavy = [name for name in sys.modules if name.split(".")[0] in
@@ -217,7 +222,7 @@ def test_the_core_loads_neither_tuf_nor_cryptography(hub: TrustRepository, trust
     for name, data in hub.files.items():
         (served / name if "/" not in name else served / "manifest").write_bytes(data)
     document = hub.assign(DIGITS)
-    digest = json.loads(document)["signed"]["models"][0]["manifest"]["digest"]
+    digest = json.loads(document)["signed"]["models"][0]["digest"]
     (served / "manifest").rename(served / digest)
     (served / "document").write_bytes(document)
     done = subprocess.run(
