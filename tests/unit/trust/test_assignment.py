@@ -189,7 +189,9 @@ def test_patches_are_left_out_first_and_the_first_of_them_last(hub: TrustReposit
 
 
 def test_what_does_not_fit_without_patches_is_refused_with_advice(hub: TrustRepository) -> None:
-    wanted = msgspec.structs.replace(with_models(hub, 8, version="1.0.0-" + "x" * 58), patches=(make_patch(1),))
+    large = with_models(hub, 8, version="1.0.0-" + "x" * 58)
+    families = tuple(model.family for model in large.models)
+    wanted = msgspec.structs.replace(large, force=families, together=(families,), patches=(make_patch(1),))
     with pytest.raises(InvalidValue) as caught:
         fit_assignment(wanted)
     assert caught.value.code == "invalid.assignment_size"
