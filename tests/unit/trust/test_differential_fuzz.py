@@ -49,6 +49,8 @@ LENIENT: Final[dict[str, str]] = {
 
 STRICTER: Final[dict[str, str]] = {
     "does not parse": "the strict parser and the types of all fields come before tuf.api, which converts some lazily",
+    "is not the file that the newer metadata names": "python-tuf takes a stored snapshot of the promised version "
+    "without looking at its digest; we ask for the promised file, and refuse another one",
     "roles would have to be asked": "python-tuf says 'not found' where it gives up a search; so do we, as a refusal",
 }
 """What we refuse and python-tuf accepts, by a part of our words, with the reason."""
@@ -57,7 +59,7 @@ STRICTER: Final[dict[str, str]] = {
 class Outcome(msgspec.Struct, frozen=True):
     """What a client said of each target it was asked for (`ok:<digest>`, `none`, `no`), why, and what it has kept.
 
-    `dropped`: ours removed what replaced keys had signed.
+    `dropped`: ours removed what replaced keys had signed. `roots`: every root that the oracle has kept.
     """
 
     answers: tuple[str, ...]
@@ -65,6 +67,7 @@ class Outcome(msgspec.Struct, frozen=True):
     kept: dict[str, bytes]
     dropped: bool = False
     crash: str = ""
+    roots: frozenset[bytes] = frozenset()
 
 
 class Memory(FetcherInterface):
@@ -189,7 +192,8 @@ def ask_oracle(case: Case) -> Outcome:
             run_oracle(directory, case.before, case.first_root, case.paths)
         answers, why = run_oracle(directory, case.now, case.first_root, case.paths)
         kept = {unquote(path.name.removesuffix(".json")): path.read_bytes() for path in directory.glob("*.json")}
-        return Outcome(answers, why, kept)
+        roots = frozenset(path.read_bytes() for path in (directory / "root_history").iterdir())
+        return Outcome(answers, why, kept, roots=roots)
 
 
 def run_oracle(
@@ -231,7 +235,8 @@ def disagreement(ours: Outcome, oracle: Outcome) -> str:
         if mine == "no" and theirs != "none" and not any(part in ours.why for part in STRICTER):
             return f"we refuse for no listed reason: {ours.why}"
     for role, data in ours.kept.items():
-        if oracle.kept.get(role) != data and not may_differ:
+        is_kept = data in oracle.roots if role == "root" else oracle.kept.get(role) == data
+        if not is_kept and not may_differ:
             return f"we keep {role}, which the oracle does not: {oracle.why}"
     return ""
 
