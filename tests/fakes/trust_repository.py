@@ -33,7 +33,13 @@ RELEASE = ("digits", "1.0.0")
 
 
 def make_manifest(
-    version: str = "1.0.0", *, family: str = "digits", counter: int = 1, floor: int = 0, model: bytes = b"int8 model"
+    version: str = "1.0.0",
+    *,
+    family: str = "digits",
+    counter: int = 1,
+    floor: int = 0,
+    model: bytes = b"int8 model",
+    profiles: tuple[str, ...] = (),
 ) -> Manifest:
     """A small valid manifest, whose golden file and one variant have the given bytes."""
     name, number = FamilyName(family), ModelVersion(version)
@@ -57,6 +63,7 @@ def make_manifest(
         labels=("no", "yes"),
         golden=Golden(file=ref("golden.bin", b"golden"), samples=2, min_agreement=1.0),
         variants=(Variant(name="int8", runtime="onnx", file=ref("int8.onnx", model), accuracy=1.0, answers=(0, 1)),),
+        profiles=profiles,
     )
 
 
