@@ -134,7 +134,9 @@ async def _compose(
         clock=clock,
         loop=loop,
         ledger=ledger,
-        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
+        verifier=LiveVerifier(
+            trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile.name, fetcher=fetcher
+        ),
         models=models,
         uplink=uplink,
         records=records,

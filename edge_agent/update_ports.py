@@ -11,6 +11,7 @@ from typing import Protocol
 from shared.ids import Digest
 from shared.model import FileRef
 from shared.release import Floors, Patch, VerifiedAssignment
+from shared.wire.verification import Judged, StoredRelease
 
 
 class Shelf(Protocol):
@@ -78,4 +79,11 @@ class Verifier(Protocol):
 
     async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
         """The verified assignment; raises TrustError with the attack's name; any other error is no word on it."""
+        ...
+
+    async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
+        """What of these releases no longer holds, from what is stored, without the hub and whatever has expired.
+
+        Raises OutriderError where that cannot be looked into at all, which is no word on any of them.
+        """
         ...

@@ -3,7 +3,8 @@
     python -I -m edge_agent.verifier PARENT_PID        with one end of a socket pair as standard input
 
 It is sent a Job, asks for files with Need, hands back metadata worth keeping with Keep, and ends with Accepted or
-Refused (shared/wire/verification.py, one message in each frame's payload). It opens no file and no connection of its
+Refused; or it is sent a StoredJob and answers Judged (shared/wire/verification.py, one message in each frame's
+payload). It opens no file and no connection of its
 own: before it reads the job it gives up the network, every capability, and all but a bounded share of processor time
 and memory, and it dies with its parent. The only process of the agent that loads tuf and cryptography for this.
 """
@@ -20,7 +21,17 @@ from edge_agent.framing import FrameReader, build_frame
 from edge_agent.host import confine
 from shared.errors import OutriderError, ProtocolViolation, TransferError, TrustError
 from shared.limits import MIB
-from shared.wire.verification import Accepted, Fed, FromVerifier, Job, Refused, ToVerifier, decode_to_verifier, encode
+from shared.wire.verification import (
+    Accepted,
+    Fed,
+    FromVerifier,
+    Job,
+    Refused,
+    StoredJob,
+    ToVerifier,
+    decode_to_verifier,
+    encode,
+)
 
 NICENESS: Final = 10
 CPU_LIMIT_S: Final = 60
@@ -54,10 +65,13 @@ class Pipe:
 
 
 def converse(pipe: Pipe) -> None:
-    """Verify one job and say how it ended."""
-    from shared.trust import refresh
+    """Verify one job, or judge what is stored, and say how it ended."""
+    from shared.trust import refresh, stored
 
     job = pipe.receive()
+    if isinstance(job, StoredJob):
+        pipe.send(stored.judge(job))
+        return
     if not isinstance(job, Job):
         raise ProtocolViolation("the first message is not a job")
     run = refresh.verify(job)
@@ -88,7 +102,8 @@ def main() -> int:
     parent = int(sys.argv[1])
     confine.bind_to_parent(parent)
     # Loaded before the limits, because loading reads files and maps a good deal of memory once.
-    import shared.trust.refresh  # noqa: F401
+    import shared.trust.refresh
+    import shared.trust.stored  # noqa: F401
 
     limit(parent=parent)
     with socket.socket(fileno=0) as connection:

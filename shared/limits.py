@@ -37,10 +37,13 @@ MAX_ROOT_ROTATIONS: Final = 256
 MAX_TIMESTAMP_BYTES: Final = 16 * KIB
 MAX_SNAPSHOT_BYTES: Final = 2 * MIB
 MAX_TARGETS_BYTES: Final = 5 * MIB
-MAX_ASSIGNMENT_BYTES: Final = 32 * KIB
+MAX_ASSIGNMENT_BYTES: Final = 2 * KIB
+"""One small message for each device, however large the fleet; patches are left out of it first."""
 MAX_MANIFEST_BYTES: Final = 256 * KIB
 MAX_JSON_DEPTH: Final = 32
-MAX_MODELS_PER_DEVICE: Final = 16
+MAX_MODELS_PER_DEVICE: Final = 8
+"""As many as fit into an assignment under names of usual length; long names meet its size first."""
+MAX_PATCHES_PER_ASSIGNMENT: Final = 8
 
 # Models
 MAX_MODEL_BYTES: Final = 512 * MIB

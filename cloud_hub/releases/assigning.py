@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import msgspec
 from sqlalchemy.engine import Connection
 
 from cloud_hub.devices.desk import Device
@@ -31,12 +32,12 @@ from cloud_hub.releases.rules import Candidate, Selector, Skipped
 from cloud_hub.releases.tables import AssignmentRow, MetadataRow
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, OutriderError, StorageError, TrustError, Unreachable
+from shared.errors import Conflict, InvalidValue, OutriderError, StorageError, TrustError, Unreachable
 from shared.ids import DeviceId
 from shared.release import AssignedModel, Assignment, Patch
 from shared.trust import repository
-from shared.trust.assignment import open_assignment, sign_assignment
-from shared.trust.library import Root, Signer
+from shared.trust.assignment import fit_assignment, open_assignment, sign_assignment
+from shared.trust.library import Root
 from shared.trust.roles import ROOT
 from shared.wire.messages import Assign
 
@@ -207,10 +208,11 @@ class Assigning:
                     now_ms=now_ms,
                     ttl_ms=self._ttl_ms,
                 )
+                if following is not None:
+                    following = _fitting(self._with_patches(conn, following, candidate))
                 if following is None:
                     full.append(candidate.device)
                     continue
-                following = self._with_patches(conn, following, candidate, signer)
                 new = AssignmentRow(following, sign_assignment(following, signer), actor)
                 tables.add_assignment(conn, new)
                 audit.record(
@@ -231,22 +233,18 @@ class Assigning:
 
         return await self._database.write(work)
 
-    def _with_patches(
-        self, conn: Connection, assignment: Assignment, candidate: Candidate, signer: Signer
-    ) -> Assignment:
-        """Shorter ways from what the device serves now to the files that it is assigned; as many as there is room."""
+    def _with_patches(self, conn: Connection, assignment: Assignment, candidate: Candidate) -> Assignment:
+        """Shorter ways from what the device serves now to the files that it is assigned."""
         running = set(candidate.running.values())
         known = tables.patches_from(conn, sorted(running)) if running else []
-        if not known:
-            return assignment
-        rows = [tables.find_model(conn, model.family, model.version) for model in assignment.models]
+        rows = [tables.find_model(conn, model.family, model.version) for model in assignment.models] if known else []
         files = {file.digest for row in rows if row is not None for file in row.files}
-        found = [
+        found = tuple(
             Patch(base=row.base, result=row.result, digest=row.digest, length=row.length)
             for row in known
             if row.digest is not None and row.result in files and row.result not in running
-        ]
-        return rules.with_patches(assignment, found, length=lambda full: len(sign_assignment(full, signer)))
+        )
+        return msgspec.structs.replace(assignment, patches=found)
 
     async def _on_birth(self, event: DeviceBorn) -> None:
         await self._catch_up(event.device, event.assignment_version)
@@ -308,6 +306,15 @@ def _unauthorised(rows: Sequence[AssignmentRow], root: Root) -> frozenset[Device
         except TrustError:
             found.add(row.assignment.device)
     return frozenset(found)
+
+
+def _fitting(assignment: Assignment) -> Assignment | None:
+    """With as many of its patches as there is room for; None when it is too large without any."""
+    try:
+        return fit_assignment(assignment)
+    except InvalidValue as error:
+        logger.warning("assignment for %s cannot be made: %s", assignment.device, error.message)
+        return None
 
 
 def _published(conn: Connection, selector: Selector) -> AssignedModel:

@@ -12,7 +12,7 @@ Not here: signatures and thresholds of metadata (shared/trust/repository.py), me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -30,7 +30,7 @@ from shared.model import (
     check_preparations,
     check_signature,
 )
-from shared.release import AssignedModel, Assignment, Patch
+from shared.release import AssignedModel, Assignment
 
 State = Literal["building", "ready", "rejected"]
 """`building` until the child has reported; `ready` has a manifest, `rejected` a reason. Published is its own fact."""
@@ -46,8 +46,6 @@ PATCH_TARGETS: Final = 2
 """To the files of so many releases of a family, the newest."""
 PATCH_WORTH: Final = 0.6
 """A patch is kept only below this share of what the whole file takes when it is compressed."""
-ASSIGNMENT_ROOM_BYTES: Final = 2048
-"""What an assignment with patches may have; patches that do not fit are left out."""
 DROP_SLACK_PT: Final = 1e-9
 """Below any difference that two counts of samples can make; absorbs rounding only."""
 
@@ -368,21 +366,6 @@ def running_files(reported: Mapping[str, Any]) -> dict[str, Digest]:
 def patch_pays(*, length: int, full_packed: int) -> bool:
     """Whether a patch is worth keeping beside the whole file."""
     return length < PATCH_WORTH * full_packed
-
-
-def with_patches(
-    assignment: Assignment, patches: Sequence[Patch], *, length: Callable[[Assignment], int]
-) -> Assignment:
-    """The assignment with as many of the patches, in their order, as there is room for.
-
-    Args:
-        length: bytes of the document that an assignment becomes.
-    """
-    for count in range(len(patches), 0, -1):
-        full = msgspec.structs.replace(assignment, patches=tuple(patches[:count]))
-        if length(full) <= ASSIGNMENT_ROOM_BYTES:
-            return full
-    return assignment
 
 
 def _name(file: FileRef) -> str:

@@ -4,6 +4,8 @@ Rules of this file:
 1. At most one verification runs; of those that arrive meanwhile only the last one waits, because an assignment is
    the full desired state and a newer one replaces all before it.
 2. A verification that could not get its files is repeated with growing pauses; one that was refused is not.
+3. The hub is told of every refusal, and once for each document why its files did not come, unless nobody answered at
+   all: a link that drips or stalls may be an attack (slow retrieval), and one that is down is none.
 
 Signatures and versions are not judged here (shared/trust does, in the verifier child), nor is anything saved.
 """
@@ -21,6 +23,7 @@ from shared.release import VerifiedAssignment
 
 FIRST_PAUSE_MS: Final = 1_000
 LONGEST_PAUSE_MS: Final = 300_000
+NOBODY_ANSWERED: Final = "transfer.unreachable"
 
 
 class IntakePhase(Enum):
@@ -32,12 +35,16 @@ class IntakePhase(Enum):
 
 
 class Intake(msgspec.Struct, frozen=True):
-    """`document` is being verified or waits to be; `waiting` is a newer one; `failures` counts tries without files."""
+    """`document` is being verified or waits to be; `waiting` is a newer one; `failures` counts tries without files.
+
+    `told` is the code that the hub was told last for this document.
+    """
 
     phase: IntakePhase = IntakePhase.RESTING
     document: bytes = b""
     waiting: bytes | None = None
     failures: int = 0
+    told: str = ""
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -63,6 +70,7 @@ class Unavailable(msgspec.Struct, frozen=True):
     """The metadata could not be fetched, or the verifier itself could not run."""
 
     message: str
+    code: str = NOBODY_ANSWERED
 
 
 class PauseOver(msgspec.Struct, frozen=True):
@@ -91,18 +99,27 @@ class NoteRefusal(msgspec.Struct, frozen=True):
     message: str
 
 
+class NoteDelay(msgspec.Struct, frozen=True):
+    """Keep an event for the hub: why an assignment cannot be verified yet."""
+
+    code: str
+    message: str
+
+
 class Pause(msgspec.Struct, frozen=True):
     """Fire PauseOver after this many milliseconds."""
 
     delay_ms: int
 
 
-IntakeEffect = Verify | OfferModels | NoteRefusal | Pause
+IntakeEffect = Verify | OfferModels | NoteRefusal | NoteDelay | Pause
 _Decision = Decision[Intake, IntakeEffect]
 
 
-def _start(_: Intake, event: Arrived) -> _Decision:
-    return Decision(Intake(phase=IntakePhase.VERIFYING, document=event.document), (Verify(event.document),))
+def _start(state: Intake, event: Arrived) -> _Decision:
+    # The hub sends a document again until the device has it: that is no new reason to tell it the same.
+    told = state.told if event.document == state.document else ""
+    return Decision(Intake(phase=IntakePhase.VERIFYING, document=event.document, told=told), (Verify(event.document),))
 
 
 def _remember(state: Intake, event: Arrived) -> _Decision:
@@ -123,11 +140,18 @@ def _refused(state: Intake, event: Refused) -> _Decision:
     return _next(state, NoteRefusal(event.code, event.message))
 
 
-def _unavailable(state: Intake, _: Unavailable) -> _Decision:
+def _unavailable(state: Intake, event: Unavailable) -> _Decision:
     failures = state.failures + 1
     delay_ms = min(FIRST_PAUSE_MS * 2 ** min(failures - 1, 16), LONGEST_PAUSE_MS)
+    effects: tuple[IntakeEffect, ...] = (Pause(delay_ms),)
+    told = state.told
+    if event.code not in (NOBODY_ANSWERED, told):
+        effects = (NoteDelay(event.code, event.message), *effects)
+        told = event.code
     newest = state.document if state.waiting is None else state.waiting
-    return Decision(Intake(phase=IntakePhase.PAUSING, document=newest, failures=failures), (Pause(delay_ms),))
+    if newest != state.document:
+        told = ""
+    return Decision(Intake(phase=IntakePhase.PAUSING, document=newest, failures=failures, told=told), effects)
 
 
 def _again(state: Intake, _: PauseOver) -> _Decision:

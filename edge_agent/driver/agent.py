@@ -12,7 +12,7 @@ from typing import Final, assert_never
 
 from edge_agent.core import intake, link
 from edge_agent.core.intake import Accepted, Intake, IntakeEvent, PauseOver, Refused, Unavailable
-from edge_agent.core.slot_values import FetchDue
+from edge_agent.core.slot_values import FetchDue, Installed
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -21,6 +21,7 @@ from edge_agent.driver.events import (
     ForSlot,
     ForTraining,
     HeartbeatDue,
+    InstalledJudged,
     Inward,
     MessageArrived,
     Noted,
@@ -40,6 +41,8 @@ from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent, Grade, Reading
+from shared.wire.verification import Judged, StoredRelease
+from shared.wire.verification import Refused as StoredRefusal
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ class Agent:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         self._rounds.start()
-        self._inbox.post(ReconcileDue())
+        self._works.start("judge-installed", self._judge())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -139,6 +142,8 @@ class Agent:
                 self._uplink.on_message(topic, payload)
             case Noted():
                 self._note(event)
+            case InstalledJudged():
+                await self._on_judged(event)
             case ReconcileDue():
                 await self._reconcile()
             case ReportDue():
@@ -169,13 +174,42 @@ class Agent:
                 case intake.Verify(document):
                     self._works.start("verify-assignment", self._verify(document))
                 case intake.OfferModels(verified):
+                    self._models.withheld.trust(verified)
                     await self._offer(verified)
                     self._uplink.report_soon()
                 case intake.NoteRefusal(code, message):
                     logger.warning("assignment refused", extra={"code": code, "why": message})
                     self._inbox.post(Noted("release.refused", {"code": code, "message": message}))
+                case intake.NoteDelay(code, message):
+                    self._inbox.post(Noted("release.delayed", {"code": code, "message": message}))
                 case intake.Pause(delay_ms):
                     self._timers.start("intake", delay_ms, ForIntake(PauseOver()))
+
+    async def _judge(self) -> None:
+        """Have what is installed looked at while it serves; only then is anything installed anew."""
+        releases: tuple[StoredRelease, ...] = ()
+        judged = Judged(refused={}, undecided={})
+        try:
+            releases = stored_releases(self._models.installed(), await self._ledger.load_verified())
+            if releases:
+                judged = await self._verifier.judge(releases, floors=await self._ledger.load_floors())
+        except OutriderError as error:
+            # No word on any release: each was accepted once, and its files are hashed before they are loaded.
+            logger.warning("what is installed could not be judged", extra={"code": error.code, "why": error.message})
+        self._inbox.post(InstalledJudged(releases=releases, judged=judged))
+
+    async def _on_judged(self, event: InstalledJudged) -> None:
+        for release in event.releases:
+            refused = event.judged.refused.get(release.digest)
+            undecided = event.judged.undecided.get(release.digest)
+            if refused is not None:
+                logger.error("an installed release is not served", extra={"code": refused.code, "why": refused.message})
+                self._inbox.post(Noted("release.revoked", _detail(release, refused)))
+            elif undecided is not None:
+                logger.warning("an installed release runs on unjudged", extra={"why": undecided.message})
+        self._models.withheld.hold(frozenset(event.judged.refused))
+        self._uplink.report_soon()
+        await self._reconcile()
 
     async def _verify(self, document: bytes) -> None:
         try:
@@ -186,7 +220,7 @@ class Agent:
             self._inbox.post(ForIntake(Refused(error.code, error.message)))
         except OutriderError as error:
             logger.warning("assignment cannot be verified yet", extra={"code": error.code, "why": error.message})
-            self._inbox.post(ForIntake(Unavailable(error.message)))
+            self._inbox.post(ForIntake(Unavailable(error.message, error.code)))
         else:
             self._inbox.post(ForIntake(Accepted(verified)))
 
@@ -200,7 +234,7 @@ class Agent:
 
     async def _reconcile(self) -> None:
         verified = await self._ledger.load_verified()
-        if verified is not None:
+        if verified is not None and not self._models.withheld.names(verified):
             self._uplink.assignment_version = verified.assignment.version
             await self._models.offer(verified)
         self._timers.start("reconcile", RECONCILE_MS, ReconcileDue())
@@ -243,3 +277,23 @@ class Agent:
             Reading(name="queue_written_bytes", value=depth.wear.written_bytes),
             Reading(name="queue_syncs", value=depth.wear.syncs),
         )
+
+
+def stored_releases(installed: tuple[Installed, ...], verified: VerifiedAssignment | None) -> tuple[StoredRelease, ...]:
+    """Everything that a device may serve without asking anybody: what its slots hold and what was accepted last."""
+    held = [(release.manifest, release.manifest_digest) for release in installed]
+    held += [(model.manifest, model.manifest_digest) for model in (verified.models if verified is not None else ())]
+    found = {
+        digest: StoredRelease(family=manifest.family, version=manifest.version, digest=digest)
+        for manifest, digest in held
+    }
+    return tuple(found.values())
+
+
+def _detail(release: StoredRelease, refused: StoredRefusal) -> dict[str, str]:
+    return {
+        "family": release.family,
+        "version": release.version,
+        "code": refused.code,
+        "message": refused.message,
+    }

@@ -49,7 +49,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         f"{_TRUST}/test_refresh.py::test_expired_metadata_is_refused",
         (("shared.trust.metadata.check_fresh", _nothing),),
     ),
-    Defence(8, f"{_TRUST}/test_refresh.py::test_rollback_is_refused", (("shared.trust.metadata.check_version", _nothing),)),
+    Defence(
+        8, f"{_TRUST}/test_refresh.py::test_rollback_is_refused", (("shared.trust.metadata.check_version", _nothing),)
+    ),
     Defence(
         7,
         f"{_TRUST}/test_refresh.py::test_mixed_versions_are_refused",

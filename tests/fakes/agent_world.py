@@ -35,6 +35,7 @@ from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, Verdict, decode_body, encode_body
+from shared.wire.verification import Judged, StoredRelease
 from tests.fakes.clock import FakeClock
 from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
@@ -102,6 +103,9 @@ class FakeVerifier:
     def __init__(self) -> None:
         self.known: dict[bytes, VerifiedAssignment] = {}
         self.error: OutriderError | None = None
+        self.judged = Judged(refused={}, undecided={})
+        self.lost: OutriderError | None = None
+        self.asked: tuple[StoredRelease, ...] = ()
 
     async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
         """What was prepared for this document."""
@@ -113,6 +117,13 @@ class FakeVerifier:
         if verified.assignment.version < floors.assignment_version:
             raise TrustError("an older assignment", code="trust.rollback")
         return verified
+
+    async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
+        """What was prepared."""
+        self.asked = releases
+        if self.lost is not None:
+            raise self.lost
+        return self.judged
 
 
 class HubOnFakes:

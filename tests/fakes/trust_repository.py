@@ -22,7 +22,7 @@ from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp, encode_canonical
 from shared.trust.roles import family_role, file_name
-from shared.wire.verification import Job, Keep, Need
+from shared.wire.verification import Job, Keep, KeepManifest, Need
 
 NOW_MS = 1_795_000_000_000
 HOUR_MS = 3_600_000
@@ -33,7 +33,13 @@ RELEASE = ("digits", "1.0.0")
 
 
 def make_manifest(
-    version: str = "1.0.0", *, family: str = "digits", counter: int = 1, floor: int = 0, model: bytes = b"int8 model"
+    version: str = "1.0.0",
+    *,
+    family: str = "digits",
+    counter: int = 1,
+    floor: int = 0,
+    model: bytes = b"int8 model",
+    profiles: tuple[str, ...] = (),
 ) -> Manifest:
     """A small valid manifest, whose golden file and one variant have the given bytes."""
     name, number = FamilyName(family), ModelVersion(version)
@@ -57,17 +63,20 @@ def make_manifest(
         labels=("no", "yes"),
         golden=Golden(file=ref("golden.bin", b"golden"), samples=2, min_agreement=1.0),
         variants=(Variant(name="int8", runtime="onnx", file=ref("int8.onnx", model), accuracy=1.0, answers=(0, 1)),),
+        profiles=profiles,
     )
 
 
 class Device:
     """What a device has on disk: the trusted root, the cache, the last assignment and the floors."""
 
-    def __init__(self, root: bytes, *, name: DeviceId = DEVICE) -> None:
+    def __init__(self, root: bytes, *, name: DeviceId = DEVICE, profile: str = "x86-gateway") -> None:
         self.name = name
+        self.profile = profile
         self.root = root
         self.cache: dict[str, bytes] = {}
         self.previous: bytes | None = None
+        self.manifests: dict[Digest, bytes] = {}
         self.floors = Floors()
         self.asked: list[str] = []
 
@@ -78,6 +87,7 @@ class Device:
         job = Job(
             document=document,
             device=self.name,
+            profile=self.profile,
             root=self.root,
             cache=dict(self.cache),
             floors=self.floors,
@@ -97,6 +107,8 @@ class Device:
                         answer = serve(step)
                     case Keep():
                         self._keep(step)
+                    case KeepManifest(digest=digest, data=data):
+                        self.manifests[digest] = data
         except StopIteration as end:
             verified: VerifiedAssignment = end.value
         self.floors = verified.floors

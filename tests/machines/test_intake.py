@@ -12,6 +12,7 @@ from edge_agent.core.intake import (
     Intake,
     IntakeEvent,
     IntakePhase,
+    NoteDelay,
     NoteRefusal,
     OfferModels,
     Pause,
@@ -68,6 +69,19 @@ def test_what_could_not_be_fetched_is_tried_again_after_growing_pauses() -> None
     assert pauses[0] < pauses[1]
     assert pauses[-1] == LONGEST_PAUSE_MS
     assert effects.count(Verify(b"1")) == 13
+
+
+def test_the_hub_is_told_once_for_each_document_why_its_files_do_not_come() -> None:
+    drips = Unavailable("3 bytes in 15 s", "transfer.stalled")
+    told = NoteDelay("transfer.stalled", "3 bytes in 15 s")
+    _, effects = play(Arrived(b"1"), drips, PauseOver(), drips, PauseOver(), Unavailable("no link"), PauseOver(), drips)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), drips, Arrived(b"2"), drips)
+    assert effects.count(told) == 2
+    _, effects = play(Arrived(b"1"), drips, Arrived(b"1"), Arrived(b"1"), drips)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), Unavailable("no link"))
+    assert not [effect for effect in effects if isinstance(effect, NoteDelay)]
 
 
 def test_a_newer_assignment_ends_the_pause_and_takes_its_place() -> None:

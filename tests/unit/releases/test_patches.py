@@ -16,11 +16,12 @@ from cloud_hub.releases import patches as patches_room
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.desk import ReleaseSettings, Selector
 from cloud_hub.releases.rules import BuiltVersion, PatchPair
-from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
+from shared import limits
+from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import FileRef
 from shared.patch.applying import apply
 from shared.patch.format import Terms
-from shared.release import AssignedModel, Assignment, Patch
+from shared.release import Assignment, Patch
 from tests.fakes.release_room import ReleaseRoom
 
 
@@ -135,7 +136,7 @@ def assigned(room: ReleaseRoom, version: str) -> dict[str, Assignment]:
     selector = Selector(family=FamilyName("digits"), version=ModelVersion(version), all=True)
     asyncio.run(room.desk.assigning.assign(selector, actor="token:test"))
     rows = asyncio.run(room.desk.assigning.page(after="", limit=10))
-    assert all(len(row.document) <= rules.ASSIGNMENT_ROOM_BYTES for row in rows)
+    assert all(len(row.document) <= limits.MAX_ASSIGNMENT_BYTES for row in rows)
     return {row.assignment.device: row.assignment for row in rows}
 
 
@@ -201,16 +202,6 @@ def test_pairs_are_few_and_the_most_common_come_first() -> None:
     assert {pair.result for pair in pairs} == {version.files[0] for version in versions[-rules.PATCH_TARGETS :]}
 
 
-def test_patches_that_do_not_fit_are_left_out() -> None:
-    manifest = FileRef(path="models/digits/1.1.0/manifest.json", length=10, digest=digest(b"m"))
-    model = AssignedModel(family=FamilyName("digits"), version=ModelVersion("1.1.0"), manifest=manifest)
-    assignment = Assignment(device=DeviceId("one"), version=1, issued_ms=1, expires_ms=2, models=(model,))
-    many = [
-        Patch(base=digest(b"b"), result=digest(bytes([n])), digest=digest(bytes([n, 1])), length=n) for n in range(9)
-    ]
-    lengths = {count: 700 + 260 * count for count in range(10)}
-    full = rules.with_patches(assignment, many, length=lambda a: lengths[len(a.patches)])
-    assert full.patches == tuple(many[:5])
-    assert rules.with_patches(assignment, many, length=lambda a: 5000) == assignment
+def test_a_patch_pays_below_a_share_of_the_packed_file() -> None:
     assert rules.patch_pays(length=59, full_packed=100)
     assert not rules.patch_pays(length=60, full_packed=100)
