@@ -1,7 +1,7 @@
 """Signing keys as files: ed25519, PEM (PKCS #8, unencrypted), mode 0600, never overwritten.
 
     offline  root.key targets.key release.key          on the signing machine; the hub never reads them
-    online   snapshot.key timestamp.key assignment.key in the hub's data directory
+    online   snapshot.key timestamp.key assignment.key time.key   in the hub's data directory
 
 Rules: a key file is created with O_EXCL and synced before its path is returned; one that others can read is refused;
 no key material reaches a message or a log. Not here: what the keys sign (shared/trust), certificates (ground/ca.py).
@@ -21,7 +21,9 @@ from shared.trust.library import CryptoSigner, Key
 from shared.trust.repository import RoleKeys, RootKeys
 
 OFFLINE: Final = ("root", "targets", "release")
-ONLINE: Final = ("snapshot", "timestamp", "assignment")
+ONLINE: Final = ("snapshot", "timestamp", "assignment", "time")
+LATER: Final = ("time",)
+"""Online keys that a hub made earlier may lack; it goes on without what they sign."""
 
 MAX_KEY_BYTES: Final = 16 * 1024
 
@@ -40,6 +42,10 @@ class Keyring:
     def path(self, name: str) -> Path:
         """The file of this key, whether it is there or not."""
         return self._directory / f"{name}.key"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a key of this name, usable or not."""
+        return self.path(name).exists()
 
     def create(self, *names: str) -> None:
         """Make these keys in a directory of mode 0700.
@@ -79,6 +85,7 @@ def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
         snapshot=one(online, "snapshot"),
         timestamp=one(online, "timestamp"),
         assignment=one(online, "assignment"),
+        time=one(online, "time") if online.has("time") else None,
     )
 
 

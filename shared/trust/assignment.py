@@ -137,10 +137,10 @@ def check_assignment(assignment: Assignment) -> None:
             raise strict.malformed(what, f"the manifest of {model.family} has a length of {model.manifest.length}")
 
 
-def authorised_keys(root: Root) -> tuple[dict[str, Key], int]:
-    """The keys that may sign assignments and how many of them must; raises TrustError when the root names none."""
-    with translated("the root's list of assignment keys"):
-        entry = root.unrecognized_fields[EXTENSION][TYPE]
+def authorised_keys(root: Root, kind: str = TYPE) -> tuple[dict[str, Key], int]:
+    """The online keys that may sign this kind and how many of them must; raises TrustError when the root names none."""
+    with translated(f"the root's list of {kind} keys"):
+        entry = root.unrecognized_fields[EXTENSION][kind]
         keyids, threshold = entry["keyids"], entry["threshold"]
         if type(threshold) is not int or threshold < 1 or not isinstance(keyids, list) or not keyids:
             raise ValueError("keyids and threshold are required")

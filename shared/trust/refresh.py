@@ -23,10 +23,10 @@ from shared.model import FileRef, Manifest, decode_manifest
 from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
 from shared.trust import assignment as assignments
 from shared.trust import metadata as md
-from shared.trust import strict
+from shared.trust import strict, time
 from shared.trust.library import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, file_name
-from shared.wire.verification import Job, Keep, Need
+from shared.wire.verification import Job, Keep, Need, TimeJob
 
 R = TypeVar("R")
 Steps = Generator[Need | Keep, bytes | None, R]
@@ -48,6 +48,19 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
     return (yield from _Refresh(job).run())
 
 
+def attest(job: TimeJob) -> Steps[int]:
+    """Follow the roots, then hold the hub's answer against the newest: the time in milliseconds since 1970.
+
+    Raises:
+        TrustError: with a code below `trust.time` for the answer, or that of a root.
+    """
+    follower = _Refresh(
+        Job(document=b"", device=job.device, root=job.root, cache={}, floors=job.floors, wall_ms=job.floors.time_ms)
+    )
+    root = yield from follower.follow_roots()
+    return time.verify_time(job.answer, root=root, device=job.device, nonce=job.nonce, floor_ms=job.floors.time_ms)
+
+
 class _Refresh:
     """One run. Each method is one step of the specification and leaves what it verified in a field."""
 
@@ -63,7 +76,8 @@ class _Refresh:
         self._targets: dict[tuple[str, str], Targets] = {}
 
     def run(self) -> Steps[VerifiedAssignment]:
-        yield from self._follow_roots()
+        yield from self.follow_roots()
+        time.check_attested(self._root, attested=self._job.time_attested)
         assignment = self._open_assignment()
         md.check_fresh(self._root, role=ROOT, now_ms=self._now_ms)
         yield from self._load_timestamp()
@@ -88,7 +102,7 @@ class _Refresh:
         self._now_ms = max(self._now_ms, assignment.issued_ms)
         return assignment
 
-    def _follow_roots(self) -> Steps[None]:
+    def follow_roots(self) -> Steps[Root]:
         """5.3: from the trusted root to the newest one, each signed by the one before and by itself."""
         trusted = md.load(Root, self._job.root, role=ROOT, max_bytes=limits.MAX_ROOT_BYTES)
         md.check_signatures(trusted.signed, ROOT, trusted)
@@ -116,6 +130,7 @@ class _Refresh:
             )
         md.check_version(self._root.version, floor=self._floors.get(ROOT, 0), role=ROOT)
         self._floors[ROOT] = self._root.version
+        return self._root
 
     def _rotated(self, newer: Root) -> tuple[str, ...]:
         """5.3.11: when timestamp or snapshot keys change, what they signed before is no base for comparison."""

@@ -3,6 +3,7 @@
 refresh → driver    Need      answer with the bytes, or None where the hub has no such file
 refresh → driver    Keep      write this to the cache, after removing what it drops; answer with None
 refresh → driver    Accepted  the end: everything holds
+refresh → driver    Attested  the end of a TimeJob: the hub's answer holds
 refresh → driver    Refused   the end: a TrustError (or a TransferError for a mandatory file that is missing)
 """
 
@@ -51,6 +52,12 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     verified: VerifiedAssignment
 
 
+class Attested(msgspec.Struct, frozen=True, kw_only=True, tag="attested"):
+    """The hub's answer is to be trusted: what its clock said when it answered, in milliseconds since 1970."""
+
+    time_ms: int
+
+
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     """It is not to be trusted, or cannot be decided for want of a file (`code` starts with `transfer`)."""
 
@@ -69,7 +76,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
         cache: metadata accepted earlier, by role.
         previous: the assignment document accepted last, if it is still there.
         floors: what must not be undercut, whatever the cache holds.
-        wall_ms: this device's clock, right or wrong.
+        wall_ms: the trusted time, or the best guess at it (edge_agent/core/trusted_time.py).
+        time_attested: whether the hub has attested the time since the device started.
     """
 
     document: bytes
@@ -79,6 +87,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     floors: Floors
     wall_ms: int
     previous: bytes | None = None
+    time_attested: bool = False
+
+
+class TimeJob(msgspec.Struct, frozen=True, kw_only=True, tag="time"):
+    """What the check of an attested time starts from; it asks for roots that are newer than this one.
+
+    Attributes:
+        answer: as it came from the hub.
+        nonce: what the hub was asked with.
+    """
+
+    answer: bytes
+    device: DeviceId
+    nonce: str
+    root: bytes
+    floors: Floors
 
 
 class Fed(msgspec.Struct, frozen=True, kw_only=True, tag="fed"):
@@ -87,8 +111,8 @@ class Fed(msgspec.Struct, frozen=True, kw_only=True, tag="fed"):
     data: bytes | None = None
 
 
-ToVerifier = Job | Fed
-FromVerifier = Need | Keep | Accepted | Refused
+ToVerifier = Job | TimeJob | Fed
+FromVerifier = Need | Keep | Accepted | Attested | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _to_decoder: msgspec.msgpack.Decoder[ToVerifier] = msgspec.msgpack.Decoder(ToVerifier)
