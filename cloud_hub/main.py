@@ -105,6 +105,7 @@ def online_keys(config: HubConfig) -> OnlineKeys:
         snapshot=keyring.signer("snapshot"),
         timestamp=keyring.signer("timestamp"),
         assignment=keyring.signer("assignment"),
+        time=keyring.signer("time") if keyring.has("time") else None,
     )
 
 

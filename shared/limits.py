@@ -39,7 +39,10 @@ MAX_TARGETS_BYTES: Final = 5 * MIB
 MAX_ASSIGNMENT_BYTES: Final = 32 * KIB
 MAX_MANIFEST_BYTES: Final = 256 * KIB
 MAX_JSON_DEPTH: Final = 32
-MAX_TIME_ANSWER_BYTES: Final = 4 * KIB
+MAX_ROOTS_WITH_TIME: Final = 8
+MAX_TIME_ROOTS_BYTES: Final = 256 * KIB
+"""Roots that come along with an attested time; one comes whatever its size."""
+MAX_TIME_ANSWER_BYTES: Final = 1 * MIB
 MAX_MODELS_PER_DEVICE: Final = 16
 
 # Models

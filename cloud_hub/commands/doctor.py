@@ -28,7 +28,7 @@ from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.ground.tlsport import bind
-from cloud_hub.keyring import ONLINE, Keyring
+from cloud_hub.keyring import LATER, ONLINE, Keyring
 from shared.errors import ConfigError, OutriderError
 from shared.limits import MIB
 
@@ -149,9 +149,11 @@ def _certificates(config: HubConfig) -> str:
 
 def _keys(config: HubConfig) -> str:
     keyring = Keyring(config.folder.keys)
-    for name in ONLINE:
+    missing = [name for name in LATER if not keyring.has(name)]
+    found = [name for name in ONLINE if name not in missing]
+    for name in found:
         keyring.signer(name)
-    return ", ".join(ONLINE)
+    return ", ".join(found) + "".join(f"; none for {name}, as in hubs made earlier" for name in missing)
 
 
 def _broker(config: HubConfig) -> str:

@@ -1,4 +1,4 @@
-"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments.
+"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments, time.
 
 `Desk` puts the room's parts together and runs them; each part keeps its own rules:
 
@@ -6,6 +6,7 @@
     catalogue    pushed models, built one by one       catalogue.py (workbench.py, builder.py)
     publishing   proposals, signed metadata            publishing.py
     assigning    who shall run what                    assigning.py
+    attesting    what time it is, signed               attesting.py
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
 from cloud_hub.releases.assigning import Assigned, Assigning, Fleet, Outcome
+from cloud_hub.releases.attesting import Attesting
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.catalogue import Catalogue
 from cloud_hub.releases.counts import Counts
@@ -77,7 +79,7 @@ class Desk:
         settings: what an operator may choose.
 
     Attributes:
-        blobs, catalogue, publishing, assigning: the room's parts, each with its own methods.
+        blobs, catalogue, publishing, assigning, attesting: the room's parts, each with its own methods.
         counts: the room's figures.
     """
 
@@ -116,6 +118,7 @@ class Desk:
             ttl_ms=settings.assignment_ttl_ms,
         )
         self.assigning.listen(bus)
+        self.attesting = Attesting(database=database, clock=clock, signer=keys.time)
 
     def open(self) -> None:
         """Make the room's folders and clear what an interrupted run left; blocks, once, before anything else."""

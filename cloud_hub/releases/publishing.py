@@ -44,11 +44,12 @@ ACTOR: Final = "hub"
 
 @dataclass(frozen=True, slots=True)
 class OnlineKeys:
-    """The keys that the hub signs with by itself."""
+    """The keys that the hub signs with by itself; one made earlier may have none for the time."""
 
     snapshot: Signer
     timestamp: Signer
     assignment: Signer
+    time: Signer | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ Not here: hash bins (SuccinctRoles work, nothing of ours publishes them), multip
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Final, TypeVar
 
 from shared import limits
@@ -49,7 +49,9 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
 
 
 def attest(job: TimeJob) -> Steps[int]:
-    """Follow the roots, then hold the hub's answer against the newest: the time in milliseconds since 1970.
+    """Follow the roots that came with the hub's answer, then hold it against the newest: milliseconds since 1970.
+
+    Asks for nothing; roots are worth keeping whatever becomes of the answer.
 
     Raises:
         TrustError: with a code below `trust.time` for the answer, or that of a root.
@@ -57,8 +59,20 @@ def attest(job: TimeJob) -> Steps[int]:
     follower = _Refresh(
         Job(document=b"", device=job.device, root=job.root, cache={}, floors=job.floors, wall_ms=job.floors.time_ms)
     )
-    root = yield from follower.follow_roots()
+    root = yield from _served(follower.follow_roots(), time.newer_roots(job.answer))
     return time.verify_time(job.answer, root=root, device=job.device, nonce=job.nonce, floor_ms=job.floors.time_ms)
+
+
+def _served(run: Steps[R], files: Mapping[str, bytes]) -> Steps[R]:
+    """The run with its needs served from these files, by name."""
+    answer: bytes | None = None
+    while True:
+        try:
+            step = run.send(answer)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+        answer = files.get(step.name) if isinstance(step, Need) else (yield step)
 
 
 class _Refresh:

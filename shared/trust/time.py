@@ -2,7 +2,8 @@
 
     {"signed": {"_type": "time", "spec_version": "1", "device": …, "nonce": …, "time_ms": …}, "signatures": […]}
 
-signed over canonical JSON. The root lists the keys beside those of assignments: `"x-outrider": {"time": {"keyids": […],
+signed over canonical JSON; beside it, `"roots": […]` holds the texts of the roots that come after the asker's, which
+vouch for themselves. The root lists the keys beside those of assignments: `"x-outrider": {"time": {"keyids": […],
 "threshold": 1}}`. A root without that entry belongs to a hub that attests no time; its devices keep to their clocks.
 
 What is refused has a code below `trust.time`: an answer that was replayed (another nonce), that is for another device,
@@ -14,19 +15,22 @@ Not here: what a device does with the time (edge_agent/core/trusted_time.py), an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
 
 from shared.errors import InvalidValue, TrustError
 from shared.ids import DeviceId, parse_device_id
-from shared.limits import MAX_TIME_ANSWER_BYTES
+from shared.limits import MAX_ROOT_BYTES, MAX_TIME_ANSWER_BYTES
 from shared.trust import strict
 from shared.trust.assignment import EXTENSION, authorised_keys
 from shared.trust.library import Root, Signature, Signer, encode_canonical
 from shared.trust.metadata import check_threshold, expires_ms, translated
+from shared.trust.roles import ROOT, file_name
 
 TYPE: Final = "time"
 SPEC_VERSION: Final = "1"
@@ -67,6 +71,21 @@ def sign_time(time: AttestedTime, signer: Signer) -> bytes:
     return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
 
 
+def newer_roots(answer: bytes) -> dict[str, bytes]:
+    """The roots that came along, unverified, by the name of their file; raises TrustError below `trust.time`."""
+    with _renamed():
+        roots = strict.parse_json(answer, what=_WHAT, max_bytes=MAX_TIME_ANSWER_BYTES).get("roots", [])
+        if not isinstance(roots, list) or not all(isinstance(root, str) for root in roots):
+            raise strict.malformed(_WHAT, "'roots' is not a list of texts")
+        found = {}
+        for root in roots:
+            data = root.encode()
+            document = strict.parse_json(data, what="a root that came along", max_bytes=MAX_ROOT_BYTES)
+            strict.check_metadata(document, what="a root that came along")
+            found[file_name(ROOT, document["signed"].get("version", 0))] = data
+        return found
+
+
 def verify_time(answer: bytes, *, root: Root, device: DeviceId, nonce: str, floor_ms: int) -> int:
     """The time in milliseconds since 1970, if this answers our nonce, is authorised by the root and can be.
 
@@ -87,11 +106,8 @@ def verify_time(answer: bytes, *, root: Root, device: DeviceId, nonce: str, floo
             code="trust.time.no_key",
             hint="let the root's owners sign one that names the hub's time key",
         )
-    try:
+    with _renamed():
         time = _open(answer, root)
-    except TrustError as error:
-        code = f"trust.time.{error.code.removeprefix('trust.')}"
-        raise TrustError(error.message, code=code, hint=error.hint) from error
     if time.device != device:
         raise TrustError(
             f"the time was attested to {time.device[:80]!r}, this device is {device!r}",
@@ -133,6 +149,16 @@ def check_attested(root: Root, *, attested: bool) -> None:
             code=UNATTESTED,
             hint="it goes on by itself once the hub has told the time; see `outrider-agent doctor`",
         )
+
+
+@contextlib.contextmanager
+def _renamed() -> Iterator[None]:
+    """Put refusals of the answer itself below `trust.time`, so that they are told from those of metadata."""
+    try:
+        yield
+    except TrustError as error:
+        code = f"trust.time.{error.code.removeprefix('trust.')}"
+        raise TrustError(error.message, code=code, hint=error.hint) from error
 
 
 def _open(answer: bytes, root: Root) -> AttestedTime:

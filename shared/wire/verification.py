@@ -91,10 +91,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
 
 
 class TimeJob(msgspec.Struct, frozen=True, kw_only=True, tag="time"):
-    """What the check of an attested time starts from; it asks for roots that are newer than this one.
+    """What the check of an attested time starts from; it needs no file, and may have roots to keep.
 
     Attributes:
-        answer: as it came from the hub.
+        answer: as it came from the hub, newer roots included.
         nonce: what the hub was asked with.
     """
 

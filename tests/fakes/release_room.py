@@ -128,7 +128,7 @@ class ReleaseRoom:
         self.database = Database(f"sqlite:///{root / 'hub.db'}")
         migrate.upgrade(self.database)
         self.operator = Operator()
-        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment")}
+        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment", "time")}
         self.keys = OnlineKeys(**online)
         self.fleet = FakeFleet({})
         self.outgoing = Outgoing([])
@@ -237,6 +237,7 @@ class ReleaseRoom:
                 snapshot=one(self.keys.snapshot),
                 timestamp=one(self.keys.timestamp),
                 assignment=one(self.keys.assignment),
+                time=one(self.keys.time),
             ),
             now_ms=self.clock.wall,
         )

@@ -253,7 +253,10 @@ class TrustRepository:
     def attest(self, nonce: str, *, device: DeviceId = DEVICE, time_ms: int | None = None) -> bytes:
         """What the hub answers to a device that asks for the time."""
         told_ms = self.now_ms if time_ms is None else time_ms
-        return sign_time(AttestedTime(device=device, nonce=nonce, time_ms=told_ms), self.keys["time"][0])
+        answer = sign_time(AttestedTime(device=device, nonce=nonce, time_ms=told_ms), self.keys["time"][0])
+        newer = [self.files[file_name("root", number)] for number in range(2, self.root.signed.version + 1)]
+        document = {**json.loads(answer), "roots": [root.decode() for root in newer]}
+        return json.dumps(document, separators=(",", ":")).encode()
 
     def serve(self, need: Need) -> bytes | None:
         """What the hub answers, cut off where the client would stop reading plus one byte."""

@@ -11,6 +11,7 @@ import pytest
 
 from shared.errors import InvalidValue, TrustError
 from shared.ids import DeviceId
+from shared.limits import MAX_TIME_ANSWER_BYTES
 from shared.release import Floors
 from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
@@ -63,8 +64,24 @@ def test_a_device_that_missed_a_change_of_the_time_key_and_the_roots_end_is_told
 ) -> None:
     hub.now_ms += ROOT_MS + MAX_PAST_ROOT_MS  # off for years
     hub.rotate("time", "root")
+    hub.rotate("time")
     assert device.attest(hub.attest(NONCE), hub.serve, nonce=NONCE) == hub.now_ms
-    assert device.asked == ["2.root.json", "3.root.json"]
+    assert device.asked == []  # the roots came along
+    assert device.root == hub.files["3.root.json"]
+
+
+def test_roots_that_the_device_has_already_may_come_along(hub: TrustRepository, device: Device) -> None:
+    hub.rotate("time")
+    for _ in range(2):
+        assert device.attest(hub.attest(NONCE), hub.serve, nonce=NONCE) == NOW_MS
+
+
+def test_roots_that_come_along_vouch_for_themselves(hub: TrustRepository, device: Device) -> None:
+    stranger = TrustRepository(attests_time=True)
+    stranger.rotate("time")
+    answer = stranger.attest(NONCE)
+    assert refusal(hub, device, answer) == "trust.signature"
+    assert device.root == hub.first_root
 
 
 def test_a_root_that_nobody_renewed_does_not_hide_the_time(hub: TrustRepository, device: Device) -> None:
@@ -102,6 +119,7 @@ def test_time_attestation_altered_after_signing(hub: TrustRepository, device: De
 def test_time_key_that_the_root_has_replaced(hub: TrustRepository, device: Device) -> None:
     stolen = hub.keys["time"][0]
     hub.rotate("time")
+    device.attest(hub.attest(NONCE), hub.serve, nonce=NONCE)
     answer = sign_time(AttestedTime(device=DEVICE, nonce=NONCE, time_ms=NOW_MS), stolen)
     assert refusal(hub, device, answer) == "trust.time.signature"
 
@@ -168,12 +186,15 @@ def _bare(_: TrustRepository) -> bytes:
     [
         (lambda _: b"", "trust.time.malformed"),
         (_bare, "trust.time.malformed"),
-        (lambda _: b"[" * 100_000, "trust.time.endless_data"),
+        (lambda _: b"[" * (MAX_TIME_ANSWER_BYTES + 1), "trust.time.endless_data"),
         (lambda _: b"[" * 4_000, "trust.time.malformed"),
         (lambda _: b'{"signed":{},"signatures":[]}', "trust.time.signature"),
         (_twice, "trust.time.malformed"),
         (_of_another_kind, "trust.time.malformed"),
         (_of_the_future, "trust.time.malformed"),
+        (lambda hub: hub.attest(NONCE).replace(b'"roots":[]', b'"roots":7'), "trust.time.malformed"),
+        (lambda hub: hub.attest(NONCE).replace(b'"roots":[]', b'"roots":[7]'), "trust.time.malformed"),
+        (lambda hub: hub.attest(NONCE).replace(b'"roots":[]', b'"roots":["{}"]'), "trust.time.malformed"),
         (_assignment, "trust.time.signature"),
     ],
 )
@@ -185,7 +206,7 @@ def test_time_attestation_that_is_none(
 
 def test_a_root_without_a_time_key_attests_nothing(hub: TrustRepository) -> None:
     older = TrustRepository()
-    answer = older.attest(NONCE)
+    answer = older.attest(NONCE)  # by a key that no root names
     assert refusal(older, Device(older.first_root), answer) == "trust.time.no_key"
 
 
@@ -268,7 +289,7 @@ def test_a_hub_that_begins_to_attest_is_noticed_in_the_same_run(hub: TrustReposi
 
 
 def test_time_attestation_dropped_is_no_leave_to_go_on(hub: TrustRepository, device: Device) -> None:
-    """Uptane issue 267: however often it is tried, nothing is asked for but the next root, and nothing is taken."""
+    """Uptane issue 267: however often it is tried, nothing but the next root is asked for, and nothing is taken."""
 
     def serve(need: Need) -> bytes | None:
         assert "root" in need.name
