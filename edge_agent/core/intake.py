@@ -4,6 +4,7 @@ Rules of this file:
 1. At most one verification runs; of those that arrive meanwhile only the last one waits, because an assignment is
    the full desired state and a newer one replaces all before it.
 2. A verification that could not get its files is repeated with growing pauses; one that was refused is not.
+3. One that needs a time that nobody has attested waits until somebody has, however long; the models run on meanwhile.
 
 Signatures and versions are not judged here (shared/trust does, in the verifier child), nor is anything saved.
 """
@@ -24,20 +25,34 @@ LONGEST_PAUSE_MS: Final = 300_000
 
 
 class IntakePhase(Enum):
-    """RESTING: nothing to do. VERIFYING: a child is at it. PAUSING: its files could not be had, so it waits."""
+    """RESTING: nothing to do. VERIFYING: a child is at it. PAUSING: its files could not be had, so it waits.
+
+    AWAITING_TIME: nothing new is accepted before the hub has attested the time in this boot.
+    """
 
     RESTING = auto()
     VERIFYING = auto()
     PAUSING = auto()
+    AWAITING_TIME = auto()
 
 
 class Intake(msgspec.Struct, frozen=True):
-    """`document` is being verified or waits to be; `waiting` is a newer one; `failures` counts tries without files."""
+    """What is at hand.
+
+    Attributes:
+        document: is being verified or waits to be.
+        waiting: a newer one.
+        failures: tries without files.
+        timed: the time was attested after this verification had begun.
+        told: the hub was told that something waits for the time; once is enough.
+    """
 
     phase: IntakePhase = IntakePhase.RESTING
     document: bytes = b""
     waiting: bytes | None = None
     failures: int = 0
+    timed: bool = False
+    told: bool = False
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -65,11 +80,21 @@ class Unavailable(msgspec.Struct, frozen=True):
     message: str
 
 
+class Untimed(msgspec.Struct, frozen=True):
+    """The trust rules accept nothing before the time was attested."""
+
+    message: str
+
+
+class TimeTrusted(msgspec.Struct, frozen=True):
+    """The hub has attested the time."""
+
+
 class PauseOver(msgspec.Struct, frozen=True):
     """The timer of PAUSING fired, or the link came back."""
 
 
-IntakeEvent = Arrived | Accepted | Refused | Unavailable | PauseOver
+IntakeEvent = Arrived | Accepted | Refused | Unavailable | Untimed | TimeTrusted | PauseOver
 
 
 class Verify(msgspec.Struct, frozen=True):
@@ -91,18 +116,39 @@ class NoteRefusal(msgspec.Struct, frozen=True):
     message: str
 
 
+class AskTime(msgspec.Struct, frozen=True):
+    """Have the hub asked for the time now."""
+
+
+class NoteWaiting(msgspec.Struct, frozen=True):
+    """Keep an event for the hub that an assignment waits for the time."""
+
+    message: str
+
+
+class ShowWaiting(msgspec.Struct, frozen=True):
+    """Show in the status what waits for the time; empty for nothing."""
+
+    message: str
+
+
 class Pause(msgspec.Struct, frozen=True):
     """Fire PauseOver after this many milliseconds."""
 
     delay_ms: int
 
 
-IntakeEffect = Verify | OfferModels | NoteRefusal | Pause
+IntakeEffect = Verify | OfferModels | NoteRefusal | AskTime | NoteWaiting | ShowWaiting | Pause
 _Decision = Decision[Intake, IntakeEffect]
 
 
-def _start(_: Intake, event: Arrived) -> _Decision:
-    return Decision(Intake(phase=IntakePhase.VERIFYING, document=event.document), (Verify(event.document),))
+def _verify(state: Intake, document: bytes, *effects: IntakeEffect) -> _Decision:
+    verifying = Intake(phase=IntakePhase.VERIFYING, document=document, told=state.told)
+    return Decision(verifying, (*effects, Verify(document)))
+
+
+def _start(state: Intake, event: Arrived) -> _Decision:
+    return _verify(state, event.document)
 
 
 def _remember(state: Intake, event: Arrived) -> _Decision:
@@ -111,8 +157,8 @@ def _remember(state: Intake, event: Arrived) -> _Decision:
 
 def _next(state: Intake, *effects: IntakeEffect) -> _Decision:
     if state.waiting is None:
-        return Decision(Intake(), effects)
-    return Decision(Intake(phase=IntakePhase.VERIFYING, document=state.waiting), (*effects, Verify(state.waiting)))
+        return Decision(Intake(told=state.told), effects)
+    return _verify(state, state.waiting, *effects)
 
 
 def _accepted(state: Intake, event: Accepted) -> _Decision:
@@ -127,18 +173,40 @@ def _unavailable(state: Intake, _: Unavailable) -> _Decision:
     failures = state.failures + 1
     delay_ms = min(FIRST_PAUSE_MS * 2 ** min(failures - 1, 16), LONGEST_PAUSE_MS)
     newest = state.document if state.waiting is None else state.waiting
-    return Decision(Intake(phase=IntakePhase.PAUSING, document=newest, failures=failures), (Pause(delay_ms),))
+    pausing = Intake(phase=IntakePhase.PAUSING, document=newest, failures=failures, told=state.told)
+    return Decision(pausing, (Pause(delay_ms),))
 
 
-def _again(state: Intake, _: PauseOver) -> _Decision:
+def _again(state: Intake, _: PauseOver | TimeTrusted) -> _Decision:
     return Decision(replace(state, phase=IntakePhase.VERIFYING), (Verify(state.document),))
 
 
-def _stale(state: Intake, _: PauseOver) -> _Decision:
+def _stale(state: Intake, _: PauseOver | TimeTrusted) -> _Decision:
     return Decision(state)
 
 
-_R, _V, _P = IntakePhase.RESTING, IntakePhase.VERIFYING, IntakePhase.PAUSING
+def _untimed(state: Intake, event: Untimed) -> _Decision:
+    newest = state.document if state.waiting is None else state.waiting
+    if state.timed:
+        return _verify(state, newest)
+    told = () if state.told else (NoteWaiting(event.message),)
+    waiting = Intake(phase=IntakePhase.AWAITING_TIME, document=newest, told=True)
+    return Decision(waiting, (ShowWaiting(event.message), *told, AskTime()))
+
+
+def _replace_waiting(state: Intake, event: Arrived) -> _Decision:
+    return Decision(replace(state, document=event.document))
+
+
+def _note_time(state: Intake, _: TimeTrusted) -> _Decision:
+    return Decision(replace(state, timed=True))
+
+
+def _time_came(state: Intake, _: TimeTrusted) -> _Decision:
+    return _verify(state, state.document, ShowWaiting(""))
+
+
+_R, _V, _P, _T = IntakePhase
 
 INTAKE: Final[Table[IntakePhase, Intake, IntakeEvent, IntakeEffect]] = Table(
     "intake",
@@ -155,5 +223,14 @@ INTAKE: Final[Table[IntakePhase, Intake, IntakeEvent, IntakeEffect]] = Table(
         # The timer of a pause that an arrival ended may still fire.
         (_V, PauseOver): Row((_V,), _stale),
         (_R, PauseOver): Row((_R,), _stale),
+        (_T, PauseOver): Row((_T,), _stale),
+        (_V, Untimed): Row((_V, _T), _untimed),
+        # It could not be accepted either; the newest is verified when the time has come.
+        (_T, Arrived): Row((_T,), _replace_waiting),
+        (_T, TimeTrusted): Row((_V,), _time_came),
+        (_V, TimeTrusted): Row((_V,), _note_time),
+        # With the time, certificates that seemed wrong may be right.
+        (_P, TimeTrusted): Row((_V,), _again),
+        (_R, TimeTrusted): Row((_R,), _stale),
     },
 )

@@ -66,6 +66,14 @@ class ReconcileDue(msgspec.Struct, frozen=True):
     """Time to offer the accepted assignment's models to their slots again."""
 
 
+class TimeAttested(msgspec.Struct, frozen=True):
+    """The hub has attested the time; what waited for it goes on."""
+
+
+class TimeDoubted(msgspec.Struct, frozen=True):
+    """The dates of a server's certificate do not agree with the trusted time."""
+
+
 class Noted(msgspec.Struct, frozen=True, eq=False):
     """Something happened that the hub shall know: a class 0 record."""
 
@@ -90,6 +98,8 @@ Inward = (
     | ReportDue
     | HeartbeatDue
     | ReconcileDue
+    | TimeAttested
+    | TimeDoubted
     | Noted
     | Stop
 )

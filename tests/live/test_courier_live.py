@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.courier import MAX_WAITING, MqttCourier, broker_context
+from edge_agent.adapters.system import SystemClock
 from shared.errors import OutriderError, TransferRefused, Unreachable
 from shared.ids import DeviceId
 from shared.telemetry import BatchId
@@ -27,11 +28,14 @@ DEVICE = """
 import asyncio, sys
 from pathlib import Path
 from edge_agent.adapters.courier import MqttCourier, broker_context
+from edge_agent.adapters.system import SystemClock
 
 async def main(port, ca, certificate, key):
     courier = MqttCourier(
         host="localhost", port=int(port), device="dev-a",
-        context=broker_context(ca_path=Path(ca), certificate_path=Path(certificate), key_path=Path(key)),
+        context=broker_context(
+            ca_path=Path(ca), certificate_path=Path(certificate), key_path=Path(key), now_ms=SystemClock().wall_ms
+        ),
         on_message=print, on_lost=print,
     )
     await courier.connect(
@@ -76,7 +80,12 @@ class Line:
             host="localhost",
             port=port,
             device=DeviceId(device),
-            context=broker_context(ca_path=(trusts or ca).path, certificate_path=pair.certificate, key_path=pair.key),
+            context=broker_context(
+                ca_path=(trusts or ca).path,
+                certificate_path=pair.certificate,
+                key_path=pair.key,
+                now_ms=SystemClock().wall_ms,
+            ),
             on_message=lambda topic, payload: self.messages.append((topic, payload)),
             on_lost=self.lost.append,
             on_refused=lambda topic, ref, code, _: self.refused.append((topic, ref, code)),
