@@ -108,18 +108,34 @@ def verify_time(answer: bytes, *, root: Root, device: DeviceId, nonce: str, floo
         )
     with _renamed():
         time = _open(answer, root)
+    check_asker(time, device)
+    check_question(time, nonce)
+    check_possible(time, root, floor_ms=floor_ms)
+    return time.time_ms
+
+
+def check_asker(time: AttestedTime, device: DeviceId) -> None:
+    """Raise TrustError `trust.time.wrong_device` unless it was told to this device."""
     if time.device != device:
         raise TrustError(
             f"the time was attested to {time.device[:80]!r}, this device is {device!r}",
             code="trust.time.wrong_device",
             hint="someone shows this device what was signed for another one",
         )
+
+
+def check_question(time: AttestedTime, nonce: str) -> None:
+    """Raise TrustError `trust.time.replayed` unless it answers the question with this nonce."""
     if time.nonce != nonce:
         raise TrustError(
             "the attested time answers another question than this device asked",
             code="trust.time.replayed",
             hint="an answer from before is shown again; look at what stands between this device and the hub",
         )
+
+
+def check_possible(time: AttestedTime, root: Root, *, floor_ms: int) -> None:
+    """Raise TrustError unless it lies after what is proven (`.rollback`) and before what the root allows (`.too_far`)."""
     if time.time_ms < floor_ms:
         raise TrustError(
             f"the attested time lies {floor_ms - time.time_ms} ms before what signed documents prove",
@@ -132,7 +148,6 @@ def verify_time(answer: bytes, *, root: Root, device: DeviceId, nonce: str, floo
             code="trust.time.too_far",
             hint="check the hub's clock; if it is right, let the root be signed again",
         )
-    return time.time_ms
 
 
 def names_time_key(root: Root) -> bool:
