@@ -135,7 +135,7 @@ def check_question(time: AttestedTime, nonce: str) -> None:
 
 
 def check_possible(time: AttestedTime, root: Root, *, floor_ms: int) -> None:
-    """Raise TrustError unless it lies after what is proven (`.rollback`) and before what the root allows (`.too_far`)."""
+    """Raise TrustError unless it lies after what is proven (`.rollback`) and within the root's reach (`.too_far`)."""
     if time.time_ms < floor_ms:
         raise TrustError(
             f"the attested time lies {floor_ms - time.time_ms} ms before what signed documents prove",
