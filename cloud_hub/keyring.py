@@ -1,7 +1,7 @@
 """Signing keys as files: ed25519, PEM (PKCS #8, unencrypted), mode 0600, never overwritten.
 
-    offline  root.key targets.key release.key          on the signing machines; the hub never reads them
-    online   snapshot.key timestamp.key assignment.key in the hub's data directory
+    offline  root.key targets.key release.key                     on the signing machines; the hub never reads them
+    online   snapshot.key timestamp.key assignment.key time.key   in the hub's data directory
 
 A second key of a role lies beside the first as `root-2.key`; one that the hub made to replace `snapshot.key` as
 `snapshot-<identifier>.key`, until a root names it. Which of them signs is decided by the metadata, never by the name.
@@ -27,7 +27,9 @@ from shared.trust.library import CryptoSigner, Key
 from shared.trust.repository import RoleKeys, RootKeys
 
 OFFLINE: Final = ("root", "targets", "release")
-ONLINE: Final = ("snapshot", "timestamp", "assignment")
+ONLINE: Final = ("snapshot", "timestamp", "assignment", "time")
+LATER: Final = ("time",)
+"""Online keys that a hub made earlier may lack; it goes on without what they sign."""
 
 MAX_KEY_BYTES: Final = 16 * 1024
 TRUSTED_ROOT: Final = "trusted-root.json"
@@ -50,6 +52,10 @@ class Keyring:
     def path(self, name: str) -> Path:
         """The file of this key, whether it is there or not."""
         return self._directory / f"{name}.key"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a key of this name, usable or not."""
+        return self.path(name).exists()
 
     def create(self, *names: str) -> None:
         """Make these keys in a directory of mode 0700.
@@ -109,7 +115,8 @@ class Keyring:
 
     def _find(self, role: str, keyids: Collection[str]) -> Path:
         first = self.path(role)
-        for path in (*((first,) if first.exists() else ()), *sorted(self._directory.glob(f"{role}-*.key"))):
+        kept: list[Path] = [first] if first.exists() else []
+        for path in (*kept, *sorted(self._directory.glob(f"{role}-*.key"))):
             if read_signer(path).public_key.keyid in keyids:
                 return path
         wanted = ", ".join(sorted(keyid[:SHORT] for keyid in keyids))
@@ -153,6 +160,7 @@ def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
         snapshot=one(online, "snapshot"),
         timestamp=one(online, "timestamp"),
         assignment=one(online, "assignment"),
+        time=one(online, "time") if online.has("time") else None,
     )
 
 

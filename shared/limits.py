@@ -44,6 +44,10 @@ MAX_JSON_DEPTH: Final = 32
 MAX_MODELS_PER_DEVICE: Final = 8
 """As many as fit into an assignment under names of usual length; long names meet its size first."""
 MAX_PATCHES_PER_ASSIGNMENT: Final = 8
+MAX_ROOTS_WITH_TIME: Final = 8
+MAX_TIME_ROOTS_BYTES: Final = 256 * KIB
+"""Roots that come along with an attested time; one comes whatever its size."""
+MAX_TIME_ANSWER_BYTES: Final = 1 * MIB
 
 # Models
 MAX_MODEL_BYTES: Final = 512 * MIB

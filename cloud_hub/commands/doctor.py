@@ -29,7 +29,7 @@ from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.ground.tlsport import bind
-from cloud_hub.keyring import ONLINE
+from cloud_hub.keyring import LATER, ONLINE
 from cloud_hub.releases.desk import newest_root
 from shared.errors import ConfigError, OutriderError
 from shared.limits import MIB
@@ -152,8 +152,10 @@ def _certificates(config: HubConfig) -> str:
 def _keys(config: HubConfig) -> str:
     config.require()
     with closing(Database(config.database_url)) as database:
-        online_keys(config.folder.keys)(newest_root(database))
-    return ", ".join(ONLINE)
+        keys = online_keys(config.folder.keys)(newest_root(database))
+    missing = [name for name in LATER if getattr(keys, name) is None]
+    found = [name for name in ONLINE if name not in missing]
+    return ", ".join(found) + "".join(f"; none for {name}, as in hubs made earlier" for name in missing)
 
 
 def _broker(config: HubConfig) -> str:

@@ -29,6 +29,7 @@ def online_keys(folder: Path) -> KeySource:
             snapshot=_find(keyring, trusted, "snapshot"),
             timestamp=_find(keyring, trusted, "timestamp"),
             assignment=_find(keyring, trusted, "assignment"),
+            time=None if role_keys(trusted, "time") is None else _find(keyring, trusted, "time"),
         )
 
     return choose

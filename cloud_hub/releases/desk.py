@@ -1,4 +1,4 @@
-"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments.
+"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments, time.
 
 `Desk` puts the room's parts together and runs them; each part keeps its own rules:
 
@@ -7,6 +7,7 @@
     publishing   proposals, signed metadata            publishing.py
     patches      shorter ways to new files             patches.py (patch_job.py)
     assigning    who shall run what                    assigning.py
+    attesting    what time it is, signed               attesting.py
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
 from cloud_hub.releases.assigning import Assigned, Assigning, Fleet, Outcome
+from cloud_hub.releases.attesting import Attesting
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.catalogue import Catalogue
 from cloud_hub.releases.counts import Counts
@@ -87,7 +89,7 @@ class Desk:
         settings: what an operator may choose.
 
     Attributes:
-        blobs, catalogue, publishing, patches, assigning: the room's parts, each with its own methods.
+        blobs, catalogue, publishing, patches, assigning, attesting: the room's parts, each with its own methods.
         counts: the room's figures.
     """
 
@@ -148,6 +150,7 @@ class Desk:
             ttl_ms=settings.assignment_ttl_ms,
         )
         self.assigning.listen(bus)
+        self.attesting = Attesting(database=database, clock=clock, keys=keys)
 
     def open(self) -> None:
         """Make the room's folders and clear what an interrupted run left; blocks, once, before anything else."""

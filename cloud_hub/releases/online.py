@@ -19,11 +19,12 @@ from shared.trust.roles import ROOT, SNAPSHOT, TIMESTAMP
 
 @dataclass(frozen=True, slots=True)
 class OnlineKeys:
-    """The keys that the hub signs with by itself."""
+    """The keys that the hub signs with by itself; under a root made earlier there may be none for the time."""
 
     snapshot: Signer
     timestamp: Signer
     assignment: Signer
+    time: Signer | None = None
 
 
 KeySource = Callable[[bytes], OnlineKeys]

@@ -1,6 +1,8 @@
-"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/roots`, `/v1/metadata`, `/v1/assignments`.
+"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/roots`, `/v1/metadata`, `/v1/assignments`,
+`/v1/time`.
 
-`router(desk)` makes the routes. Bodies are msgspec structs: unknown fields and wrong types are refused by name.
+`router(desk)` makes the routes; `app.state.time_rate` holds how often one address may ask for the time. Bodies are
+msgspec structs: unknown fields and wrong types are refused by name.
 Blobs are streamed both ways and are exempt from the bounds on other requests (prefix `/v1/blobs/`): an upload is
 bounded by its announced length, and by a deadline for each next piece of it.
 """
@@ -17,10 +19,12 @@ from fastapi.responses import FileResponse
 from cloud_hub.ground import bodies
 from cloud_hub.ground.auth import Principal, Role, require, require_any
 from cloud_hub.ground.bodies import JSON_TYPE, json_answer, read_json, takes
-from cloud_hub.ground.problems import NotFound
+from cloud_hub.ground.problems import NotFound, Throttled
+from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.releases.desk import Desk, Push, Selector
 from cloud_hub.releases.tables import AssignmentRow, ModelRow
 from shared import limits
+from shared.clock import Clock
 from shared.ids import parse_digest
 
 STREAMED_PREFIX: Final = "/v1/blobs/"
@@ -48,6 +52,14 @@ class KeyChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Signed metadata that changes keys, by role: `root`, `targets`, `models/<family>`."""
 
     parts: dict[str, str]
+
+
+class TimeAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device's question: 32 random bytes in base64url, its name, and the version of the root that it trusts."""
+
+    nonce: str
+    device: str
+    root: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
 
 def router(desk: Desk) -> APIRouter:
@@ -85,7 +97,26 @@ def router(desk: Desk) -> APIRouter:
     add("/metadata/{name:path}", releases.metadata, methods=["GET"], operation_id="get_metadata", response_model=None)
     add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **takes(Selector))
     add("/assignments", assignments.page, methods=["GET"], operation_id="list_assignments", response_model=None)
+    time = _Time(desk)
+    add("/time", time.tell, methods=["POST"], operation_id="attest_time", **takes(TimeAsked))
     return routes
+
+
+class _Time:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def tell(self, request: Request) -> Response:
+        """The time, signed for one device and one nonce. Needs no proof: who has no clock may have no valid one."""
+        rate: Buckets = request.app.state.time_rate
+        clock: Clock = request.app.state.clock
+        address = request.client.host if request.client else "unknown"
+        wait_s = rate.take(source_of(address), now_ms=clock.mono_ms())
+        if wait_s:
+            raise Throttled("too many questions for the time from this address", retry_after_s=wait_s, hint="wait")
+        asked = await read_json(request, TimeAsked)
+        answer = await self._desk.attesting.attest(device=asked.device, nonce=asked.nonce, root_version=asked.root)
+        return Response(answer, media_type=JSON_TYPE, headers={"cache-control": "no-store"})
 
 
 class _Blobs:

@@ -15,9 +15,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec.structs import replace
 
 from edge_agent.adapters.trust_folder import TrustFolder
@@ -38,6 +40,7 @@ from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
 from shared.wire.verification import (
     Accepted,
+    Attested,
     Fed,
     FromVerifier,
     Job,
@@ -48,6 +51,7 @@ from shared.wire.verification import (
     Refused,
     StoredJob,
     StoredRelease,
+    TimeJob,
     ToVerifier,
     decode_from_verifier,
     encode,
@@ -60,6 +64,14 @@ MAX_OLDER_MANIFESTS: Final = 32
 """Of releases that the accepted assignment does not name; one of them may be what a slot went back to."""
 
 _REAP_S: Final = 5.0
+
+
+class _SignedRoot(msgspec.Struct, frozen=True):
+    version: int
+
+
+class _RootFile(msgspec.Struct, frozen=True):
+    signed: _SignedRoot
 
 
 class PassingShelf:
@@ -139,7 +151,9 @@ class LiveVerifier:
         self._command = command
         self._turn = asyncio.Lock()
 
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+    async def verify(
+        self, document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
         """The verified assignment.
 
         Raises:
@@ -149,10 +163,41 @@ class LiveVerifier:
         """
         if len(document) > limits.MAX_ASSIGNMENT_BYTES:
             raise TrustError(f"an assignment of {len(document)} bytes is too large", code="trust.endless_data")
+        async with self._in_turn():
+            job = await asyncio.to_thread(self._job, document, floors, wall_ms, time_attested)
+            verdict = await self._run(job)
+            if not isinstance(verdict, Accepted):
+                raise _lost("it answered another question")
+            await asyncio.to_thread(self._keep_accepted, document, verdict.verified)
+            return verdict.verified
+
+    async def attest(self, answer: bytes, *, nonce: str, floors: Floors) -> int:
+        """The time that the hub's answer attests, in milliseconds since 1970; newer roots in it are kept.
+
+        Raises as `verify` does; the codes of an answer that is not to be trusted lie below `trust.time`.
+        """
+        async with self._in_turn():
+            root = await asyncio.to_thread(self._folder.root)
+            job = TimeJob(answer=answer, device=self._device, nonce=nonce, root=root, floors=floors)
+            verdict = await self._run(job)
+            if not isinstance(verdict, Attested):
+                raise _lost("it answered another question")
+            return verdict.time_ms
+
+    async def root_version(self) -> int:
+        """The version of the newest trusted root; 0 when it cannot be told."""
+        try:
+            data = await asyncio.to_thread(self._folder.root)
+            return msgspec.json.decode(data, type=_RootFile).signed.version
+        except (TrustError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return 0
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
         async with self._turn:
             try:
                 async with asyncio.timeout(self._deadline_ms / 1000):
-                    return await self._run(document, floors=floors, wall_ms=wall_ms)
+                    yield
             except TimeoutError as error:
                 raise Unreachable(
                     f"the verification was not done within {self._deadline_ms} ms",
@@ -160,8 +205,7 @@ class LiveVerifier:
                     hint="look at the link to the hub; the agent tries again by itself",
                 ) from error
 
-    async def _run(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
-        job = await asyncio.to_thread(self._job, document, floors, wall_ms)
+    async def _run(self, job: Job | TimeJob) -> Accepted | Attested:
         child = _Child(self._command)
         try:
             await child.send(job)
@@ -176,9 +220,8 @@ class LiveVerifier:
                     case KeepManifest(digest=digest, data=data):
                         await asyncio.to_thread(self._folder.keep_manifest, digest, data)
                         await child.send(Fed())
-                    case Accepted(verified=verified):
-                        await asyncio.to_thread(self._keep_accepted, document, verified)
-                        return verified
+                    case Accepted() | Attested() as verdict:
+                        return verdict
                     case Refused(code=code, message=message, hint=hint):
                         kind = TransferRefused if code.startswith("transfer.") else TrustError
                         raise kind(message, code=code, hint=hint)
@@ -187,7 +230,7 @@ class LiveVerifier:
         finally:
             await child.end()
 
-    def _job(self, document: bytes, floors: Floors, wall_ms: int) -> Job:
+    def _job(self, document: bytes, floors: Floors, wall_ms: int, time_attested: bool) -> Job:
         return Job(
             document=document,
             device=self._device,
@@ -197,6 +240,7 @@ class LiveVerifier:
             previous=self._folder.previous(),
             floors=floors,
             wall_ms=wall_ms,
+            time_attested=time_attested,
         )
 
     async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:

@@ -11,8 +11,18 @@ import logging
 from typing import Final, assert_never
 
 from edge_agent.core import intake, link
-from edge_agent.core.intake import Accepted, Intake, IntakeEvent, PauseOver, Refused, Unavailable
+from edge_agent.core.intake import (
+    Accepted,
+    Intake,
+    IntakeEvent,
+    PauseOver,
+    Refused,
+    TimeTrusted,
+    Unavailable,
+    Untimed,
+)
 from edge_agent.core.slot_values import FetchDue, Installed
+from edge_agent.core.trusted_time import UNATTESTED
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -29,15 +39,17 @@ from edge_agent.driver.events import (
     ReportDue,
     Stop,
     TaskCame,
+    TimeAttested,
+    TimeDoubted,
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Vitals
 from edge_agent.update_ports import Verifier
-from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent, Grade, Reading
@@ -60,7 +72,6 @@ class Agent:
     def __init__(
         self,
         *,
-        clock: Clock,
         loop: Loop,
         ledger: Ledger,
         verifier: Verifier,
@@ -69,11 +80,11 @@ class Agent:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        timekeeping: Timekeeping,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
     ) -> None:
-        self._clock = clock
         self._loop = loop
         self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
@@ -83,6 +94,7 @@ class Agent:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._timekeeping = timekeeping
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -92,6 +104,7 @@ class Agent:
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
+        await self._timekeeping.start()
         self._rounds.start()
         self._works.start("judge-installed", self._judge())
         self._inbox.post(ForLink(link.StartLink()))
@@ -151,6 +164,12 @@ class Agent:
             case HeartbeatDue():
                 self._uplink.report_now()
                 self._timers.start("heartbeat", self._heartbeat_ms, HeartbeatDue())
+            case TimeAttested():
+                # Connections that the wrong time forbade may be allowed now.
+                self._inbox.post(ForIntake(TimeTrusted()))
+                self._inbox.post(ForLink(link.StartLink()))
+            case TimeDoubted():
+                self._timekeeping.ask()
             case Stop():
                 pass  # taken out of the loop before
             case _:
@@ -159,6 +178,7 @@ class Agent:
     async def _on_link(self, event: link.LinkEvent) -> None:
         await self._uplink.on_link(event)
         if isinstance(event, link.Connected):
+            self._timekeeping.hurry()
             # What waited for the network need not wait for its timer.
             self._inbox.post(ForIntake(PauseOver()))
             for family in self._models.families():
@@ -182,6 +202,13 @@ class Agent:
                     self._inbox.post(Noted("release.refused", {"code": code, "message": message}))
                 case intake.NoteDelay(code, message):
                     self._inbox.post(Noted("release.delayed", {"code": code, "message": message}))
+                case intake.AskTime():
+                    self._timekeeping.hurry()
+                case intake.ShowWaiting(message):
+                    self._timekeeping.waits = message
+                case intake.NoteWaiting(message):
+                    logger.warning("an assignment waits for the time", extra={"why": message})
+                    self._inbox.post(Noted("release.waits_for_time", {"message": message}))
                 case intake.Pause(delay_ms):
                     self._timers.start("intake", delay_ms, ForIntake(PauseOver()))
 
@@ -214,10 +241,16 @@ class Agent:
     async def _verify(self, document: bytes) -> None:
         try:
             floors = await self._ledger.load_floors()
-            verified = await self._verifier.verify(document, floors=floors, wall_ms=self._clock.wall_ms())
+            time = self._timekeeping
+            verified = await self._verifier.verify(
+                document, floors=floors, wall_ms=time.now_ms(), time_attested=time.attested
+            )
             await self._ledger.save_verified(verified)
+            time.proven(verified.floors.time_ms)
         except TrustError as error:
-            self._inbox.post(ForIntake(Refused(error.code, error.message)))
+            is_untimed = error.code == UNATTESTED
+            event = Untimed(error.message) if is_untimed else Refused(error.code, error.message)
+            self._inbox.post(ForIntake(event))
         except OutriderError as error:
             logger.warning("assignment cannot be verified yet", extra={"code": error.code, "why": error.message})
             self._inbox.post(ForIntake(Unavailable(error.message, error.code)))

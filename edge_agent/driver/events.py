@@ -74,6 +74,14 @@ class InstalledJudged(msgspec.Struct, frozen=True):
     judged: Judged
 
 
+class TimeAttested(msgspec.Struct, frozen=True):
+    """The hub has attested the time; what waited for it goes on."""
+
+
+class TimeDoubted(msgspec.Struct, frozen=True):
+    """The dates of a server's certificate do not agree with the trusted time."""
+
+
 class Noted(msgspec.Struct, frozen=True, eq=False):
     """Something happened that the hub shall know: a class 0 record."""
 
@@ -99,6 +107,8 @@ Inward = (
     | HeartbeatDue
     | InstalledJudged
     | ReconcileDue
+    | TimeAttested
+    | TimeDoubted
     | Noted
     | Stop
 )

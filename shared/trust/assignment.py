@@ -224,10 +224,10 @@ def _check_patches(patches: tuple[Patch, ...], what: str) -> None:
             raise strict.malformed(what, "a patch changes nothing, or has no possible length")
 
 
-def authorised_keys(root: Root) -> tuple[dict[str, Key], int]:
-    """The keys that may sign assignments and how many of them must; raises TrustError when the root names none."""
-    with translated("the root's list of assignment keys"):
-        entry = root.unrecognized_fields[EXTENSION][TYPE]
+def authorised_keys(root: Root, kind: str = TYPE) -> tuple[dict[str, Key], int]:
+    """The online keys that may sign this kind and how many of them must; raises TrustError when the root names none."""
+    with translated(f"the root's list of {kind} keys"):
+        entry = root.unrecognized_fields[EXTENSION][kind]
         keyids, threshold = entry["keyids"], entry["threshold"]
         if type(threshold) is not int or threshold < 1 or not isinstance(keyids, list) or not keyids:
             raise ValueError("keyids and threshold are required")

@@ -14,7 +14,7 @@ Not here: downloads of models, and what is installed already (shared/trust/store
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import TypeVar
 
 from shared import limits
@@ -23,10 +23,10 @@ from shared.model import FileRef, Manifest, decode_manifest
 from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
 from shared.trust import assignment as assignments
 from shared.trust import metadata as md
-from shared.trust import strict
+from shared.trust import strict, time
 from shared.trust.client import Client, missing
 from shared.trust.library import Root, TargetFile
-from shared.wire.verification import Job, Keep, KeepManifest, Need
+from shared.wire.verification import Job, Keep, KeepManifest, Need, TimeJob
 
 R = TypeVar("R")
 Steps = Generator[Need | Keep | KeepManifest, bytes | None, R]
@@ -44,6 +44,7 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
     """
     client = Client(root=job.root, cache=job.cache, floors=job.floors.roles)
     root = yield from client.follow_roots()
+    time.check_attested(root, attested=job.time_attested)
     assignment = _open_assignment(job, root)
     yield from client.refresh(now_ms=max(job.wall_ms, job.floors.time_ms, assignment.issued_ms))
     models = []
@@ -52,6 +53,31 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
     return VerifiedAssignment(
         assignment=assignment, models=tuple(models), floors=_raised(job.floors, client, assignment, models)
     )
+
+
+def attest(job: TimeJob) -> Steps[int]:
+    """Follow the roots that came with the hub's answer, then hold it against the newest: milliseconds since 1970.
+
+    Asks for nothing; roots are worth keeping whatever becomes of the answer.
+
+    Raises:
+        TrustError: with a code below `trust.time` for the answer, or that of a root.
+    """
+    client = Client(root=job.root, cache={}, floors=job.floors.roles)
+    root = yield from _served(client.follow_roots(), time.newer_roots(job.answer))
+    return time.verify_time(job.answer, root=root, device=job.device, nonce=job.nonce, floor_ms=job.floors.time_ms)
+
+
+def _served(run: Steps[R], files: Mapping[str, bytes]) -> Steps[R]:
+    """The run with its needs served from these files, by name."""
+    answer: bytes | None = None
+    while True:
+        try:
+            step = run.send(answer)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+        answer = files.get(step.name) if isinstance(step, Need) else (yield step)
 
 
 def _open_assignment(job: Job, root: Root) -> Assignment:

@@ -23,7 +23,7 @@ from shared.errors import Conflict, InvalidValue
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, check_manifest, encode_manifest, manifest_path
 from shared.trust import metadata as md
-from shared.trust.assignment import EXTENSION, TYPE
+from shared.trust.assignment import EXTENSION
 from shared.trust.library import (
     DelegatedRole,
     Delegations,
@@ -53,14 +53,19 @@ class RoleKeys(msgspec.Struct, frozen=True, kw_only=True):
     threshold: int = 1
 
 
+ONLINE_DOCUMENTS: Final = ("assignment", "time")
+"""What the hub signs beside metadata; the root lists their keys in its extension."""
+
+
 class RootKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a root authorises."""
+    """Everything that a root authorises; without keys for the time, devices keep to their own clocks."""
 
     root: RoleKeys
     targets: RoleKeys
     snapshot: RoleKeys
     timestamp: RoleKeys
     assignment: RoleKeys
+    time: RoleKeys | None = None
 
 
 def new_root(keys: RootKeys, *, now_ms: int, version: int = 1, days: int = ROOT_DAYS) -> Metadata[Root]:
@@ -71,11 +76,14 @@ def new_root(keys: RootKeys, *, now_ms: int, version: int = 1, days: int = ROOT_
         check_role_keys(held, role)
         root.roles[role] = Role([key.keyid for key in held.keys], held.threshold)
         root.keys.update({key.keyid: key for key in held.keys})
-    check_role_keys(keys.assignment, TYPE)
-    root.keys.update({key.keyid: key for key in keys.assignment.keys})
-    root.unrecognized_fields[EXTENSION] = {
-        TYPE: {"keyids": [key.keyid for key in keys.assignment.keys], "threshold": keys.assignment.threshold}
-    }
+    extension: dict[str, dict[str, object]] = {}
+    for kind in ONLINE_DOCUMENTS:
+        signing: RoleKeys | None = getattr(keys, kind)
+        if signing is not None:
+            check_role_keys(signing, kind)
+            root.keys.update({key.keyid: key for key in signing.keys})
+            extension[kind] = {"keyids": [key.keyid for key in signing.keys], "threshold": signing.threshold}
+    root.unrecognized_fields[EXTENSION] = extension
     return Metadata(root)
 
 

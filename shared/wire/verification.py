@@ -4,6 +4,7 @@ refresh → driver    Need      answer with the bytes, or None where the hub has
 refresh → driver    Keep      write this to the cache, after removing what it drops; answer with None
 refresh → driver    KeepManifest  the same for a release's manifest
 refresh → driver    Accepted  the end: everything holds
+refresh → driver    Attested  the end of a TimeJob: the hub's answer holds
 refresh → driver    Refused   the end: a TrustError (or a TransferError for a mandatory file that is missing)
 driver → refresh    Job       verify an assignment that came
 driver → refresh    StoredJob judge what is installed, from what is stored, without asking for anything
@@ -62,6 +63,12 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     verified: VerifiedAssignment
 
 
+class Attested(msgspec.Struct, frozen=True, kw_only=True, tag="attested"):
+    """The hub's answer is to be trusted: what its clock said when it answered, in milliseconds since 1970."""
+
+    time_ms: int
+
+
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     """It is not to be trusted, or cannot be decided for want of a file (`code` starts with `transfer`)."""
 
@@ -80,8 +87,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
         cache: metadata accepted earlier, by role.
         previous: the assignment document accepted last, if it is still there.
         floors: what must not be undercut, whatever the cache holds.
-        wall_ms: this device's clock, right or wrong.
+        wall_ms: the trusted time, or the best guess at it (edge_agent/core/trusted_time.py).
         profile: the name of this device's profile.
+        time_attested: whether the hub has attested the time since the device started.
     """
 
     document: bytes
@@ -92,6 +100,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     floors: Floors
     wall_ms: int
     previous: bytes | None = None
+    time_attested: bool = False
+
+
+class TimeJob(msgspec.Struct, frozen=True, kw_only=True, tag="time"):
+    """What the check of an attested time starts from; it needs no file, and may have roots to keep.
+
+    Attributes:
+        answer: as it came from the hub, newer roots included.
+        nonce: what the hub was asked with.
+    """
+
+    answer: bytes
+    device: DeviceId
+    nonce: str
+    root: bytes
+    floors: Floors
 
 
 class StoredRelease(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,8 +162,8 @@ class Fed(msgspec.Struct, frozen=True, kw_only=True, tag="fed"):
     data: bytes | None = None
 
 
-ToVerifier = Job | StoredJob | Fed
-FromVerifier = Need | Keep | KeepManifest | Accepted | Refused | Judged
+ToVerifier = Job | StoredJob | TimeJob | Fed
+FromVerifier = Need | Keep | KeepManifest | Accepted | Attested | Refused | Judged
 
 _encoder = msgspec.msgpack.Encoder()
 _to_decoder: msgspec.msgpack.Decoder[ToVerifier] = msgspec.msgpack.Decoder(ToVerifier)

@@ -21,10 +21,11 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer
 from edge_agent.update_ports import Shelf
-from shared.errors import OutriderError, TransferError, TrustError, Unreachable
+from shared.errors import OutriderError, TransferError, TransferRefused, TrustError, Unreachable
 from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
@@ -106,9 +107,16 @@ class FakeVerifier:
         self.judged = Judged(refused={}, undecided={})
         self.lost: OutriderError | None = None
         self.asked: tuple[StoredRelease, ...] = ()
+        self.names_time_key = False
+        self.times: list[int] = []
 
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+    async def verify(
+        self, document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
         """What was prepared for this document."""
+        self.times.append(wall_ms)
+        if self.names_time_key and not time_attested:
+            raise TrustError("nobody has attested the time", code="trust.time.unattested")
         if self.error is not None:
             raise self.error
         if document not in self.known:
@@ -124,6 +132,21 @@ class FakeVerifier:
         if self.lost is not None:
             raise self.lost
         return self.judged
+
+
+class FakeTimeSource:
+    """Answers what `says` holds: a time, or the error that is raised; by default a hub that attests none."""
+
+    def __init__(self) -> None:
+        self.says: int | OutriderError = TransferRefused("no such question", code="transfer.not_found")
+        self.asked: list[Floors] = []
+
+    async def ask(self, *, floors: Floors) -> int:
+        """The time, or the error."""
+        self.asked.append(floors)
+        if isinstance(self.says, OutriderError):
+            raise self.says
+        return self.says
 
 
 class HubOnFakes:
@@ -217,6 +240,7 @@ class AgentWorld:
         self.hub = HubOnFakes(self.broker)
         self.fetcher = FakeFetcher()
         self.verifier = FakeVerifier()
+        self.time_source = FakeTimeSource()
         self.hosts = FakeHosts(answer)
         self.samples = FakeSamples()
         self.replies = FakeReplies()
@@ -235,6 +259,7 @@ class AgentWorld:
         self.answering: Answering
         self.rounds: Rounds
         self.service: Service
+        self.timekeeping: Timekeeping
         self.agent: Agent
 
     def waiting(self) -> int:
@@ -358,6 +383,13 @@ class AgentWorld:
             routes=self.models.routes,
             send=partial(self.uplink.send, "round"),
         )
+        self.timekeeping = Timekeeping(
+            clock=self.clock,
+            loop=loop,
+            ledger=self.ledger,
+            source=self.time_source,
+            note=lambda name, detail: inbox.post(Noted(name, detail)),
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -367,9 +399,9 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            timekeeping=self.timekeeping,
         )
         self.agent = Agent(
-            clock=self.clock,
             loop=loop,
             ledger=self.ledger,
             verifier=self.verifier,
@@ -378,6 +410,7 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            timekeeping=self.timekeeping,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,

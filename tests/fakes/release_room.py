@@ -129,7 +129,7 @@ class ReleaseRoom:
         self.database = Database(f"sqlite:///{root / 'hub.db'}")
         migrate.upgrade(self.database)
         self.operator = Operator()
-        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment")}
+        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment", "time")}
         self.keys = OnlineKeys(**online)
         self.ring = {name: [signer] for name, signer in online.items()}
         self.fleet = FakeFleet({})
@@ -255,6 +255,7 @@ class ReleaseRoom:
                 snapshot=one(self.keys.snapshot),
                 timestamp=one(self.keys.timestamp),
                 assignment=one(self.keys.assignment),
+                time=one(self.keys.time),
             ),
             now_ms=self.clock.wall,
         )
