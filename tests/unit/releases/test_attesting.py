@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def test_one_address_may_ask_so_often(ask: Ask) -> None:
 
 
 def test_a_hub_without_a_time_key_says_so(room: ReleaseRoom) -> None:
-    room.keys = replace(room.keys, time=None)
+    room.ring.pop("time")
     with pytest.raises(problems.NotFound) as caught:
         asyncio.run(room.open_desk().attesting.attest(device=DEVICE, nonce=NONCE, root_version=1))
     assert caught.value.code == "not_found.time"

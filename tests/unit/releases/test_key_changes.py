@@ -112,7 +112,7 @@ class Owners:
         return self.room.outgoing.documents()[-1][1]
 
     def verify(self, document: bytes) -> Any:
-        return self.device.verify(document, self.serve, wall_ms=self.now_ms)
+        return self.device.verify(document, self.serve, wall_ms=self.now_ms, time_attested=True)
 
     def device_refuses(self, document: bytes) -> str:
         with pytest.raises(OutriderError) as caught:
