@@ -1,7 +1,11 @@
 """Signing keys as files: ed25519, PEM (PKCS #8, unencrypted), mode 0600, never overwritten.
 
-    offline  root.key targets.key release.key          on the signing machine; the hub never reads them
-    online   snapshot.key timestamp.key assignment.key in the hub's data directory
+    offline  root.key targets.key release.key                     on the signing machines; the hub never reads them
+    online   snapshot.key timestamp.key assignment.key time.key   in the hub's data directory
+
+A second key of a role lies beside the first as `root-2.key`; one that the hub made to replace `snapshot.key` as
+`snapshot-<identifier>.key`, until a root names it. Which of them signs is decided by the metadata, never by the name.
+Public halves are `ROLE-<identifier>.pub.json`: they are what is carried.
 
 Rules: a key file is created with O_EXCL and synced before its path is returned; one that others can read is refused;
 no key material reaches a message or a log. Not here: what the keys sign (shared/trust), certificates (ground/ca.py).
@@ -11,19 +15,27 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from cloud_hub.files import sync
+from cloud_hub.files import replace, sync
 from shared.errors import ConfigError, Conflict, InvalidValue, StorageError
-from shared.trust.keys import new_private_pem, signer_from_pem
+from shared.trust.authority import SHORT
+from shared.trust.keys import new_private_pem, public_half, read_public_half, signer_from_pem
 from shared.trust.library import CryptoSigner, Key
 from shared.trust.repository import RoleKeys, RootKeys
 
 OFFLINE: Final = ("root", "targets", "release")
-ONLINE: Final = ("snapshot", "timestamp", "assignment")
+ONLINE: Final = ("snapshot", "timestamp", "assignment", "time")
+LATER: Final = ("time",)
+"""Online keys that a hub made earlier may lack; it goes on without what they sign."""
 
 MAX_KEY_BYTES: Final = 16 * 1024
+TRUSTED_ROOT: Final = "trusted-root.json"
+"""Beside offline keys: the root that their holder's machine signed or followed last. Not a secret."""
+MAX_KEYS: Final = 16
+"""Of one role in one directory."""
 
 
 class Keyring:
@@ -41,6 +53,10 @@ class Keyring:
         """The file of this key, whether it is there or not."""
         return self._directory / f"{name}.key"
 
+    def has(self, name: str) -> bool:
+        """Whether there is a key of this name, usable or not."""
+        return self.path(name).exists()
+
     def create(self, *names: str) -> None:
         """Make these keys in a directory of mode 0700.
 
@@ -51,10 +67,7 @@ class Keyring:
         for name in names:
             if self.path(name).exists():
                 raise _exists(self.path(name))
-        try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self._directory, error) from error
+        self._make_directory()
         for name in names:
             write_key(self.path(name))
 
@@ -65,6 +78,74 @@ class Keyring:
     def public(self, name: str) -> Key:
         """The key's public half, as metadata lists it."""
         return self.signer(name).public_key
+
+    def add(self, role: str) -> CryptoSigner:
+        """Make one more key of a role, under the first name that is free; raises Conflict or StorageError."""
+        path = self.free_path(role)
+        self._make_directory()
+        return write_key(path)
+
+    def free_path(self, role: str) -> Path:
+        """The file of a role's next key: `root.key`, then `root-2.key`; raises Conflict when there are too many."""
+        for name in (role, *(f"{role}-{number}" for number in range(2, MAX_KEYS + 1))):
+            if not self.path(name).exists():
+                return self.path(name)
+        raise _exists(self.path(role))
+
+    def add_next(self, role: str) -> CryptoSigner:
+        """Make the key that shall replace an online one, under a name of its own; the old key stays."""
+        self._make_directory()
+        data = new_private_pem()
+        return write_key(self.path(f"{role}-{signer_from_pem(data).public_key.keyid[:SHORT]}"), data)
+
+    def signers(self) -> tuple[CryptoSigner, ...]:
+        """Every key that lies here; raises ConfigError when there is none, or one is unusable or open to others."""
+        paths = sorted(self._directory.glob("*.key"))
+        if not paths:
+            raise ConfigError(
+                f"there is no key in {self._directory}",
+                code="config.key_missing",
+                hint="name the folder that holds your .key files",
+            )
+        return tuple(read_signer(path) for path in paths)
+
+    def find(self, role: str, keyids: Collection[str]) -> CryptoSigner:
+        """The key of a role that has one of these identifiers; raises ConfigError when it is not here."""
+        return read_signer(self._find(role, keyids))
+
+    def _find(self, role: str, keyids: Collection[str]) -> Path:
+        first = self.path(role)
+        kept: list[Path] = [first] if first.exists() else []
+        for path in (*kept, *sorted(self._directory.glob(f"{role}-*.key"))):
+            if read_signer(path).public_key.keyid in keyids:
+                return path
+        wanted = ", ".join(sorted(keyid[:SHORT] for keyid in keyids))
+        raise ConfigError(
+            f"{self._directory} holds no {role} key that the root lists ({wanted})",
+            code="config.key_missing",
+            hint="restore it from the backup, or replace it: `outrider-hub keys rotate`",
+        )
+
+    def take_over(self, role: str, keyids: Collection[str], source: Keyring) -> None:
+        """Copy one of these keys from another directory, under the role's own name; raises ConfigError or Conflict."""
+        data = source._find(role, keyids).read_bytes()
+        self._make_directory()
+        write_key(self.path(role), data)
+
+    def write_public(self, role: str, key: Key) -> Path:
+        """Write a key's public half beside it; raises StorageError."""
+        path = self._directory / f"{role}-{key.keyid[:SHORT]}.pub.json"
+        try:
+            replace(path, public_half(role, key))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return path
+
+    def _make_directory(self) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self._directory, error) from error
 
 
 def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
@@ -79,12 +160,13 @@ def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
         snapshot=one(online, "snapshot"),
         timestamp=one(online, "timestamp"),
         assignment=one(online, "assignment"),
+        time=one(online, "time") if online.has("time") else None,
     )
 
 
-def write_key(path: Path) -> CryptoSigner:
-    """Make a new key in a new file of mode 0600, durable on return; raises Conflict or StorageError."""
-    data = new_private_pem()
+def write_key(path: Path, data: bytes | None = None) -> CryptoSigner:
+    """Put a key, by default a new one, into a new file of mode 0600, durable; raises Conflict or StorageError."""
+    data = data or new_private_pem()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -130,6 +212,17 @@ def read_signer(path: Path) -> CryptoSigner:
             code="config.key_unusable",
             hint="restore the file from its backup",
         ) from error
+
+
+def read_public(path: Path) -> tuple[str, Key]:
+    """Role and key of a public half; raises InvalidValue that names the file."""
+    try:
+        with path.open("rb") as file:
+            return read_public_half(file.read(MAX_KEY_BYTES))
+    except OSError as error:
+        raise InvalidValue(f"{path} cannot be read: {error.strerror}", code="invalid.public_key") from error
+    except InvalidValue as error:
+        raise InvalidValue(f"{path}: {error.message}", code=error.code, hint=error.hint) from error
 
 
 def _exists(path: Path) -> Conflict:

@@ -23,6 +23,7 @@ import uvloop
 import shared
 from cloud_hub.composition.foundation import Foundation
 from cloud_hub.composition.house import compose
+from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
 from cloud_hub.ground import broker as managed_broker
 from cloud_hub.ground import migrate, tlsport, transport
@@ -36,8 +37,7 @@ from cloud_hub.ground.readiness import notify
 from cloud_hub.ground.switchboard import Switchboard
 from cloud_hub.ground.system import SystemClock, raise_file_limit, take_turns_sooner
 from cloud_hub.ground.tlsport import HttpsServer
-from cloud_hub.keyring import Keyring
-from cloud_hub.releases.desk import OnlineKeys
+from cloud_hub.releases.desk import newest_root
 from shared.clock import Clock
 from shared.errors import ConfigError, OutriderError, StorageError, Unreachable
 
@@ -69,6 +69,8 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
         database.claim()
         authority = transport.load_authority(config.folder)
         renew_certificates(config, authority, clock=clock)
+        keys = online_keys(config.folder.keys)
+        keys(newest_root(database))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             foundation = Foundation(
                 config=config,
@@ -78,7 +80,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 metrics=Metrics(),
                 bus=Bus(),
                 link=Link(clock),
-                keys=online_keys(config),
+                keys=keys,
             )
             try:
                 return runner.run(_serve(foundation, announce=announce, manager=manager))
@@ -96,16 +98,6 @@ def require_own_packages() -> None:
             code="config.shadowed",
             hint="start it from another directory, or with PYTHONSAFEPATH=1",
         )
-
-
-def online_keys(config: HubConfig) -> OnlineKeys:
-    """The keys that the hub signs with by itself; raises ConfigError when one is missing or open to others."""
-    keyring = Keyring(config.folder.keys)
-    return OnlineKeys(
-        snapshot=keyring.signer("snapshot"),
-        timestamp=keyring.signer("timestamp"),
-        assignment=keyring.signer("assignment"),
-    )
 
 
 def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock) -> tuple[str, ...]:

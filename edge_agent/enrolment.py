@@ -109,9 +109,9 @@ def enroll(*, token: str, state_dir: Path, profile: str, name: str | None, force
         _make_folder(folder)
         csr_pem = _new_key(folder / "device.key.new")
         answer = _ask(join, ca_pem, body={"token": token.strip(), "csr_pem": csr_pem, "profile": profile, "name": name})
-        _check(answer, csr_pem=csr_pem, ca_pem=ca_pem)
+        issued_ms = _check(answer, csr_pem=csr_pem, ca_pem=ca_pem)
         at_ms = clock.wall_ms()
-        _stage(folder, answer, ca_pem=ca_pem, profile=profile, at_ms=at_ms)
+        _stage(folder, answer, ca_pem=ca_pem, profile=profile, at_ms=at_ms, issued_ms=issued_ms)
         moved = _set_aside(state_dir, before, answer, ca_pem=ca_pem, at_ms=at_ms)
         _swap(state_dir)
     return Enrolment(identity=load_identity(state_dir), moved_aside=moved)
@@ -226,8 +226,11 @@ def _new_key(path: Path) -> str:
     return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def _check(answer: _Enrolled, *, csr_pem: str, ca_pem: str) -> None:
-    """Hold the answer against what was asked; raises TrustError or ProtocolViolation."""
+def _check(answer: _Enrolled, *, csr_pem: str, ca_pem: str) -> int:
+    """Hold the answer against what was asked; returns when the certificate begins to be valid.
+
+    Raises TrustError or ProtocolViolation.
+    """
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
@@ -254,9 +257,10 @@ def _check(answer: _Enrolled, *, csr_pem: str, ca_pem: str) -> None:
         )
     if not answer.broker.host or not 0 < answer.broker.port < 65536 or not answer.root.lstrip().startswith("{"):
         raise ProtocolViolation("the hub's answer lacks the broker or the root metadata", code="protocol.enrolment")
+    return int(certificate.not_valid_before_utc.timestamp()) * 1000
 
 
-def _stage(folder: Path, answer: _Enrolled, *, ca_pem: str, profile: str, at_ms: int) -> None:
+def _stage(folder: Path, answer: _Enrolled, *, ca_pem: str, profile: str, at_ms: int, issued_ms: int) -> None:
     """Write everything beside what counts now; a disk that fills up here has changed nothing yet."""
     identity = IdentityFile(
         device=answer.device,
@@ -265,6 +269,7 @@ def _stage(folder: Path, answer: _Enrolled, *, ca_pem: str, profile: str, at_ms:
         broker_port=answer.broker.port,
         profile=profile,
         enrolled_ms=at_ms,
+        issued_ms=issued_ms,
     )
     contents = {
         "device.pem": answer.certificate_pem.encode(),

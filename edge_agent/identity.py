@@ -30,6 +30,7 @@ class IdentityFile(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         profile: the profile that the device was enrolled with.
         enrolled_ms: the device's wall clock then.
+        issued_ms: when its certificate begins to be valid, by the hub's clock; 0 where that was not noted.
     """
 
     device: str
@@ -38,6 +39,7 @@ class IdentityFile(msgspec.Struct, frozen=True, kw_only=True):
     broker_port: int
     profile: str
     enrolled_ms: int
+    issued_ms: int = 0
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +53,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     key_path: Path
     certificate_path: Path
     ca_path: Path
+    issued_ms: int = 0
 
 
 def load_identity(state_dir: Path) -> Identity:
@@ -89,6 +92,7 @@ def load_identity(state_dir: Path) -> Identity:
         key_path=paths["device.key"],
         certificate_path=paths["device.pem"],
         ca_path=paths["ca.pem"],
+        issued_ms=file.issued_ms,
     )
 
 

@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,8 +24,9 @@ from edge_agent.adapters.cloud import HubCloud
 from edge_agent.adapters.courier import MqttCourier, broker_context
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.door import Door
-from edge_agent.adapters.fetcher import HubFetcher, hub_context
+from edge_agent.adapters.fetcher import HubFetcher
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
+from edge_agent.adapters.hub_time import HubTime
 from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.old_records import SqliteOldRecords
@@ -31,6 +34,7 @@ from edge_agent.adapters.outbox import JournalOutbox
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock, SystemMoments
+from edge_agent.adapters.tls import dated_context, undated_context
 from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
 from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
@@ -44,6 +48,7 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.identity import TRUST_DIR, Identity, load_identity
 from edge_agent.settings import AgentConfig, Launch
@@ -103,21 +108,20 @@ async def _compose(
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
-    context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
-    fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=fetcher, report=report)
+    hub = _hub(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger)
+    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=hub.fetcher, report=report)
     uplink = Uplink(
         running=running,
         clock=clock,
         loop=loop,
-        courier=_courier(config, identity, loop.inbox, lambda: uplink),
+        courier=_courier(config, identity, loop.inbox, lambda: uplink, now_ms=hub.timekeeping.now_ms),
         outbox=outbox,
         models=models.running,
     )
     answering = _answering(
-        config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
+        config, identity, hub.context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
     )
-    room = _training_room(config, profile, database, fetcher)
+    room = _training_room(config, profile, database, hub.fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
     service = Service(
@@ -129,23 +133,64 @@ async def _compose(
         records=records,
         answering=answering,
         rounds=rounds,
+        timekeeping=hub.timekeeping,
     )
     agent = Agent(
-        clock=clock,
         loop=loop,
         ledger=ledger,
-        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
+        verifier=hub.verifier,
         models=models,
         uplink=uplink,
         records=records,
         answering=answering,
         rounds=rounds,
+        timekeeping=hub.timekeeping,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,
     )
     door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
     return agent, door, loop
+
+
+@dataclass(frozen=True, slots=True)
+class _Hub:
+    """What reaches the hub over HTTPS, and what is built on that."""
+
+    context: ssl.SSLContext
+    fetcher: HubFetcher
+    verifier: LiveVerifier
+    timekeeping: Timekeeping
+
+
+def _hub(
+    config: AgentConfig, identity: Identity, *, profile: str, clock: SystemClock, loop: Loop, ledger: SqliteLedger
+) -> _Hub:
+    url = config.hub.url or identity.hub_url
+
+    def now_ms() -> int:  # connections go by the time, and who finds that out needs connections
+        return timekeeping.now_ms()
+
+    context = dated_context(
+        identity.ca_path,
+        now_ms=now_ms,
+        certificate_path=identity.certificate_path,
+        key_path=identity.key_path,
+    )
+    fetcher = HubFetcher(hub_url=url, context=context, clock=clock)
+    verifier = LiveVerifier(
+        trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile, fetcher=fetcher
+    )
+    undated = HubFetcher(hub_url=url, context=undated_context(identity.ca_path), clock=clock)
+    timekeeping = Timekeeping(
+        clock=clock,
+        loop=loop,
+        ledger=ledger,
+        source=HubTime(fetcher=undated, verifier=verifier, device=identity.device, random=secrets.token_bytes),
+        note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
+        issued_ms=identity.issued_ms,
+    )
+    return _Hub(context=context, fetcher=fetcher, verifier=verifier, timekeeping=timekeeping)
 
 
 def _models(
@@ -211,13 +256,18 @@ def _training_room(
     )
 
 
-def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Callable[[], Uplink]) -> MqttCourier:
+def _courier(
+    config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Callable[[], Uplink], *, now_ms: Callable[[], int]
+) -> MqttCourier:
     return MqttCourier(
         host=config.broker.host or identity.broker_host,
         port=config.broker.port or identity.broker_port,
         device=identity.device,
         context=broker_context(
-            ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
+            ca_path=identity.ca_path,
+            certificate_path=identity.certificate_path,
+            key_path=identity.key_path,
+            now_ms=now_ms,
         ),
         on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
         on_lost=lambda reason: uplink().lost(reason),

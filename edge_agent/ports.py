@@ -63,7 +63,14 @@ class Ledger(Protocol):
         ...
 
     async def raise_floors(self, floors: Floors) -> Floors:
-        """Raise each floor to the higher of what is saved and what is given, except roles the given one drops."""
+        """Raise each floor to the higher of what is saved and what is given, except roles the given one drops.
+
+        What was attested stays as it is saved: documents do not carry it.
+        """
+        ...
+
+    async def remember_time(self, time_ms: int) -> None:
+        """Save what the hub attested, in place of what it attested before; no other floor changes."""
         ...
 
     async def load_verified(self) -> VerifiedAssignment | None:

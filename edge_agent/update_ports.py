@@ -11,6 +11,7 @@ from typing import Protocol
 from shared.ids import Digest
 from shared.model import FileRef
 from shared.release import Floors, Patch, VerifiedAssignment
+from shared.wire.verification import Judged, StoredRelease
 
 
 class Shelf(Protocol):
@@ -26,6 +27,10 @@ class Shelf(Protocol):
 
     def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
         """Write at this offset of the unfinished file; raises StorageFull or StorageError."""
+        ...
+
+    def part(self, digest: Digest) -> int:
+        """A descriptor for writing, of the unfinished file of this digest, which is empty then; raises StorageFull."""
         ...
 
     def publish(self, file: FileRef) -> None:
@@ -72,6 +77,33 @@ class Patcher(Protocol):
 class Verifier(Protocol):
     """Decides, in a short-lived child, whether an assignment and the releases that it names are to be trusted."""
 
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
-        """The verified assignment; raises TrustError with the attack's name; any other error is no word on it."""
+    async def verify(
+        self, document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
+        """The verified assignment; raises TrustError with the attack's name; any other error is no word on it.
+
+        `wall_ms` is the trusted time. Where the root names a time key, nothing is accepted (`trust.time.unattested`)
+        before the time was attested.
+        """
+        ...
+
+    async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
+        """What of these releases no longer holds, from what is stored, without the hub and whatever has expired.
+
+        Raises OutriderError where that cannot be looked into at all, which is no word on any of them.
+        """
+        ...
+
+
+class TimeSource(Protocol):
+    """The hub's word on what time it is."""
+
+    async def ask(self, *, floors: Floors) -> int:
+        """What the hub's clock says, in milliseconds since 1970, to a question with a nonce of its own.
+
+        Raises:
+            TrustError: what came is not to be trusted; the code is below `trust.time` unless a root is to blame.
+            TransferRefused: `transfer.not_found` where the hub attests no time.
+            OutriderError: nobody answered, or the answer could not be checked.
+        """
         ...

@@ -2,10 +2,11 @@
 
     python -I -m edge_agent.verifier PARENT_PID        with one end of a socket pair as standard input
 
-It is sent a Job, asks for files with Need, hands back metadata worth keeping with Keep, and ends with Accepted or
-Refused (shared/wire/verification.py, one message in each frame's payload). It opens no file and no connection of its
-own: before it reads the job it gives up the network, every capability, and all but a bounded share of processor time
-and memory, and it dies with its parent. The only process of the agent that loads tuf and cryptography for this.
+It is sent a Job or a TimeJob, asks for files with Need, hands back metadata worth keeping with Keep, and ends with
+Accepted, Attested or Refused; or it is sent a StoredJob and answers Judged (shared/wire/verification.py, one message in
+each frame's payload). It opens no file and no connection of its own: before it reads the job it gives up the network,
+every capability, and all but a bounded share of processor time and memory, and it dies with its parent. The only
+process of the agent that loads tuf and cryptography for this.
 """
 
 from __future__ import annotations
@@ -14,13 +15,31 @@ import resource
 import signal
 import socket
 import sys
-from typing import Final
+from collections.abc import Callable, Generator
+from typing import Final, TypeVar
 
 from edge_agent.framing import FrameReader, build_frame
 from edge_agent.host import confine
 from shared.errors import OutriderError, ProtocolViolation, TransferError, TrustError
 from shared.limits import MIB
-from shared.wire.verification import Accepted, Fed, FromVerifier, Job, Refused, ToVerifier, decode_to_verifier, encode
+from shared.wire.verification import (
+    Accepted,
+    Attested,
+    Fed,
+    FromVerifier,
+    Job,
+    Keep,
+    KeepManifest,
+    Need,
+    Refused,
+    StoredJob,
+    TimeJob,
+    ToVerifier,
+    decode_to_verifier,
+    encode,
+)
+
+R = TypeVar("R")
 
 NICENESS: Final = 10
 CPU_LIMIT_S: Final = 60
@@ -54,13 +73,23 @@ class Pipe:
 
 
 def converse(pipe: Pipe) -> None:
-    """Verify one job and say how it ended."""
-    from shared.trust import refresh
+    """Verify one job, or judge what is stored, and say how it ended."""
+    from shared.trust import refresh, stored
 
-    job = pipe.receive()
-    if not isinstance(job, Job):
-        raise ProtocolViolation("the first message is not a job")
-    run = refresh.verify(job)
+    match pipe.receive():
+        case StoredJob() as job:
+            pipe.send(stored.judge(job))
+        case Job() as job:
+            _play(pipe, refresh.verify(job), lambda verified: Accepted(verified=verified))
+        case TimeJob() as question:
+            _play(pipe, refresh.attest(question), lambda time_ms: Attested(time_ms=time_ms))
+        case Fed():
+            raise ProtocolViolation("the first message is not a job")
+
+
+def _play(
+    pipe: Pipe, run: Generator[Need | Keep | KeepManifest, bytes | None, R], told: Callable[[R], FromVerifier]
+) -> None:
     answer: bytes | None = None
     try:
         while True:
@@ -70,7 +99,7 @@ def converse(pipe: Pipe) -> None:
                 raise ProtocolViolation("a second job came before the first was done")
             answer = fed.data
     except StopIteration as end:
-        pipe.send(Accepted(verified=end.value))
+        pipe.send(told(end.value))
     except (TrustError, TransferError) as error:
         pipe.send(Refused(code=error.code, message=error.message, hint=error.hint))
 
@@ -88,7 +117,8 @@ def main() -> int:
     parent = int(sys.argv[1])
     confine.bind_to_parent(parent)
     # Loaded before the limits, because loading reads files and maps a good deal of memory once.
-    import shared.trust.refresh  # noqa: F401
+    import shared.trust.refresh
+    import shared.trust.stored  # noqa: F401
 
     limit(parent=parent)
     with socket.socket(fileno=0) as connection:

@@ -19,3 +19,11 @@ class Clock(Protocol):
     def mono_ms(self) -> int:
         """Milliseconds since an arbitrary moment of this boot, never backwards."""
         ...
+
+
+class BootClock(Clock, Protocol):
+    """A third hand for what must not stand still while the machine sleeps."""
+
+    def boot_ms(self) -> int:
+        """Milliseconds since an arbitrary moment of this boot, suspended time included, never backwards."""
+        ...

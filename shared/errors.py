@@ -8,7 +8,8 @@
     ├── TransferError                   bytes did not arrive
     │   ├── Unreachable                 nobody answered; try again later
     │   ├── TransferRefused             the server said no; trying again will not help
-    │   └── TransferCorrupt             what arrived is not what was promised
+    │   ├── TransferCorrupt             what arrived is not what was promised
+    │   └── PatchFailed                 a patch makes something else; fetch the whole file
     ├── ModelError                      a model cannot be loaded or run
     │   ├── InputRefused                the caller's tensors do not fit the declared signature
     │   └── HostLost                    the process that held the model is gone
@@ -64,9 +65,10 @@ class ProtocolViolation(OutriderError):
 class TrustError(OutriderError):
     """Metadata or an artefact was refused.
 
-    The code names the attack that the refusal stops, in the words of the TUF specification, section 1.5.2:
-    `trust.signature`, `trust.rollback`, `trust.freeze`, `trust.mix_and_match`, `trust.endless_data`,
-    `trust.wrong_device`, `trust.malformed`, `trust.digest`, `trust.unknown_target`.
+    The code names the attack that the refusal stops, in the words of the TUF specification, section 1.5.2, and of
+    Uptane: `trust.signature`, `trust.digest` and `trust.unknown_target` (arbitrary software), `trust.rollback`,
+    `trust.freeze`, `trust.mix_and_match`, `trust.endless_data`, `trust.malformed`, `trust.wrong_device`,
+    `trust.wrong_hardware`. docs/updates.md says what each means to an operator.
     """
 
     code = "trust"

@@ -205,6 +205,11 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         queue_written_bytes, queue_syncs: what the outbox has cost the disk since the start.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
+        time_ms: the trusted time, by which expiry and certificates are judged; 0 from an agent that keeps none.
+        time_basis: `attested` by the hub since the start; `floor`, later than the system clock; `clock`, unproven.
+        time_detail: why the hub's last answer brought no time.
+        clock_error_ms: how far the system clock is ahead of the trusted time (behind, when negative).
+        assignment_waits: why an assignment waits for the time; empty when none does.
         results_lost: results since the start that were never recorded, because the disk was too slow or refused.
     """
 
@@ -233,6 +238,11 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     queue_written_bytes: int = 0
     queue_syncs: int = 0
     results_lost: int = 0
+    time_ms: int = 0
+    time_basis: str = ""
+    time_detail: str = ""
+    clock_error_ms: int = 0
+    assignment_waits: str = ""
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

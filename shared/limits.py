@@ -9,6 +9,7 @@ from typing import Final
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
 
 # Wire
 MAX_MQTT_PACKET_BYTES: Final = 256 * KIB
@@ -36,10 +37,17 @@ MAX_ROOT_ROTATIONS: Final = 256
 MAX_TIMESTAMP_BYTES: Final = 16 * KIB
 MAX_SNAPSHOT_BYTES: Final = 2 * MIB
 MAX_TARGETS_BYTES: Final = 5 * MIB
-MAX_ASSIGNMENT_BYTES: Final = 32 * KIB
+MAX_ASSIGNMENT_BYTES: Final = 2 * KIB
+"""One small message for each device, however large the fleet; patches are left out of it first."""
 MAX_MANIFEST_BYTES: Final = 256 * KIB
 MAX_JSON_DEPTH: Final = 32
-MAX_MODELS_PER_DEVICE: Final = 16
+MAX_MODELS_PER_DEVICE: Final = 8
+"""As many as fit into an assignment under names of usual length; long names meet its size first."""
+MAX_PATCHES_PER_ASSIGNMENT: Final = 8
+MAX_ROOTS_WITH_TIME: Final = 8
+MAX_TIME_ROOTS_BYTES: Final = 256 * KIB
+"""Roots that come along with an attested time; one comes whatever its size."""
+MAX_TIME_ANSWER_BYTES: Final = 1 * MIB
 
 # Models
 MAX_MODEL_BYTES: Final = 512 * MIB

@@ -62,12 +62,14 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             key set that signs it (`timestamp@9f3a…`, `models/digits@04bc…`): new keys begin with a floor of their own.
         releases: highest `min_release_counter` seen by family.
         time_ms: the latest moment that signed documents prove has passed.
+        attested_ms: what the hub attested last; the one that a later attestation may lower.
     """
 
     assignment_version: int = 0
     roles: dict[str, int] = {}
     releases: dict[str, int] = {}
     time_ms: int = 0
+    attested_ms: int = 0
 
 
 class VerifiedModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -132,11 +132,15 @@ def _release(commands: _Leaves[Parser]) -> None:
     leaf = _leaf(leaves, "sign", "check what the hub built and sign it with the offline keys", run="signing:sign")
     leaf.add_argument("name", metavar="FAMILY/VERSION")
     leaf.add_argument("--keys", required=True, metavar="DIR", help="folder with release.key (and targets.key)")
+    leaf.add_argument("--from", dest="origin", metavar="DIR", help="an exported release (`release show --export`)")
+    leaf.add_argument("--bundle", metavar="FILE", help="add your signature to what another has signed")
     leaf.add_argument("--out", metavar="FILE", help="where to write (default ./FAMILY-VERSION.release.json)")
     leaf.add_argument("--expires-days", type=_count, default=90, metavar="N", help="the signature's life (default 90)")
     leaf.add_argument("--yes", action="store_true", help="sign without asking")
     leaf = _leaf(leaves, "publish", "send a signed release to the hub and assign it", run="releases:publish")
-    leaf.add_argument("bundle", metavar="BUNDLE|FAMILY/VERSION", help="a signed bundle, or a published release")
+    leaf.add_argument(
+        "bundle", metavar="BUNDLE|FAMILY/VERSION", help="a signed bundle, a published release, or a draft of keys"
+    )
     target = leaf.add_mutually_exclusive_group()
     target.add_argument("--assign", metavar="all|KEY=VALUE[,…]", help="assign it to these devices")
     target.add_argument("--device", action="append", metavar="NAME", help="assign it to this device; may be repeated")
@@ -145,6 +149,7 @@ def _release(commands: _Leaves[Parser]) -> None:
     leaf.add_argument("--watch", action="store_true", help="look again every two seconds until Ctrl-C")
     leaf = _leaf(leaves, "show", "show one release and its files", run="releases:show")
     leaf.add_argument("name", metavar="FAMILY/VERSION")
+    leaf.add_argument("--export", metavar="DIR", help="write what there is to sign into this new folder, to carry it")
 
 
 def _rollout(commands: _Leaves[Parser]) -> None:

@@ -139,6 +139,10 @@ class Hub:
         """GET and parse; `query` leaves out what is None."""
         return self._json("GET", path, answer, query=query)
 
+    def raw(self, path: str) -> bytes:
+        """GET, as it comes; for signed metadata, of which every byte counts."""
+        return self._request("GET", path)
+
     def send(self, method: str, path: str, body: object, answer: type[T]) -> T:
         """Send a JSON body and parse the answer."""
         return self._json(method, path, answer, body=msgspec.json.encode(body))

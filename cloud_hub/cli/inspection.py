@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from cloud_hub.cli import screen
-from cloud_hub.cli.hub import Hub
 from cloud_hub.cli.measure import Measured, measure
 from shared import limits
 from shared.errors import InvalidValue, TrustError
@@ -31,6 +30,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True):
         root: the newest root of the hub.
         targets: the current top-level targets metadata, as signed.
         role: the current metadata of `models/<family>`, None before the family's first release.
+        roots: the roots before the newest one, as far as they are at hand; what is carried by hand has all of them.
     """
 
     manifest: str
@@ -38,6 +38,19 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     targets: str
     role: str | None = None
+    roots: tuple[str, ...] = ()
+
+
+class Origin(Protocol):
+    """Where a proposal comes from: the hub, or a folder that was carried here (origins.py)."""
+
+    def proposal(self, family: FamilyName, version: ModelVersion) -> Proposal:
+        """What there is to sign."""
+        ...
+
+    def blob(self, digest: str, *, length: int, title: str = "") -> bytes:
+        """A file; raises TransferCorrupt unless it has exactly this length and digest."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +126,19 @@ class Inspected:
         return "\n\n".join(lines)
 
 
-def inspect(hub: Hub, family: FamilyName, version: ModelVersion) -> Inspected:
-    """Fetch a proposal with all its files, hash them and run the golden samples on every variant.
+def inspect(origin: Origin, family: FamilyName, version: ModelVersion) -> Inspected:
+    """Take a proposal with all its files, hash them and run the golden samples on every variant.
 
     Raises:
         TransferCorrupt: a file is not the one that the proposal names.
         TrustError: the proposal does not hold together, or a file is not what the manifest says.
         ModelError: a variant does not load or run.
     """
-    proposal = hub.get(f"/v1/releases/{family}/{version}/proposal", Proposal)
+    proposal = origin.proposal(family, version)
     manifest = _manifest(proposal, family, version)
     _check_files(proposal, manifest)
     try:
-        golden = decode_golden(_fetch(hub, manifest.golden.file, limits.MAX_GOLDEN_BYTES), manifest.signature)
+        golden = decode_golden(_fetch(origin, manifest.golden.file, limits.MAX_GOLDEN_BYTES), manifest.signature)
     except InvalidValue as error:
         raise _odd(f"the golden samples do not fit the manifest: {error.message}") from error
     if golden.samples != manifest.golden.samples:
@@ -134,7 +147,7 @@ def inspect(hub: Hub, family: FamilyName, version: ModelVersion) -> Inspected:
     for variant in manifest.variants:
         if variant.runtime != "onnx":
             raise _odd(f"variant {variant.name!r} needs the runtime {variant.runtime!r}, which is not checked here")
-        models[variant.name] = _fetch(hub, variant.file, limits.MAX_MODEL_BYTES)
+        models[variant.name] = _fetch(origin, variant.file, limits.MAX_MODEL_BYTES)
     measured = measure(manifest, models, golden)
     return Inspected(proposal=proposal, manifest=manifest, golden=golden, measured=measured)
 
@@ -164,10 +177,10 @@ def _check_files(proposal: Proposal, manifest: Manifest) -> None:
         raise _odd("it lists other files than its manifest")
 
 
-def _fetch(hub: Hub, file: FileRef, max_bytes: int) -> bytes:
+def _fetch(origin: Origin, file: FileRef, max_bytes: int) -> bytes:
     if file.length > max_bytes:
         raise _odd(f"{file.path} is {file.length} bytes long, at most {max_bytes} are taken")
-    return hub.blob(file.digest, length=file.length, title=file.path.rpartition("/")[2])
+    return origin.blob(file.digest, length=file.length, title=file.path.rpartition("/")[2])
 
 
 def _share(share: float | None) -> str:

@@ -36,6 +36,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     step: str = ""
 
 
+class OfferedPatch(msgspec.Struct, frozen=True, kw_only=True):
+    """A patch to one of a version's files, as far as this program reads it."""
+
+    path: str
+    base_version: str
+    length: int
+    share: float
+
+
 def push(arguments: argparse.Namespace) -> Exit:
     """Upload what is missing, ask for the build, and with --wait see how it ends."""
     family, version = parse_family(arguments.family), parse_version(arguments.version)
@@ -85,9 +94,11 @@ def show(arguments: argparse.Namespace) -> Exit:
 def verify(arguments: argparse.Namespace) -> Exit:
     """Fetch, hash and run a model's variants; ends with 9 unless all is as the manifest says."""
     from cloud_hub.cli.inspection import inspect
+    from cloud_hub.cli.origins import MAX_KNOWN, HubOrigin
 
     family, version = parse_release(arguments.name)
-    inspected = inspect(Hub(load_context(arguments.context)), family, version)
+    origin = HubOrigin(Hub(load_context(arguments.context)), known_root=MAX_KNOWN)
+    inspected = inspect(origin, family, version)
     if arguments.json:
         screen.show_json(inspected.summary())
     else:
@@ -119,6 +130,13 @@ def show_model(document: Document) -> None:
     ]
     if rows:
         screen.show_table(["VARIANT", "ACCURACY", "DROP", "P50", "SIZE", "VERDICT"], rows, nothing="")
+    patches = read(document.get("patches", []), list[OfferedPatch], what="list of patches")
+    if patches:
+        offered = [
+            [patch.path.rpartition("/")[2], patch.base_version or "-", screen.size(patch.length), f"{patch.share:.1%}"]
+            for patch in patches
+        ]
+        screen.show_table(["PATCH TO", "FROM", "SIZE", "OF THE FILE"], offered, nothing="")
     for warning in read(report.get("warnings", []), list[str], what="build report"):
         screen.note(f"warning: {warning}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,9 +14,12 @@ from cloud_hub.cli.config import load_context
 from cloud_hub.cli.exits import CommandFailed, Exit
 from cloud_hub.cli.hub import Document, Hub, HubRefused
 from cloud_hub.cli.listing import moment, watch
-from shared.errors import InvalidValue
-from shared.ids import parse_device_id
+from shared.errors import InvalidValue, TrustError
+from shared.ids import FamilyName, ModelVersion, parse_device_id
 from shared.model import FileRef
+
+if TYPE_CHECKING:
+    from shared.trust.drafts import Draft
 
 
 class Assigned(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,10 +55,19 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[FileRef, ...] = ()
 
 
+class KeyVersions(msgspec.Struct, frozen=True, kw_only=True):
+    """The hub's answer to a change of keys: versions by role."""
+
+    versions: dict[str, int]
+
+
 def publish(arguments: argparse.Namespace) -> Exit:
     """Send a bundle to the hub unless it is published already, then assign it if that was asked for."""
     selector = _selector(arguments)
     hub = Hub(load_context(arguments.context))
+    draft = _draft(arguments.bundle)
+    if draft is not None:
+        return _change_keys(arguments, hub, draft)
     family, version, release = _publish(hub, arguments.bundle)
     document: dict[str, Any] = {"release": release, "assigned": [], "skipped": []}
     if not arguments.json:
@@ -95,6 +107,8 @@ def ls(arguments: argparse.Namespace) -> Exit:
 def show(arguments: argparse.Namespace) -> Exit:
     """Show one release and its files."""
     family, version = parse_release(arguments.name)
+    if arguments.export:
+        return _export(arguments, family, version)
     document = Hub(load_context(arguments.context)).get(f"/v1/releases/{family}/{version}", Document)
     if arguments.json:
         screen.show_json(document)
@@ -112,6 +126,56 @@ def show(arguments: argparse.Namespace) -> Exit:
     )
     rows = [[file.path.rpartition("/")[2], screen.size(file.length), file.digest] for file in release.files]
     screen.show_table(["FILE", "SIZE", "SHA-256"], rows, nothing="no files")
+    return Exit.DONE
+
+
+def _export(arguments: argparse.Namespace, family: FamilyName, version: ModelVersion) -> Exit:
+    from cloud_hub.cli.origins import export
+
+    folder = Path(arguments.export)
+    proposal = export(Hub(load_context(arguments.context)), family, version, folder)
+    size = sum(file.length for file in proposal.files)
+    if arguments.json:
+        screen.show_json({"folder": str(folder), "files": proposal.files, "bytes": size})
+    else:
+        print(f"wrote {len(proposal.files)} files, {screen.size(size)}, to {folder}")
+        screen.note(f"next, where the key is: outrider release sign {family}/{version} --from {folder} --keys DIR")
+    return Exit.DONE
+
+
+def _draft(name: str) -> Draft | None:
+    """The draft of a change of keys that a file holds; None when it is no such file."""
+    from shared.trust.drafts import MAX_DRAFT_BYTES, decode_draft
+
+    path = Path(name)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        data = file.read(MAX_DRAFT_BYTES + 1)
+    try:
+        return decode_draft(data)
+    except InvalidValue:
+        return None  # a bundle, then; if not that either, its reader says so
+
+
+def _change_keys(arguments: argparse.Namespace, hub: Hub, draft: Draft) -> Exit:
+    from shared.trust.drafts import missing, quorums
+
+    if arguments.assign or arguments.device:
+        raise InvalidValue("a change of keys is not assigned", code="invalid.usage", hint="leave --assign away")
+    lines = missing(quorums(draft))
+    if lines:
+        raise TrustError(
+            "signatures are missing:\n" + "\n".join(lines),
+            code="trust.threshold",
+            hint=f"outrider-hub keys sign {arguments.bundle} --keys DIR, where one of these keys is",
+        )
+    answer = hub.send("POST", "/v1/roots", {"parts": draft.parts}, Document)
+    if arguments.json:
+        screen.show_json(answer)
+    else:
+        versions = read(answer, KeyVersions, what="change of keys").versions
+        print(f"published {', '.join(f'{role} {version}' for role, version in versions.items())}")
     return Exit.DONE
 
 

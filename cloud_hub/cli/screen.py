@@ -25,6 +25,11 @@ def clean(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def clean_lines(lines: Sequence[str]) -> str:
+    """Lines of text, each without its control characters."""
+    return "\n".join(clean(line) for line in lines)
+
+
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
     """Aligned columns below their titles; where a width is given, the widest column gives way with an ellipsis."""
     cells = [[clean(cell) for cell in row] for row in rows]

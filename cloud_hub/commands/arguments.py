@@ -24,6 +24,7 @@ def build() -> Parser:
     serve.add_argument("--print-config", action="store_true", help="print every key, its value and its origin")
     _leaf(commands, "migrate", "bring the database to this version", run="migrate:run")
     _token(commands)
+    _keys(commands)
     authority = commands.add_parser("ca", help="the hub's certificate authority")
     inner = authority.add_subparsers(title="commands", metavar="COMMAND", required=True)
     show = _leaf(inner, "show", "print the CA's fingerprint and file", run="authority:show")
@@ -44,9 +45,10 @@ def duration_s(text: str) -> int:
 
 def _init(commands: argparse._SubParsersAction[Parser]) -> None:
     leaf = _leaf(commands, "init", "make a hub: CA, keys, database, first operator token", run="init:run")
-    leaf.add_argument(
-        "--offline", required=True, metavar="DIR", help="new directory for the offline signing keys; move it away"
-    )
+    keys = leaf.add_mutually_exclusive_group(required=True)
+    keys.add_argument("--offline", metavar="DIR", help="new directory for the offline signing keys; move it away")
+    keys.add_argument("--root", metavar="DRAFT", help="a first root that its holders have signed (`keys init`)")
+    leaf.add_argument("--online", metavar="DIR", help="with --root: where `keys init --online` made the hub's own keys")
     leaf.add_argument(
         "--name", action="append", default=[], dest="names", metavar="HOST", help="host name or address; repeatable"
     )
@@ -71,6 +73,56 @@ def _token(commands: argparse._SubParsersAction[Parser]) -> None:
     leaf.add_argument("--uses", type=int, metavar="N", help="join: how many devices it admits (1)")
     leaf.add_argument("--ttl", type=duration_s, metavar="TIME", help="how long it lives: 15m, 24h, 30d")
     leaf.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _keys(commands: argparse._SubParsersAction[Parser]) -> None:
+    keys = commands.add_parser("keys", help="signing keys: make them, change them, sign in turn")
+    inner = keys.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # No --data: these three work on any machine.
+    leaf = _plain(inner, "init", "make keys here (--out), or put the first root together (--draft)", run="keys:init")
+    what = leaf.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", metavar="DIR", help="make keys in this directory")
+    what.add_argument("--draft", metavar="FILE", help="put the first root together, in this new file")
+    leaf.add_argument(
+        "--role",
+        action="append",
+        default=[],
+        choices=("root", "targets", "release"),
+        help="make such a key; repeatable",
+    )
+    leaf.add_argument("--online", action="store_true", help="make the keys that a new hub signs with by itself")
+    leaf.add_argument("--count", type=int, choices=range(1, 9), default=1, metavar="N", help="keys per role (1)")
+    leaf.add_argument("--public", action="append", default=[], metavar="FILE|DIR", help="public halves; repeatable")
+    _threshold(leaf)
+    leaf = _plain(inner, "sign", "add your signatures to a draft", run="keys:sign")
+    leaf.add_argument("draft", metavar="DRAFT")
+    leaf.add_argument("--keys", required=True, metavar="DIR", help="the directory with your keys")
+    leaf.add_argument("--yes", action="store_true", help="sign without asking")
+    leaf = _plain(inner, "show", "show a draft and whose signatures are missing, or a public half", run="keys:show")
+    leaf.add_argument("file", metavar="DRAFT|PUB.json")
+    leaf = _leaf(inner, "rotate", "draft a change of keys, thresholds or expiry", run="rotation:rotate")
+    leaf.add_argument("roles", nargs="+", metavar="ROLE", help="root, targets, models/FAMILY, or one of the hub's own")
+    leaf.add_argument("--draft", required=True, metavar="FILE", help="the new file")
+    leaf.add_argument("--add", action="append", default=[], metavar="FILE|DIR", help="public halves; repeatable")
+    leaf.add_argument("--remove", action="append", default=[], metavar="KEYID", help="a key's first digits; repeatable")
+    _threshold(leaf)
+    leaf.add_argument("--json", action="store_true", help="print one JSON document")
+    leaf = _leaf(inner, "publish", "make a signed draft take effect on this hub", run="rotation:publish")
+    leaf.add_argument("draft", metavar="DRAFT")
+    leaf.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _threshold(leaf: Parser) -> None:
+    leaf.add_argument(
+        "--threshold", action="append", default=[], metavar="ROLE=N", help="so many signatures are needed; repeatable"
+    )
+
+
+def _plain(commands: argparse._SubParsersAction[Parser], name: str, summary: str, *, run: str) -> Parser:
+    leaf: Parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    leaf.set_defaults(run=run)
+    leaf.add_argument("--json", action="store_true", help="print one JSON document")
+    return leaf
 
 
 def _leaf(commands: argparse._SubParsersAction[Parser], name: str, summary: str, *, run: str) -> Parser:

@@ -21,6 +21,7 @@ import msgspec
 
 from cloud_hub.cli import screen
 from cloud_hub.commands import settings
+from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
 from cloud_hub.ground import audit, broker, migrate, transport
 from cloud_hub.ground import folder as files
@@ -28,7 +29,8 @@ from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.ground.tlsport import bind
-from cloud_hub.keyring import ONLINE, Keyring
+from cloud_hub.keyring import LATER, ONLINE
+from cloud_hub.releases.desk import newest_root
 from shared.errors import ConfigError, OutriderError
 from shared.limits import MIB
 
@@ -148,10 +150,12 @@ def _certificates(config: HubConfig) -> str:
 
 
 def _keys(config: HubConfig) -> str:
-    keyring = Keyring(config.folder.keys)
-    for name in ONLINE:
-        keyring.signer(name)
-    return ", ".join(ONLINE)
+    config.require()
+    with closing(Database(config.database_url)) as database:
+        keys = online_keys(config.folder.keys)(newest_root(database))
+    missing = [name for name in LATER if getattr(keys, name) is None]
+    found = [name for name in ONLINE if name not in missing]
+    return ", ".join(found) + "".join(f"; none for {name}, as in hubs made earlier" for name in missing)
 
 
 def _broker(config: HubConfig) -> str:

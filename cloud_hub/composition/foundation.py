@@ -10,7 +10,7 @@ from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
-from cloud_hub.releases.desk import OnlineKeys
+from cloud_hub.releases.desk import KeySource
 from shared.clock import Clock
 
 
@@ -25,4 +25,4 @@ class Foundation:
     metrics: Metrics
     bus: Bus
     link: Link
-    keys: OnlineKeys
+    keys: KeySource

@@ -24,6 +24,9 @@ from cloud_hub.rounds import routes as round_routes
 
 ENROL_BURST: Final = 60
 ENROL_PER_MINUTE: Final = 60
+TIME_BURST: Final = 300
+TIME_PER_MINUTE: Final = 300
+"""Questions for the time from one address: a whole fleet may start behind one."""
 INFER_BURST: Final = 1000
 INFER_PER_MINUTE: Final = 30_000
 """How often one principal may ask for answers: a fleet's devices share the engines."""
@@ -78,6 +81,7 @@ def application(
         "metrics_open": config.metrics.open,
         "ca_pem": foundation.authority.pem,
         "enrol_rate": Buckets(burst=ENROL_BURST, per_minute=ENROL_PER_MINUTE),
+        "time_rate": Buckets(burst=TIME_BURST, per_minute=TIME_PER_MINUTE),
         "token_ttl": {"join": config.tokens.join_ttl_s * 1000, "api": config.tokens.api_ttl_s * 1000},
     }
     for name, value in {**common, **state}.items():

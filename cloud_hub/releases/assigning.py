@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import msgspec
 from sqlalchemy.engine import Connection
 
 from cloud_hub.devices.desk import Device
@@ -26,15 +27,18 @@ from cloud_hub.ground.post import Post
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.counts import Counts
+from cloud_hub.releases.online import KeySource
 from cloud_hub.releases.rules import Candidate, Selector, Skipped
-from cloud_hub.releases.tables import AssignmentRow
+from cloud_hub.releases.tables import AssignmentRow, MetadataRow
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, OutriderError, Unreachable
+from shared.errors import Conflict, InvalidValue, OutriderError, StorageError, TrustError, Unreachable
 from shared.ids import DeviceId
-from shared.release import AssignedModel
-from shared.trust.assignment import sign_assignment
-from shared.trust.library import Signer
+from shared.release import AssignedModel, Assignment, Patch
+from shared.trust import repository
+from shared.trust.assignment import fit_assignment, open_assignment, sign_assignment
+from shared.trust.library import Root
+from shared.trust.roles import ROOT
 from shared.wire.messages import Assign
 
 logger = logging.getLogger(__name__)
@@ -80,7 +84,7 @@ class Assigning:
         database, clock, counts: what it works with.
         fleet: the devices.
         post: sends to devices.
-        signer: the assignment key.
+        keys: the online keys, by root.
         ttl_ms: how long an assignment is worth installing.
     """
 
@@ -92,7 +96,7 @@ class Assigning:
         counts: Counts,
         fleet: Fleet,
         post: Post,
-        signer: Signer,
+        keys: KeySource,
         ttl_ms: int,
     ) -> None:
         self._database = database
@@ -100,9 +104,10 @@ class Assigning:
         self._counts = counts
         self._fleet = fleet
         self._post = post
-        self._signer = signer
+        self._keys = keys
         self._ttl_ms = ttl_ms
         self._sent: dict[DeviceId, tuple[int, int]] = {}
+        self._followed_root = 0
 
     def listen(self, bus: Bus) -> None:
         """Hear of births and reports from now on."""
@@ -151,14 +156,21 @@ class Assigning:
         """Renew what has lived half its life or lags behind its device; send what a device that is here lacks."""
         candidates = {candidate.device: candidate for candidate in await self._candidates()}
         rows = await self._database.read(tables.current_assignments)
+        root = await self._database.read(_root)
+        orphans: frozenset[DeviceId] = frozenset()
+        if root.version != self._followed_root:
+            # Once for each root, and once after a start: what was signed with a key that is none any more.
+            orphans = await asyncio.to_thread(_unauthorised, rows, repository.read_root(root.document).signed)
         now_ms = self._clock.wall_ms()
         stale = [
-            candidates[row.assignment.device]
+            candidates[device]
             for row in rows
-            if row.assignment.device in candidates and self._is_stale(row, candidates[row.assignment.device], now_ms)
+            if (device := row.assignment.device) in candidates
+            and (device in orphans or self._is_stale(row, candidates[device], now_ms))
         ]
         for start in range(0, len(stale), DEVICES_PER_WRITE):
             await self._sign(stale[start : start + DEVICES_PER_WRITE], None, actor=ACTOR, force=False)
+        self._followed_root = root.version
         for row in await self._database.read(tables.current_assignments) if stale else rows:
             candidate = candidates.get(row.assignment.device)
             if candidate is not None and candidate.online and candidate.assignment_version < row.assignment.version:
@@ -180,6 +192,7 @@ class Assigning:
         def work(conn: Connection) -> tuple[list[AssignmentRow], list[DeviceId]]:
             rows: list[AssignmentRow] = []
             full: list[DeviceId] = []
+            signer = self._keys(_root(conn).document).assignment
             for candidate in batch:
                 row = tables.current_assignment(conn, candidate.device)
                 has_it = row is not None and wanted in row.assignment.models and not force
@@ -195,10 +208,12 @@ class Assigning:
                     now_ms=now_ms,
                     ttl_ms=self._ttl_ms,
                 )
+                if following is not None:
+                    following = _fitting(self._with_patches(conn, following, candidate))
                 if following is None:
                     full.append(candidate.device)
                     continue
-                new = AssignmentRow(following, sign_assignment(following, self._signer), actor)
+                new = AssignmentRow(following, sign_assignment(following, signer), actor)
                 tables.add_assignment(conn, new)
                 audit.record(
                     conn,
@@ -217,6 +232,19 @@ class Assigning:
             return rows, full
 
         return await self._database.write(work)
+
+    def _with_patches(self, conn: Connection, assignment: Assignment, candidate: Candidate) -> Assignment:
+        """Shorter ways from what the device serves now to the files that it is assigned."""
+        running = set(candidate.running.values())
+        known = tables.patches_from(conn, sorted(running)) if running else []
+        rows = [tables.find_model(conn, model.family, model.version) for model in assignment.models] if known else []
+        files = {file.digest for row in rows if row is not None for file in row.files}
+        found = tuple(
+            Patch(base=row.base, result=row.result, digest=row.digest, length=row.length)
+            for row in known
+            if row.digest is not None and row.result in files and row.result not in running
+        )
+        return msgspec.structs.replace(assignment, patches=found)
 
     async def _on_birth(self, event: DeviceBorn) -> None:
         await self._catch_up(event.device, event.assignment_version)
@@ -254,11 +282,39 @@ class Assigning:
                     labels=device.labels,
                     online=device.online,
                     assignment_version=device.assignment_version,
+                    running=rules.running_files(device.reported),
                 )
                 for device in page
             ]
             after = page[-1].id
         return found
+
+
+def _root(conn: Connection) -> MetadataRow:
+    row = tables.find_metadata(conn, ROOT)
+    if row is None:
+        raise StorageError("the hub has no root", code="storage.no_repository", hint="run `outrider-hub init` first")
+    return row
+
+
+def _unauthorised(rows: Sequence[AssignmentRow], root: Root) -> frozenset[DeviceId]:
+    """The devices whose assignment this root's keys have not signed."""
+    found = set()
+    for row in rows:
+        try:
+            open_assignment(row.document, root)
+        except TrustError:
+            found.add(row.assignment.device)
+    return frozenset(found)
+
+
+def _fitting(assignment: Assignment) -> Assignment | None:
+    """With as many of its patches as there is room for; None when it is too large without any."""
+    try:
+        return fit_assignment(assignment)
+    except InvalidValue as error:
+        logger.warning("assignment for %s cannot be made: %s", assignment.device, error.message)
+        return None
 
 
 def _published(conn: Connection, selector: Selector) -> AssignedModel:

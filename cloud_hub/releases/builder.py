@@ -152,12 +152,12 @@ def _int8(reference: Reference, graph: Graph, calibration: GoldenSet) -> Variant
 
 
 def _admit(file: Path, *, what: str) -> None:
-    from shared.onnx_gate import admit, inspect_onnx
+    from shared.model_gate import check_model
 
     size = file.stat().st_size
     if size > limits.MAX_MODEL_BYTES:
         raise ModelError(f"{what} has {size} bytes, {limits.MAX_MODEL_BYTES} are possible", code="model.too_large")
-    admit(inspect_onnx(file.read_bytes()))
+    check_model(file.read_bytes(), runtime="onnx")
 
 
 def _load(file: Path, *, batch: int | None = None) -> Graph:

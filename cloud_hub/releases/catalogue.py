@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -55,14 +55,25 @@ class Catalogue:
 
     Args:
         database, clock, blobs, workbench, counts: what it works with.
+        on_ready: told when a version has become ready.
     """
 
-    def __init__(self, *, database: Database, clock: Clock, blobs: Blobs, workbench: Workbench, counts: Counts) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        blobs: Blobs,
+        workbench: Workbench,
+        counts: Counts,
+        on_ready: Callable[[], None],
+    ) -> None:
         self._database = database
         self._clock = clock
         self._blobs = blobs
         self._workbench = workbench
         self._counts = counts
+        self._on_ready = on_ready
         self._wake = asyncio.Event()
 
     async def push(self, push: Push, *, actor: str) -> ModelRow:
@@ -219,6 +230,7 @@ class Catalogue:
             return
         self._counts.builds.labels("ready").inc()
         logger.info("build is ready: %s/%s", row.family, row.version)
+        self._on_ready()
 
     def _variants(self, row: ModelRow, built: Built, model: Blob) -> tuple[Variant, ...]:
         measured = {variant.name: variant for variant in built.report.variants if variant.released}

@@ -17,6 +17,7 @@ class Counts:
         builds: ended builds, by outcome (`ready`, `rejected`).
         build_seconds: how long they took, waiting for their turn not included.
         publications: by outcome (`published`, `repeated`, `refused`).
+        patches: tried, by outcome (`made`, `declined` because it saves too little, `failed`).
         assignments_signed: by cause (`assigned`, `renewed`).
         assignments_sent: by outcome (`sent`, `no_link`).
         metadata_expires: when the newest metadata of a role runs out; `families` stands for the earliest of all.
@@ -31,6 +32,7 @@ class Counts:
         self.publications = metrics.counter(
             "outrider_hub_publications_total", "Requests to publish a release.", ("outcome",)
         )
+        self.patches = metrics.counter("outrider_hub_patches_total", "Patches that were tried.", ("outcome",))
         self.assignments_signed = metrics.counter(
             "outrider_hub_assignments_signed_total", "Assignments that were signed.", ("cause",)
         )

@@ -1,11 +1,13 @@
-"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments.
+"""The releases room's one public face: blobs, models and their builds, signed metadata, assignments, time.
 
 `Desk` puts the room's parts together and runs them; each part keeps its own rules:
 
     blobs        files by digest                       blobs.py
     catalogue    pushed models, built one by one       catalogue.py (workbench.py, builder.py)
     publishing   proposals, signed metadata            publishing.py
+    patches      shorter ways to new files             patches.py (patch_job.py)
     assigning    who shall run what                    assigning.py
+    attesting    what time it is, signed               attesting.py
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
 from cloud_hub.releases.assigning import Assigned, Assigning, Fleet, Outcome
+from cloud_hub.releases.attesting import Attesting
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.catalogue import Catalogue
 from cloud_hub.releases.counts import Counts
-from cloud_hub.releases.publishing import OnlineKeys, Proposal, Publishing, found
+from cloud_hub.releases.keychange import Changed, change_keys, newest_root, read_published
+from cloud_hub.releases.online import KeySource, OnlineKeys
+from cloud_hub.releases.patches import OfferedPatch, Patches
+from cloud_hub.releases.publishing import Proposal, Publishing, found
 from cloud_hub.releases.rules import Push, Selector
 from cloud_hub.releases.tables import ModelRow
 from cloud_hub.releases.workbench import Workbench
@@ -32,16 +38,22 @@ from shared.clock import Clock
 __all__ = [
     "Assigned",
     "Blob",
+    "Changed",
     "Desk",
     "Fleet",
+    "KeySource",
     "ModelRow",
+    "OfferedPatch",
     "OnlineKeys",
     "Outcome",
     "Proposal",
     "Push",
     "ReleaseSettings",
     "Selector",
+    "change_keys",
     "found",
+    "newest_root",
+    "read_published",
 ]
 
 MINUTE_MS: Final = 60_000
@@ -56,7 +68,7 @@ class ReleaseSettings:
     Attributes:
         assignment_ttl_ms: how long an assignment is worth installing; it is renewed at half of that.
         build_deadline_ms: how long a build may take.
-        build_max_rss_bytes: how much memory a build may hold.
+        build_max_rss_bytes: how much memory a build may hold; the same for a patch, beside the two files.
     """
 
     assignment_ttl_ms: int = 30 * DAY_MS
@@ -68,16 +80,16 @@ class Desk:
     """The releases room.
 
     Args:
-        data: the hub's data folder; `blobs/` and `builds/` in it are this room's.
+        data: the hub's data folder; `blobs/`, `builds/` and `patches/` in it are this room's.
         database, clock, metrics: the hub's.
-        keys: the online keys.
+        keys: the online keys, by root.
         fleet: the devices room.
         post: sends to devices.
         bus: tells of births and reports.
         settings: what an operator may choose.
 
     Attributes:
-        blobs, catalogue, publishing, assigning: the room's parts, each with its own methods.
+        blobs, catalogue, publishing, patches, assigning, attesting: the room's parts, each with its own methods.
         counts: the room's figures.
     """
 
@@ -88,7 +100,7 @@ class Desk:
         database: Database,
         clock: Clock,
         metrics: Metrics,
-        keys: OnlineKeys,
+        keys: KeySource,
         fleet: Fleet,
         post: Post,
         bus: Bus,
@@ -102,25 +114,49 @@ class Desk:
             deadline_ms=settings.build_deadline_ms,
             max_rss_bytes=settings.build_max_rss_bytes,
         )
-        self.catalogue = Catalogue(
-            database=database, clock=clock, blobs=self.blobs, workbench=self._workbench, counts=self.counts
+        self.patches = Patches(
+            data / "patches",
+            database=database,
+            clock=clock,
+            blobs=self.blobs,
+            counts=self.counts,
+            fleet=fleet,
+            deadline_ms=settings.build_deadline_ms,
+            memory_bytes=settings.build_max_rss_bytes,
         )
-        self.publishing = Publishing(database=database, clock=clock, blobs=self.blobs, counts=self.counts, keys=keys)
+        self.catalogue = Catalogue(
+            database=database,
+            clock=clock,
+            blobs=self.blobs,
+            workbench=self._workbench,
+            counts=self.counts,
+            on_ready=self.patches.look_soon,
+        )
+        self.publishing = Publishing(
+            database=database,
+            clock=clock,
+            blobs=self.blobs,
+            counts=self.counts,
+            keys=keys,
+            on_published=self.patches.look_soon,
+        )
         self.assigning = Assigning(
             database=database,
             clock=clock,
             counts=self.counts,
             fleet=fleet,
             post=post,
-            signer=keys.assignment,
+            keys=keys,
             ttl_ms=settings.assignment_ttl_ms,
         )
         self.assigning.listen(bus)
+        self.attesting = Attesting(database=database, clock=clock, keys=keys)
 
     def open(self) -> None:
         """Make the room's folders and clear what an interrupted run left; blocks, once, before anything else."""
         self.blobs.open()
         self._workbench.open()
+        self.patches.open()
 
     async def root(self) -> str:
         """The newest TUF root as JSON text, for devices that join."""
@@ -131,4 +167,5 @@ class Desk:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.catalogue.run())
             group.create_task(self.publishing.run())
+            group.create_task(self.patches.run())
             group.create_task(self.assigning.run())

@@ -5,14 +5,14 @@ timestamp and its audit row, so that no reader ever sees a half of it; the onlin
 appear nor disappear, they only say which signed files are the newest. Renewal of the two online roles happens when
 half of their life is over.
 
-Not here: the checks of signatures, thresholds and versions (shared/trust/repository.py), the offline keys.
+Not here: the checks of signatures, thresholds and versions (shared/trust/publication.py), the offline keys.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,12 +24,14 @@ from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
+from cloud_hub.releases.keychange import Changed, change_keys
+from cloud_hub.releases.online import KeySource, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError, StorageError, TrustError
 from shared.ids import FamilyName
-from shared.trust import repository
+from shared.trust import publication, repository
 from shared.trust.library import Metadata, Signer, Targets
 from shared.trust.metadata import check_signatures, expires_ms
 from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, family_role, parse_file_name
@@ -40,15 +42,6 @@ RENEW_EVERY_S: Final = 60.0
 KEPT_VERSIONS: Final = 16
 """Old snapshots and timestamps that stay, for devices that are in the middle of a refresh."""
 ACTOR: Final = "hub"
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineKeys:
-    """The keys that the hub signs with by itself."""
-
-    snapshot: Signer
-    timestamp: Signer
-    assignment: Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +88,7 @@ def found(
         ]
         tables.add_metadata(conn, rows)
         current = {row.role: row for row in rows}
-        tables.add_metadata(conn, _online(current, snapshot=snapshot, timestamp=timestamp, now_ms=now_ms))
+        tables.add_metadata(conn, sign_online(current, snapshot=snapshot, timestamp=timestamp, now_ms=now_ms))
         audit.record(
             conn,
             at_ms=now_ms,
@@ -113,15 +106,25 @@ class Publishing:
 
     Args:
         database, clock, blobs, counts: what it works with.
-        keys: the online keys.
+        keys: the online keys, by root.
     """
 
-    def __init__(self, *, database: Database, clock: Clock, blobs: Blobs, counts: Counts, keys: OnlineKeys) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock,
+        blobs: Blobs,
+        counts: Counts,
+        keys: KeySource,
+        on_published: Callable[[], None],
+    ) -> None:
         self._database = database
         self._clock = clock
         self._blobs = blobs
         self._counts = counts
         self._keys = keys
+        self._on_published = on_published
 
     async def root(self) -> str:
         """The newest root, for devices that join."""
@@ -179,10 +182,32 @@ class Publishing:
             logger.warning("release refused: %s/%s: %s: %s", family[:80], version[:80], error.code, error.message)
             raise
         self._counts.publications.labels("published" if is_new else "repeated").inc()
+        self._on_published()
         if is_new:
             logger.info("release published: %s/%s", row.family, row.version)
         await self._watch_expiry()
         return row
+
+    async def change_keys(self, parts: Mapping[str, str], *, actor: str) -> Changed:
+        """Make a signed change of keys take effect; the same change again changes nothing.
+
+        Raises:
+            TrustError, Conflict, InvalidValue: as `shared.trust.ceremony.check_change`.
+            ConfigError: the hub does not have the online keys that the new root lists.
+        """
+        now_ms = self._clock.wall_ms()
+        pieces = {role: text.encode() for role, text in parts.items()}
+        try:
+            changed = await self._database.write(
+                lambda conn: change_keys(conn, pieces, keys=self._keys, actor=actor, now_ms=now_ms)
+            )
+        except OutriderError as error:
+            logger.warning("change of keys refused: %s: %s", error.code, error.message)
+            raise
+        if changed.is_new:
+            logger.info("keys changed: %s", ", ".join(f"{role} {number}" for role, number in changed.versions.items()))
+        await self._watch_expiry()
+        return changed
 
     async def run(self) -> None:
         """Renew snapshot and timestamp in time, until cancelled."""
@@ -205,10 +230,11 @@ class Publishing:
             due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
             if not due:
                 return False
-            rows = _online(
+            keys = self._keys(current[ROOT].document)
+            rows = sign_online(
                 current,
-                snapshot=self._keys.snapshot if SNAPSHOT in due else None,
-                timestamp=self._keys.timestamp,
+                snapshot=keys.snapshot if SNAPSHOT in due else None,
+                timestamp=keys.timestamp,
                 now_ms=now_ms,
             )
             tables.add_metadata(conn, rows)
@@ -248,7 +274,7 @@ class Publishing:
             raise _unfounded()
         name = family_role(row.family)
         before = current.get(name)
-        publication = repository.check_publication(
+        found = publication.check_publication(
             current[ROOT].document,
             family=row.family,
             current_targets=current[TARGETS].document,
@@ -259,13 +285,14 @@ class Publishing:
         )
         if targets is not None:
             _check_other_families(current[TARGETS].document, targets, family=row.family)
-        rules.check_listed(publication.files, release=row.files)
+        rules.check_listed(found.files, release=row.files)
         self._require_files(row)
         rows = [_row(repository.read_targets(role, role=name), name, role, now_ms)]
         if targets is not None:
             rows.append(_row(repository.read_targets(targets), TARGETS, targets, now_ms))
         current.update({added.role: added for added in rows})
-        rows += _online(current, snapshot=self._keys.snapshot, timestamp=self._keys.timestamp, now_ms=now_ms)
+        keys = self._keys(current[ROOT].document)
+        rows += sign_online(current, snapshot=keys.snapshot, timestamp=keys.timestamp, now_ms=now_ms)
         tables.add_metadata(conn, rows)
         tables.mark_published(conn, row.family, row.version, at_ms=now_ms, actor=actor)
         audit.record(
@@ -297,28 +324,6 @@ class Publishing:
                 self._counts.metadata_expires.labels(role).set(current[role].expires_ms / 1000)
         if families:
             self._counts.metadata_expires.labels("families").set(min(families) / 1000)
-
-
-def _online(
-    current: Mapping[str, MetadataRow], *, snapshot: Signer | None, timestamp: Signer, now_ms: int
-) -> list[MetadataRow]:
-    """The next snapshot (with a key for it) and the next timestamp, over these newest files."""
-    rows: list[MetadataRow] = []
-    newest = current.get(SNAPSHOT)
-    if snapshot is not None or newest is None:
-        assert snapshot is not None, "there is a snapshot from the founding on"
-        files = {role: row.document for role, row in current.items() if role not in (ROOT, SNAPSHOT, TIMESTAMP)}
-        previous = None if newest is None else repository.read_snapshot(newest.document)
-        unsigned = repository.new_snapshot(previous, files, now_ms=now_ms)
-        document = repository.sign(unsigned, snapshot)
-        newest = MetadataRow(SNAPSHOT, unsigned.signed.version, document, now_ms, expires_ms(unsigned.signed))
-        rows.append(newest)
-    before = current.get(TIMESTAMP)
-    stamped = repository.new_timestamp(
-        None if before is None else repository.read_timestamp(before.document), newest.document, now_ms=now_ms
-    )
-    document = repository.sign(stamped, timestamp)
-    return [*rows, MetadataRow(TIMESTAMP, stamped.signed.version, document, now_ms, expires_ms(stamped.signed))]
 
 
 def _ready(conn: Connection, family: str, version: str) -> ModelRow:

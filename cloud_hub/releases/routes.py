@@ -1,6 +1,8 @@
-"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/metadata`, `/v1/assignments`.
+"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/roots`, `/v1/metadata`, `/v1/assignments`,
+`/v1/time`.
 
-`router(desk)` makes the routes. Bodies are msgspec structs: unknown fields and wrong types are refused by name.
+`router(desk)` makes the routes; `app.state.time_rate` holds how often one address may ask for the time. Bodies are
+msgspec structs: unknown fields and wrong types are refused by name.
 Blobs are streamed both ways and are exempt from the bounds on other requests (prefix `/v1/blobs/`): an upload is
 bounded by its announced length, and by a deadline for each next piece of it.
 """
@@ -17,10 +19,12 @@ from fastapi.responses import FileResponse
 from cloud_hub.ground import bodies
 from cloud_hub.ground.auth import Principal, Role, require, require_any
 from cloud_hub.ground.bodies import JSON_TYPE, json_answer, read_json, takes
-from cloud_hub.ground.problems import NotFound
+from cloud_hub.ground.problems import NotFound, Throttled
+from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.releases.desk import Desk, Push, Selector
 from cloud_hub.releases.tables import AssignmentRow, ModelRow
 from shared import limits
+from shared.clock import Clock
 from shared.ids import parse_digest
 
 STREAMED_PREFIX: Final = "/v1/blobs/"
@@ -29,6 +33,7 @@ BLOB_TYPE: Final = "application/octet-stream"
 Viewer = Annotated[Principal, Depends(require(Role.VIEWER))]
 Operator = Annotated[Principal, Depends(require(Role.OPERATOR))]
 ReleaseManager = Annotated[Principal, Depends(require(Role.RELEASE_MANAGER))]
+Admin = Annotated[Principal, Depends(require(Role.ADMIN))]
 Anyone = Annotated[Principal, Depends(require_any())]
 Limit = Annotated[int, Query(ge=1, le=limits.MAX_PAGE_ITEMS)]
 After = Annotated[str, Query(max_length=160)]
@@ -41,6 +46,20 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: str
     role: str
     targets: str | None = None
+
+
+class KeyChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Signed metadata that changes keys, by role: `root`, `targets`, `models/<family>`."""
+
+    parts: dict[str, str]
+
+
+class TimeAsked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device's question: 32 random bytes in base64url, its name, and the version of the root that it trusts."""
+
+    nonce: str
+    device: str
+    root: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
 
 def router(desk: Desk) -> APIRouter:
@@ -67,10 +86,37 @@ def router(desk: Desk) -> APIRouter:
     release = "/releases/{family}/{version}"
     add(release, releases.get, methods=["GET"], operation_id="get_release", response_model=None)
     add(f"{release}/proposal", releases.proposal, methods=["GET"], operation_id="get_proposal", response_model=None)
+    add(
+        "/roots",
+        releases.change_keys,
+        methods=["POST"],
+        operation_id="change_keys",
+        status_code=201,
+        **takes(KeyChange),
+    )
     add("/metadata/{name:path}", releases.metadata, methods=["GET"], operation_id="get_metadata", response_model=None)
     add("/assignments", assignments.assign, methods=["POST"], operation_id="assign", status_code=201, **takes(Selector))
     add("/assignments", assignments.page, methods=["GET"], operation_id="list_assignments", response_model=None)
+    time = _Time(desk)
+    add("/time", time.tell, methods=["POST"], operation_id="attest_time", **takes(TimeAsked))
     return routes
+
+
+class _Time:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def tell(self, request: Request) -> Response:
+        """The time, signed for one device and one nonce. Needs no proof: who has no clock may have no valid one."""
+        rate: Buckets = request.app.state.time_rate
+        clock: Clock = request.app.state.clock
+        address = request.client.host if request.client else "unknown"
+        wait_s = rate.take(source_of(address), now_ms=clock.mono_ms())
+        if wait_s:
+            raise Throttled("too many questions for the time from this address", retry_after_s=wait_s, hint="wait")
+        asked = await read_json(request, TimeAsked)
+        answer = await self._desk.attesting.attest(device=asked.device, nonce=asked.nonce, root_version=asked.root)
+        return Response(answer, media_type=JSON_TYPE, headers={"cache-control": "no-store"})
 
 
 class _Blobs:
@@ -115,8 +161,9 @@ class _Models:
         return _page([_model(row) for row in rows], limit=limit, key=_name)
 
     async def get(self, family: str, version: str, _principal: Viewer) -> Response:
-        """One pushed model with what was measured of it."""
-        return json_answer(_model(await self._desk.catalogue.get(family, version)))
+        """One pushed model with what was measured of it, and the patches to its files."""
+        row = await self._desk.catalogue.get(family, version)
+        return json_answer({**_model(row), "patches": await self._desk.patches.offered(row)})
 
 
 class _Releases:
@@ -165,6 +212,12 @@ class _Releases:
             "report": _report(row),
         }
         return json_answer(document)
+
+    async def change_keys(self, request: Request, principal: Admin) -> Response:
+        """Make a signed change of keys take effect: a new root, and what has to be signed again under it."""
+        body = await read_json(request, KeyChange)
+        changed = await self._desk.publishing.change_keys(body.parts, actor=principal.actor)
+        return json_answer({"versions": changed.versions}, status=201 if changed.is_new else 200)
 
     async def metadata(self, name: str, _principal: Anyone) -> Response:
         """A metadata file by its consistent-snapshot name: `timestamp.json`, `3.targets.json`."""

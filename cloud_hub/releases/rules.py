@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -40,6 +40,12 @@ MAX_COUNTER: Final = 2**53 - 1
 MAX_LEAD: Final = 1_000_000
 """By how many assignments a device may be ahead of a hub that was restored from a backup. A word of more is not
 believed: it would use up the device's versions, and what cannot be signed for one stops all that are signed with it."""
+PATCH_BASES: Final = 4
+"""From so many files, those that most devices of the fleet run, patches to a new release's file are made."""
+PATCH_TARGETS: Final = 2
+"""To the files of so many releases of a family, the newest."""
+PATCH_WORTH: Final = 0.6
+"""A patch is kept only below this share of what the whole file takes when it is compressed."""
 DROP_SLACK_PT: Final = 1e-9
 """Below any difference that two counts of samples can make; absorbs rounding only."""
 
@@ -130,12 +136,32 @@ class Candidate:
 
     Attributes:
         assignment_version: the newest assignment that the device says it has.
+        running: digests of the model files that it says it serves, by family.
     """
 
     device: DeviceId
     labels: Mapping[str, str]
     online: bool
     assignment_version: int
+    running: Mapping[str, Digest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltVersion:
+    """A version whose build is done: its place in the family and its files, the manifest and golden set included."""
+
+    family: FamilyName
+    version: ModelVersion
+    release_counter: int
+    files: tuple[FileRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPair:
+    """A patch worth trying: from a file that devices run to the same file of a newer version."""
+
+    base: FileRef
+    result: FileRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +318,58 @@ def next_assignment(
         models=tuple(models[family] for family in sorted(models)),
         force=tuple(sorted(forced)),
     )
+
+
+def patch_pairs(versions: Sequence[BuiltVersion], running: Mapping[tuple[str, Digest], int]) -> tuple[PatchPair, ...]:
+    """The patches that the fleet would use, most devices first.
+
+    Args:
+        versions: what was built.
+        running: how many devices serve a file, by family and digest.
+    """
+    pairs: list[tuple[int, PatchPair]] = []
+    for family in sorted({version.family for version in versions}):
+        built = sorted((v for v in versions if v.family == family), key=lambda v: v.release_counter)
+        counts = {digest: count for (name, digest), count in running.items() if name == family}
+        common = sorted(counts, key=lambda digest: (-counts[digest], digest))[:PATCH_BASES]
+        known = {file.digest: (version, file) for version in reversed(built) for file in version.files}
+        for digest in common:
+            if digest not in known:
+                continue
+            origin, base = known[digest]
+            for version in built[-PATCH_TARGETS:]:
+                if version.release_counter <= origin.release_counter:
+                    continue
+                # The same name is the same variant for the same runtime: int8.onnx, fp32.onnx.
+                pairs += [
+                    (counts[digest], PatchPair(base, file))
+                    for file in version.files
+                    if _name(file) == _name(base) and file.digest != digest
+                ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1].base.digest, pair[1].result.digest))
+    return tuple(pair for _, pair in pairs)
+
+
+def running_files(reported: Mapping[str, Any]) -> dict[str, Digest]:
+    """The digests of the files that a device says it serves, by family.
+
+    A device's own word: it decides which help the device is offered and nothing else.
+    """
+    models = reported.get("models")
+    return {
+        str(model["family"]): Digest(str(model["digest"]))
+        for model in (models if isinstance(models, list) else ())
+        if isinstance(model, dict) and model.get("digest") and model.get("family")
+    }
+
+
+def patch_pays(*, length: int, full_packed: int) -> bool:
+    """Whether a patch is worth keeping beside the whole file."""
+    return length < PATCH_WORTH * full_packed
+
+
+def _name(file: FileRef) -> str:
+    return file.path.rpartition("/")[2]
 
 
 def is_ahead(version: int, *, seen: int) -> bool:

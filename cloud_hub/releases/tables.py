@@ -73,6 +73,20 @@ assignments = sa.Table(
     sa.Column("created_by", sa.String(160), nullable=False),
 )
 
+patches = sa.Table(
+    "patches",
+    metadata,
+    sa.Column("base", sa.String(64), primary_key=True),
+    sa.Column("result", sa.String(64), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=True),
+    sa.Column("length", sa.BigInteger, nullable=False),
+    sa.Column("full_length", sa.BigInteger, nullable=False),
+    sa.Column("full_packed", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.String(200), nullable=False),
+    sa.Column("made_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_patches_result", "result"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
@@ -120,6 +134,25 @@ class AssignmentRow:
     assignment: Assignment
     document: bytes
     created_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class PatchRow:
+    """A patch that was made, or tried: then it has no digest, and a reason.
+
+    Attributes:
+        length: of the patch.
+        full_length, full_packed: of the file that it makes, as it is and compressed.
+    """
+
+    base: Digest
+    result: Digest
+    digest: Digest | None
+    length: int
+    full_length: int
+    full_packed: int
+    reason: str
+    made_ms: int
 
 
 def find_model(conn: Connection, family: str, version: str) -> ModelRow | None:
@@ -300,6 +333,79 @@ def add_assignment(conn: Connection, row: AssignmentRow) -> None:
             expires_ms=row.assignment.expires_ms,
             created_by=row.created_by,
         )
+    )
+
+
+def list_ready(conn: Connection) -> list[ModelRow]:
+    """Every version whose build is done, by name."""
+    query = sa.select(models).where(models.c.state == "ready").order_by(models.c.family, models.c.version)
+    return [_model(conn, row) for row in conn.execute(query)]
+
+
+def version_of_file(conn: Connection, family: str, digest: str) -> str | None:
+    """The oldest version of the family that has this file."""
+    query = (
+        sa.select(release_files.c.version)
+        .join(
+            models,
+            sa.and_(models.c.family == release_files.c.family, models.c.version == release_files.c.version),
+        )
+        .where(release_files.c.family == family, release_files.c.digest == digest)
+        .order_by(models.c.release_counter)
+        .limit(1)
+    )
+    return conn.execute(query).scalar_one_or_none()
+
+
+def list_patches(conn: Connection) -> list[PatchRow]:
+    """Every patch that was made or tried."""
+    return [_patch(row) for row in conn.execute(sa.select(patches).order_by(patches.c.base, patches.c.result))]
+
+
+def patches_to(conn: Connection, results: Sequence[str]) -> list[PatchRow]:
+    """The patches that can be used to make one of these files, shortest first."""
+    query = sa.select(patches).where(patches.c.result.in_(results), patches.c.digest.is_not(None))
+    return [_patch(row) for row in conn.execute(query.order_by(patches.c.length, patches.c.base))]
+
+
+def patches_from(conn: Connection, bases: Sequence[str]) -> list[PatchRow]:
+    """The patches that can be used by who has one of these files, shortest first."""
+    query = sa.select(patches).where(patches.c.base.in_(bases), patches.c.digest.is_not(None))
+    return [_patch(row) for row in conn.execute(query.order_by(patches.c.length, patches.c.result))]
+
+
+def add_patch(conn: Connection, row: PatchRow) -> None:
+    """Store how a patch came out, in place of what was known of the pair."""
+    conn.execute(patches.delete().where(patches.c.base == row.base, patches.c.result == row.result))
+    conn.execute(
+        patches.insert().values(
+            base=row.base,
+            result=row.result,
+            digest=row.digest,
+            length=row.length,
+            full_length=row.full_length,
+            full_packed=row.full_packed,
+            reason=row.reason[:200],
+            made_ms=row.made_ms,
+        )
+    )
+
+
+def forget_patch(conn: Connection, row: PatchRow) -> None:
+    """Remove a row."""
+    conn.execute(patches.delete().where(patches.c.base == row.base, patches.c.result == row.result))
+
+
+def _patch(row: Row[tuple[object, ...]]) -> PatchRow:
+    return PatchRow(
+        base=Digest(row.base),
+        result=Digest(row.result),
+        digest=None if row.digest is None else Digest(row.digest),
+        length=row.length,
+        full_length=row.full_length,
+        full_packed=row.full_packed,
+        reason=row.reason,
+        made_ms=row.made_ms,
     )
 
 

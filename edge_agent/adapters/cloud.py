@@ -10,7 +10,7 @@ Rules of this file:
    has no effect that could happen twice. Nothing else is tried again here.
 4. At most MAX_CLOUD_ANSWER_BYTES are read; nothing is redirected, decompressed or sent through a proxy.
 
-Not here: whether to ask (edge_agent/core/cascade.py), and the TLS context (fetcher.py makes it).
+Not here: whether to ask (edge_agent/core/cascade.py), and the TLS context (tls.py makes it).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeAlias
 from urllib.parse import quote
 
+from edge_agent.adapters.tls import refused_certificate
 from edge_agent.identity import check_hub_url
 from edge_agent.ports import CloudAnswer, CloudRefusal
 from shared.clock import Clock
@@ -141,9 +142,7 @@ class HubCloud:
         try:
             return self._converse(call)
         except ssl.SSLCertVerificationError as error:
-            raise TransferRefused(
-                f"the certificate of {peer} is not the hub's: {error.verify_message}", code="transfer.hub_certificate"
-            ) from error
+            raise refused_certificate(f"the hub at {peer}", error, code="transfer.hub_certificate") from error
         except ssl.SSLError as error:
             if "ALERT" in (error.reason or ""):
                 message = f"the hub at {peer} refused this device's certificate: {error.reason}"

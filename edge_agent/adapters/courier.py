@@ -29,6 +29,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edge_agent.adapters.tls import DatedSocket, dated_context, refused_certificate
 from shared.errors import TransferError, TransferRefused, Unreachable
 from shared.ids import DeviceId
 from shared.limits import MAX_MQTT_PACKET_BYTES
@@ -46,24 +47,21 @@ _TRY_LATER: Final = frozenset({0x83, 0x88, 0x89, 0x8B, 0x97, 0x9C, 0x9D, 0x9F})
 """CONNACK reasons that pass by themselves (MQTT 5.0, section 3.2.2.2): busy, unavailable, quota, moved, rate."""
 
 
-def broker_context(*, ca_path: Path, certificate_path: Path, key_path: Path) -> ssl.SSLContext:
-    """TLS 1.3 with the device's certificate, trusting this CA only; raises TransferRefused."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.sslsocket_class = _BrokerSocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    try:
-        context.load_verify_locations(cafile=ca_path)
-        context.load_cert_chain(certificate_path, key_path)
-    except (OSError, ssl.SSLError) as error:
-        raise TransferRefused(
-            f"the certificates beside {ca_path} cannot be used: {error}",
-            code="transfer.identity",
-            hint="run `outrider-agent doctor`",
-        ) from error
-    return context
+def broker_context(
+    *, ca_path: Path, certificate_path: Path, key_path: Path, now_ms: Callable[[], int]
+) -> ssl.SSLContext:
+    """TLS 1.3 with the device's certificate, trusting this CA only, dated by `now_ms`; raises TransferRefused."""
+    return dated_context(
+        ca_path,
+        now_ms=now_ms,
+        certificate_path=certificate_path,
+        key_path=key_path,
+        minimum=ssl.TLSVersion.TLSv1_3,
+        sockets=_BrokerSocket,
+    )
 
 
-class _BrokerSocket(ssl.SSLSocket):
+class _BrokerSocket(DatedSocket):
     """A TLS socket that knows the broker's verdict on the device's certificate when its handshake returns.
 
     In TLS 1.3 the client is done before the server has looked at its certificate (RFC 8446, section 2). A broker
@@ -330,11 +328,7 @@ class MqttCourier:
     def _refused_tls(self, error: ssl.SSLError) -> TransferError:
         where = f"{self._host}:{self._port}"
         if isinstance(error, ssl.SSLCertVerificationError):
-            return TransferRefused(
-                f"the certificate of the broker at {where} is not the hub's: {error.verify_message}",
-                code="transfer.broker_certificate",
-                hint="check the broker's address and this machine's clock",
-            )
+            return refused_certificate(f"the broker at {where}", error, code="transfer.broker_certificate")
         if "ALERT" in (error.reason or ""):
             return TransferRefused(
                 f"the broker at {where} refused this device's certificate: {error.reason}",

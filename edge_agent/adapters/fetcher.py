@@ -9,7 +9,7 @@ Rules of this file:
 4. One transfer of a file at a time: one that was given up may still be at the shelf when the next one begins.
 
 The standard library's client runs in a thread; on cancellation its socket is shut down, so that the thread ends.
-Not here: trying again (the driver), and judging metadata (the verifier child).
+Not here: trying again (the driver), the TLS context (tls.py), and judging metadata (the verifier child).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import quote
 
+from edge_agent.adapters.tls import refused_certificate
 from edge_agent.identity import check_hub_url
 from edge_agent.update_ports import Shelf
 from shared.clock import Clock
@@ -41,23 +41,6 @@ SLOWEST_UPLOAD_BYTES_S: Final = 16 * KIB
 MAX_ANSWER_BYTES: Final = 64 * KIB
 
 T = TypeVar("T")
-
-
-def hub_context(ca_path: Path, *, certificate_path: Path | None = None, key_path: Path | None = None) -> ssl.SSLContext:
-    """A TLS context that trusts this CA only and shows the device's certificate; raises TransferRefused."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(cafile=ca_path)
-        if certificate_path is not None:
-            context.load_cert_chain(certificate_path, key_path)
-    except (OSError, ssl.SSLError) as error:
-        raise TransferRefused(
-            f"the certificates beside {ca_path} cannot be used: {error}",
-            code="transfer.identity",
-            hint="run `outrider-agent doctor`",
-        ) from error
-    return context
 
 
 class HubFetcher:
@@ -127,6 +110,22 @@ class HubFetcher:
 
         await self._in_thread(work, grace_ms=len(data) * 1000 // SLOWEST_UPLOAD_BYTES_S)
 
+    async def ask(self, path: str, question: bytes, *, max_bytes: int) -> bytes:
+        """POST this JSON and return the answer's bytes.
+
+        Raises:
+            Unreachable: nobody answered, or too slowly, or the hub has trouble of its own.
+            TransferRefused: the hub said no; `transfer.not_found` when it knows no such question.
+            TransferCorrupt: `transfer.too_large`, the answer exceeds `max_bytes`.
+        """
+
+        def work(call: _Call) -> bytes:
+            response = call.post(path, question)
+            call.expect(response, 200)
+            return b"".join(call.chunks(response, limit=max_bytes))
+
+        return await self._in_thread(work)
+
     async def _in_thread(self, work: Callable[[_Call], T], *, grace_ms: int = 0) -> T:
         call = _Call(
             http.client.HTTPSConnection(self._host, self._port, context=self._context, timeout=self._stall_ms / 1000),
@@ -195,6 +194,11 @@ class _Call:
         """Send the bytes and return the response with its body unread."""
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(data))}
         return self._send("PUT", path, headers, data)
+
+    def post(self, path: str, question: bytes) -> http.client.HTTPResponse:
+        """Send the question and return the response with its body unread."""
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(question))}
+        return self._send("POST", path, headers, question)
 
     def _send(self, method: str, path: str, headers: dict[str, str], data: bytes | None) -> http.client.HTTPResponse:
         self.close()
@@ -336,11 +340,7 @@ def _guarded(work: Callable[[_Call], T], call: _Call) -> T:
     try:
         return work(call)
     except ssl.SSLCertVerificationError as error:
-        raise TransferRefused(
-            f"the certificate of {call.peer} is not the hub's: {error.verify_message}",
-            code="transfer.hub_certificate",
-            hint="check the hub's address and this machine's clock; enrol again if the hub was set up anew",
-        ) from error
+        raise refused_certificate(call.peer, error, code="transfer.hub_certificate") from error
     except ssl.SSLError as error:
         raise _refused_or_unreachable(call, error) from error
     except (OSError, http.client.HTTPException) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_agent.adapters.database import Connection, Database
 from shared.errors import StorageError
@@ -61,6 +62,15 @@ class SqliteLedger:
         """Raise each floor to the higher of saved and given, in one transaction; roles not given are dropped."""
         return await self._database.write(lambda connection: _raise(connection, floors))
 
+    async def remember_time(self, time_ms: int) -> None:
+        """Save what the hub attested, in place of what it attested before."""
+
+        def work(connection: Connection) -> None:
+            saved = _get(connection, _FLOORS, Floors) or Floors()
+            _set(connection, _FLOORS, replace(saved, attested_ms=time_ms))
+
+        await self._database.write(work)
+
     async def load_verified(self) -> VerifiedAssignment | None:
         """The newest assignment that was accepted."""
         return await self._database.write(lambda connection: _get(connection, _VERIFIED, VerifiedAssignment))
@@ -85,6 +95,7 @@ def merged_floors(saved: Floors, given: Floors) -> Floors:
             for family in sorted({*saved.releases, *given.releases})
         },
         time_ms=max(saved.time_ms, given.time_ms),
+        attested_ms=saved.attested_ms,
     )
 
 

@@ -65,6 +65,12 @@ class FileShelf:
                 offset += written
                 view = view[written:]
 
+    def part(self, digest: Digest) -> int:
+        """A descriptor for writing, of the unfinished file of this digest, which is empty then; raises StorageFull."""
+        path = self._part(digest)
+        with _translated(path):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
+
     def publish(self, file: FileRef) -> None:
         """Sync, hash from the same descriptor, rename, sync the directory; TransferCorrupt drops the file."""
         if self.has(file.digest):

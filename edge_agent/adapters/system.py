@@ -24,7 +24,7 @@ Adjtimex = Callable[[Any], int]
 
 
 class SystemClock:
-    """The machine's two clocks as `shared.clock.Clock`."""
+    """The machine's clocks as `shared.clock.BootClock`."""
 
     def wall_ms(self) -> int:
         """Milliseconds since 1970-01-01 UTC, as far as this machine knows."""
@@ -33,6 +33,10 @@ class SystemClock:
     def mono_ms(self) -> int:
         """Milliseconds since an arbitrary moment of this boot, never backwards."""
         return time.monotonic_ns() // _NS_PER_MS
+
+    def boot_ms(self) -> int:
+        """Milliseconds since the boot, suspended time included."""
+        return uptime_ms()
 
 
 class SystemMoments:

@@ -1,12 +1,6 @@
 """`Verifier` in a child process: starts it, fetches what it asks for, keeps what it accepted, and ends it.
 
-    trust/root.json              the newest root; the first one comes with the enrolment
-    trust/<role>.json            accepted metadata, the role's name percent-encoded
-    trust/assignment             the assignment document accepted last (no role's file is called that)
-
-Rules: a file is written aside, synced, renamed, and the directory synced; when the root has replaced keys, what the
-old ones signed is removed before the new root is written; losing any of these files but the root costs a download and
-nothing else, because the floors are kept elsewhere, so a disk that refuses to keep one does not stop a verification.
+What is kept lies in the trust directory (edge_agent/adapters/trust_folder.py).
 
 This module loads neither tuf nor cryptography: what others sent is only looked into by the child.
 """
@@ -15,15 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, unquote
 
+import msgspec
+from msgspec.structs import replace
+
+from edge_agent.adapters.trust_folder import TrustFolder
 from edge_agent.framing import FrameReader, build_frame
 from edge_agent.update_ports import Fetcher
 from shared import limits
@@ -41,12 +40,18 @@ from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
 from shared.wire.verification import (
     Accepted,
+    Attested,
     Fed,
     FromVerifier,
     Job,
+    Judged,
     Keep,
+    KeepManifest,
     Need,
     Refused,
+    StoredJob,
+    StoredRelease,
+    TimeJob,
     ToVerifier,
     decode_from_verifier,
     encode,
@@ -55,92 +60,18 @@ from shared.wire.verification import (
 logger = logging.getLogger(__name__)
 
 DEADLINE_MS: Final = 120_000
-MAX_CACHE_BYTES: Final = limits.MAX_FRAME_PAYLOAD_BYTES - 8 * limits.MIB
-"""What of the cache is handed to a verification; the rest of a frame is for the job itself."""
+MAX_OLDER_MANIFESTS: Final = 32
+"""Of releases that the accepted assignment does not name; one of them may be what a slot went back to."""
 
-_ROOT: Final = "root"
-_SUFFIX: Final = ".json"
 _REAP_S: Final = 5.0
 
 
-class TrustFolder:
-    """The trust directory. Blocking; small files."""
+class _SignedRoot(msgspec.Struct, frozen=True):
+    version: int
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
 
-    def root(self) -> bytes:
-        """The newest trusted root; raises TrustError `trust.no_root` before the enrolment."""
-        try:
-            return self._read(self._path(_ROOT), limits.MAX_ROOT_BYTES)
-        except OSError as error:
-            raise TrustError(
-                f"there is no trusted root in {self._directory}",
-                code="trust.no_root",
-                hint="enrol this device: outrider-agent enroll TOKEN",
-            ) from error
-
-    def cache(self) -> dict[str, bytes]:
-        """Accepted metadata by role, as far as it can be read and fits into a job."""
-        found: dict[str, bytes] = {}
-        room = MAX_CACHE_BYTES
-        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            role = unquote(path.name.removesuffix(_SUFFIX))
-            if role == _ROOT or path.is_symlink():
-                continue
-            with contextlib.suppress(OSError):
-                data = self._read(path, limits.MAX_TARGETS_BYTES)
-                if len(data) <= room:
-                    found[role] = data
-                    room -= len(data)
-        return found
-
-    def previous(self) -> bytes | None:
-        """The assignment document accepted last, if it is still there."""
-        try:
-            return self._read(self._directory / "assignment", limits.MAX_ASSIGNMENT_BYTES)
-        except OSError:
-            return None
-
-    def keep(self, step: Keep) -> None:
-        """Remove what the step drops, then write what it keeps; a disk that refuses is logged and no error."""
-        try:
-            for role in step.drops:
-                self._path(role).unlink(missing_ok=True)
-            self._write(self._path(step.role), step.data)
-        except OSError as error:
-            logger.warning("accepted metadata could not be kept", extra={"role": step.role, "reason": error.strerror})
-
-    def keep_assignment(self, document: bytes) -> None:
-        """The same for the accepted assignment."""
-        try:
-            self._write(self._directory / "assignment", document)
-        except OSError as error:
-            logger.warning("the accepted assignment could not be kept", extra={"reason": error.strerror})
-
-    def _path(self, role: str) -> Path:
-        return self._directory / f"{quote(role, safe='')}{_SUFFIX}"
-
-    def _read(self, path: Path, max_bytes: int) -> bytes:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise OSError(f"{path.name} is larger than {max_bytes} bytes")
-        return data
-
-    def _write(self, path: Path, data: bytes) -> None:
-        # A name that no role's file can have; one verification at a time, so one name is enough.
-        aside = self._directory / ".new"
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+class _RootFile(msgspec.Struct, frozen=True):
+    signed: _SignedRoot
 
 
 class PassingShelf:
@@ -168,6 +99,10 @@ class PassingShelf:
             raise TransferCorrupt(f"{self._file.path} is longer than promised", code="transfer.too_large")
         self._data[offset:] = data
 
+    def part(self, digest: Digest) -> int:
+        """Raises StorageError: there is no file behind it."""
+        raise StorageError(f"{digest} is only held in memory")
+
     def publish(self, file: FileRef) -> None:
         """Nothing to do: the verifier hashes it."""
 
@@ -194,6 +129,7 @@ class LiveVerifier:
         *,
         trust_dir: Path,
         device: DeviceId,
+        profile: str,
         fetcher: Fetcher,
         deadline_ms: int = DEADLINE_MS,
         command: tuple[str, ...] = (sys.executable, "-I", "-m", "edge_agent.verifier"),
@@ -202,18 +138,22 @@ class LiveVerifier:
         Args:
             trust_dir: `<state>/trust`, holding root.json.
             device: the name on this device's certificate.
+            profile: the name of its profile; a release may be signed for some profiles only.
             fetcher: how to reach the hub.
             deadline_ms: for a whole verification, its downloads included.
             command: starts the child; our process id is appended.
         """
         self._folder = TrustFolder(trust_dir)
         self._device = device
+        self._profile = profile
         self._fetcher = fetcher
         self._deadline_ms = deadline_ms
         self._command = command
         self._turn = asyncio.Lock()
 
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+    async def verify(
+        self, document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
         """The verified assignment.
 
         Raises:
@@ -223,10 +163,41 @@ class LiveVerifier:
         """
         if len(document) > limits.MAX_ASSIGNMENT_BYTES:
             raise TrustError(f"an assignment of {len(document)} bytes is too large", code="trust.endless_data")
+        async with self._in_turn():
+            job = await asyncio.to_thread(self._job, document, floors, wall_ms, time_attested)
+            verdict = await self._run(job)
+            if not isinstance(verdict, Accepted):
+                raise _lost("it answered another question")
+            await asyncio.to_thread(self._keep_accepted, document, verdict.verified)
+            return verdict.verified
+
+    async def attest(self, answer: bytes, *, nonce: str, floors: Floors) -> int:
+        """The time that the hub's answer attests, in milliseconds since 1970; newer roots in it are kept.
+
+        Raises as `verify` does; the codes of an answer that is not to be trusted lie below `trust.time`.
+        """
+        async with self._in_turn():
+            root = await asyncio.to_thread(self._folder.root)
+            job = TimeJob(answer=answer, device=self._device, nonce=nonce, root=root, floors=floors)
+            verdict = await self._run(job)
+            if not isinstance(verdict, Attested):
+                raise _lost("it answered another question")
+            return verdict.time_ms
+
+    async def root_version(self) -> int:
+        """The version of the newest trusted root; 0 when it cannot be told."""
+        try:
+            data = await asyncio.to_thread(self._folder.root)
+            return msgspec.json.decode(data, type=_RootFile).signed.version
+        except (TrustError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return 0
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
         async with self._turn:
             try:
                 async with asyncio.timeout(self._deadline_ms / 1000):
-                    return await self._run(document, floors=floors, wall_ms=wall_ms)
+                    yield
             except TimeoutError as error:
                 raise Unreachable(
                     f"the verification was not done within {self._deadline_ms} ms",
@@ -234,8 +205,7 @@ class LiveVerifier:
                     hint="look at the link to the hub; the agent tries again by itself",
                 ) from error
 
-    async def _run(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
-        job = await asyncio.to_thread(self._job, document, floors, wall_ms)
+    async def _run(self, job: Job | TimeJob) -> Accepted | Attested:
         child = _Child(self._command)
         try:
             await child.send(job)
@@ -247,30 +217,86 @@ class LiveVerifier:
                     case Keep() as step:
                         await asyncio.to_thread(self._folder.keep, step)
                         await child.send(Fed())
-                    case Accepted(verified=verified):
-                        await asyncio.to_thread(self._folder.keep_assignment, document)
-                        return verified
+                    case KeepManifest(digest=digest, data=data):
+                        await asyncio.to_thread(self._folder.keep_manifest, digest, data)
+                        await child.send(Fed())
+                    case Accepted() | Attested() as verdict:
+                        return verdict
                     case Refused(code=code, message=message, hint=hint):
                         kind = TransferRefused if code.startswith("transfer.") else TrustError
                         raise kind(message, code=code, hint=hint)
+                    case Judged():
+                        raise _lost("it judged what it was not asked about")
         finally:
             await child.end()
 
-    def _job(self, document: bytes, floors: Floors, wall_ms: int) -> Job:
+    def _job(self, document: bytes, floors: Floors, wall_ms: int, time_attested: bool) -> Job:
         return Job(
             document=document,
             device=self._device,
+            profile=self._profile,
             root=self._folder.root(),
             cache=self._folder.cache(),
             previous=self._folder.previous(),
             floors=floors,
             wall_ms=wall_ms,
+            time_attested=time_attested,
         )
+
+    async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
+        """What of these releases does not hold any more, from what is stored; manifests that nothing names go.
+
+        Raises:
+            TrustError: `trust.no_root` before the enrolment, `trust.verifier_lost` when the child said nothing.
+            Unreachable: time ran out.
+            OutriderError: `verifier.start` when the system starts no child.
+        """
+        async with self._turn:
+            try:
+                async with asyncio.timeout(self._deadline_ms / 1000):
+                    return await self._judge(releases, floors)
+            except TimeoutError as error:
+                raise Unreachable("what is installed was not judged in time", code="transfer.deadline") from error
+
+    async def _judge(self, releases: tuple[StoredRelease, ...], floors: Floors) -> Judged:
+        job = await asyncio.to_thread(self._stored_job, releases, floors)
+        child = _Child(self._command)
+        try:
+            await child.send(job)
+            del job
+            match await child.receive():
+                case Judged() as judged:
+                    named = frozenset(release.digest for release in releases)
+                    await asyncio.to_thread(self._folder.collect_manifests, named)
+                    return judged
+                case other:
+                    raise _lost(f"it said {type(other).__name__} where nothing may be asked")
+        finally:
+            await child.end()
+
+    def _stored_job(self, releases: tuple[StoredRelease, ...], floors: Floors) -> StoredJob:
+        return StoredJob(
+            document=self._folder.previous(),
+            device=self._device,
+            profile=self._profile,
+            root=self._folder.root(),
+            cache=self._folder.cache(),
+            floors=floors,
+            releases=tuple(replace(release, data=self._folder.manifest(release.digest)) for release in releases),
+        )
+
+    def _keep_accepted(self, document: bytes, verified: VerifiedAssignment) -> None:
+        self._folder.keep_assignment(document)
+        named = frozenset(model.manifest_digest for model in verified.models)
+        self._folder.collect_manifests(named, at_most=MAX_OLDER_MANIFESTS)
 
     async def _fetch(self, need: Need) -> bytes | None:
         try:
             if need.file is None:
                 return await self._fetcher.metadata(need.name, max_bytes=need.max_bytes)
+            kept = await asyncio.to_thread(self._folder.manifest, need.file.digest)
+            if kept is not None and hashlib.sha256(kept).hexdigest() == need.file.digest:
+                return kept
             shelf = PassingShelf(need.file)
             await self._fetcher.blob(need.file, shelf)
             return shelf.taken()

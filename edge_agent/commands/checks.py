@@ -19,8 +19,11 @@ from typing import Final, Literal
 import msgspec
 
 from edge_agent.adapters.courier import broker_context
-from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.lock import owner_pid
+from edge_agent.adapters.tls import dated_context
+from edge_agent.client import Client
+from edge_agent.commands.status import time_words
+from edge_agent.core.trusted_time import BUILT_MS, WRONG_CLOCK_MS
 from edge_agent.identity import Identity, check_hub_url, load_identity
 from edge_agent.profiles import AUTO, misfits, resolve_profile, this_machine
 from edge_agent.settings import AgentConfig
@@ -60,9 +63,11 @@ def check_all(config: AgentConfig, *, wall_ms: int) -> list[Finding]:
         identity = load_identity(config.state_dir)
     except OutriderError as error:
         return [*findings, Finding(check="identity", result="fail", text=error.message, todo=error.hint)]
-    findings.append(check_certificate(identity, wall_ms=wall_ms))
-    findings.append(check_hub(identity, config))
-    findings.append(check_broker(identity, config))
+    found, now_ms = check_time(config, issued_ms=identity.issued_ms, wall_ms=wall_ms)
+    findings.append(found)
+    findings.append(check_certificate(identity, now_ms=now_ms))
+    findings.append(check_hub(identity, config, now_ms=now_ms))
+    findings.append(check_broker(identity, config, now_ms=now_ms))
     return findings
 
 
@@ -166,7 +171,32 @@ def check_confinement() -> Finding:
     )
 
 
-def check_certificate(identity: Identity, *, wall_ms: int) -> Finding:
+def check_time(config: AgentConfig, *, issued_ms: int, wall_ms: int) -> tuple[Finding, int]:
+    """What the time rests on, and the best guess at it: the running agent's, else the clock and what has passed."""
+    wrong = "set this machine's clock, or leave it: the agent goes by the hub's time"
+    try:
+        with Client(config.door_path) as agent:
+            state = agent.status()
+    except OutriderError:
+        floor_ms = max(BUILT_MS, issued_ms)
+        if wall_ms < floor_ms:
+            days = (floor_ms - wall_ms) // _DAY_MS
+            text = f"the system clock is at least {days} days behind; the agent asks the hub when it runs"
+            return Finding(check="time", result="warn", text=text, todo=wrong), floor_ms
+        return Finding(
+            check="time", result="ok", text="by the system clock; the agent asks the hub when it runs"
+        ), wall_ms
+    now_ms = state.time_ms or wall_ms
+    text = time_words(state)
+    if state.assignment_waits:
+        todo = "let this device reach the hub; the assignment is taken by itself then"
+        return Finding(check="time", result="fail", text=f"{text}; an assignment waits for it", todo=todo), now_ms
+    if abs(state.clock_error_ms) >= WRONG_CLOCK_MS:
+        return Finding(check="time", result="warn", text=text, todo=wrong), now_ms
+    return Finding(check="time", result="ok", text=text), now_ms
+
+
+def check_certificate(identity: Identity, *, now_ms: int) -> Finding:
     """The device's certificate and key: they belong together, are private and are valid for a while."""
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -178,11 +208,11 @@ def check_certificate(identity: Identity, *, wall_ms: int) -> Finding:
         belongs = key.public_key() == certificate.public_key()
     except (OSError, ValueError, TypeError) as error:
         return Finding(check="identity", result="fail", text=f"{identity.device}: {error}", todo=again)
-    days = (int(certificate.not_valid_after_utc.timestamp() * 1000) - wall_ms) / _DAY_MS
+    days = (int(certificate.not_valid_after_utc.timestamp() * 1000) - now_ms) / _DAY_MS
     text = f"{identity.device} at {identity.hub_url}"
     if not belongs:
         return Finding(check="identity", result="fail", text=f"{text}: key and certificate differ", todo=again)
-    if int(certificate.not_valid_before_utc.timestamp() * 1000) > wall_ms:
+    if int(certificate.not_valid_before_utc.timestamp() * 1000) > now_ms:
         return Finding(check="identity", result="fail", text=f"{text}: not valid yet", todo="set this machine's clock")
     if days <= 0:
         return Finding(check="identity", result="fail", text=f"{text}: expired {-days:.0f} days ago", todo=again)
@@ -194,13 +224,18 @@ def check_certificate(identity: Identity, *, wall_ms: int) -> Finding:
     return Finding(check="identity", result="ok", text=f"{text}: certificate valid for {days:.0f} days")
 
 
-def check_hub(identity: Identity, config: AgentConfig) -> Finding:
+def check_hub(identity: Identity, config: AgentConfig, *, now_ms: int) -> Finding:
     """Whether the hub answers over TLS with a certificate of its CA, and takes ours."""
     url = config.hub.url or identity.hub_url
 
     def probe() -> None:
         host, port = check_hub_url(url)
-        context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
+        context = dated_context(
+            identity.ca_path,
+            now_ms=lambda: now_ms,
+            certificate_path=identity.certificate_path,
+            key_path=identity.key_path,
+        )
         with _tls(host, port, context) as link:
             link.sendall(f"GET /healthz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
             if not link.recv(16).startswith(b"HTTP/1."):
@@ -209,13 +244,16 @@ def check_hub(identity: Identity, config: AgentConfig) -> Finding:
     return _probed("hub", url, probe, todo="check that `outrider-hub serve` runs and can be reached from here")
 
 
-def check_broker(identity: Identity, config: AgentConfig) -> Finding:
+def check_broker(identity: Identity, config: AgentConfig, *, now_ms: int) -> Finding:
     """Whether the broker answers over TLS 1.3 with a certificate of the hub's CA."""
     host, port = config.broker.host or identity.broker_host, config.broker.port or identity.broker_port
 
     def probe() -> None:
         context = broker_context(
-            ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
+            ca_path=identity.ca_path,
+            certificate_path=identity.certificate_path,
+            key_path=identity.key_path,
+            now_ms=lambda: now_ms,
         )
         with _tls(host, port, context):
             return

@@ -10,6 +10,7 @@ from edge_agent.client import Client
 from edge_agent.commands import screen
 from edge_agent.commands.exits import Exit
 from edge_agent.config import LoadedConfig
+from edge_agent.core.trusted_time import WRONG_CLOCK_MS
 from shared.inference import AgentState, ModelState
 
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
                 ("up for", duration(state.uptime_ms)),
                 ("link", link),
                 ("queue", waiting),
-                ("assignment", str(state.assignment_version) if state.assignment_version else "none yet"),
+                ("assignment", _assignment(state)),
+                ("time", time_words(state)),
                 ("requests", f"{state.answered} answered, {state.refused} refused"),
             ]
         )
@@ -41,6 +43,30 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
     if state.models:
         screen.show("\n" + models_table(state.models))
     return Exit.DONE
+
+
+def _assignment(state: AgentState) -> str:
+    newest = str(state.assignment_version) if state.assignment_version else "none yet"
+    return f"{newest}; a newer one waits: {state.assignment_waits}" if state.assignment_waits else newest
+
+
+def time_words(state: AgentState) -> str:
+    """What the agent's time rests on, and how wrong the system clock is as far as that is known."""
+    basis = {
+        "attested": "attested by the hub",
+        "floor": "not attested, the system clock is behind what has passed",
+        "clock": "not attested, by the system clock",
+        "": "by the system clock",
+    }.get(state.time_basis, state.time_basis)
+    parts = [basis]
+    if state.time_basis == "attested" and abs(state.clock_error_ms) < WRONG_CLOCK_MS:
+        parts.append("the system clock agrees")
+    elif abs(state.clock_error_ms) >= WRONG_CLOCK_MS:
+        way = "ahead" if state.clock_error_ms > 0 else "behind"
+        parts.append(f"the system clock is {duration(abs(state.clock_error_ms))} {way}")
+    if state.time_detail:
+        parts.append(state.time_detail)
+    return "; ".join(parts)
 
 
 def document_of(state: AgentState) -> dict[str, object]:

@@ -11,8 +11,18 @@ import logging
 from typing import Final, assert_never
 
 from edge_agent.core import intake, link
-from edge_agent.core.intake import Accepted, Intake, IntakeEvent, PauseOver, Refused, Unavailable
-from edge_agent.core.slot_values import FetchDue
+from edge_agent.core.intake import (
+    Accepted,
+    Intake,
+    IntakeEvent,
+    PauseOver,
+    Refused,
+    TimeTrusted,
+    Unavailable,
+    Untimed,
+)
+from edge_agent.core.slot_values import FetchDue, Installed
+from edge_agent.core.trusted_time import UNATTESTED
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -21,6 +31,7 @@ from edge_agent.driver.events import (
     ForSlot,
     ForTraining,
     HeartbeatDue,
+    InstalledJudged,
     Inward,
     MessageArrived,
     Noted,
@@ -28,18 +39,22 @@ from edge_agent.driver.events import (
     ReportDue,
     Stop,
     TaskCame,
+    TimeAttested,
+    TimeDoubted,
 )
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Vitals
 from edge_agent.update_ports import Verifier
-from shared.clock import Clock
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent, Grade, Reading
+from shared.wire.verification import Judged, StoredRelease
+from shared.wire.verification import Refused as StoredRefusal
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +72,6 @@ class Agent:
     def __init__(
         self,
         *,
-        clock: Clock,
         loop: Loop,
         ledger: Ledger,
         verifier: Verifier,
@@ -66,11 +80,11 @@ class Agent:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        timekeeping: Timekeeping,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
     ) -> None:
-        self._clock = clock
         self._loop = loop
         self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
@@ -80,6 +94,7 @@ class Agent:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._timekeeping = timekeeping
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -89,8 +104,9 @@ class Agent:
     async def start(self) -> None:
         """Restore what was, then begin to connect."""
         await self._models.restore()
+        await self._timekeeping.start()
         self._rounds.start()
-        self._inbox.post(ReconcileDue())
+        self._works.start("judge-installed", self._judge())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -139,6 +155,8 @@ class Agent:
                 self._uplink.on_message(topic, payload)
             case Noted():
                 self._note(event)
+            case InstalledJudged():
+                await self._on_judged(event)
             case ReconcileDue():
                 await self._reconcile()
             case ReportDue():
@@ -146,6 +164,12 @@ class Agent:
             case HeartbeatDue():
                 self._uplink.report_now()
                 self._timers.start("heartbeat", self._heartbeat_ms, HeartbeatDue())
+            case TimeAttested():
+                # Connections that the wrong time forbade may be allowed now.
+                self._inbox.post(ForIntake(TimeTrusted()))
+                self._inbox.post(ForLink(link.StartLink()))
+            case TimeDoubted():
+                self._timekeeping.ask()
             case Stop():
                 pass  # taken out of the loop before
             case _:
@@ -154,6 +178,7 @@ class Agent:
     async def _on_link(self, event: link.LinkEvent) -> None:
         await self._uplink.on_link(event)
         if isinstance(event, link.Connected):
+            self._timekeeping.hurry()
             # What waited for the network need not wait for its timer.
             self._inbox.post(ForIntake(PauseOver()))
             for family in self._models.families():
@@ -169,24 +194,66 @@ class Agent:
                 case intake.Verify(document):
                     self._works.start("verify-assignment", self._verify(document))
                 case intake.OfferModels(verified):
+                    self._models.withheld.trust(verified)
                     await self._offer(verified)
                     self._uplink.report_soon()
                 case intake.NoteRefusal(code, message):
                     logger.warning("assignment refused", extra={"code": code, "why": message})
                     self._inbox.post(Noted("release.refused", {"code": code, "message": message}))
+                case intake.NoteDelay(code, message):
+                    self._inbox.post(Noted("release.delayed", {"code": code, "message": message}))
+                case intake.AskTime():
+                    self._timekeeping.hurry()
+                case intake.ShowWaiting(message):
+                    self._timekeeping.waits = message
+                case intake.NoteWaiting(message):
+                    logger.warning("an assignment waits for the time", extra={"why": message})
+                    self._inbox.post(Noted("release.waits_for_time", {"message": message}))
                 case intake.Pause(delay_ms):
                     self._timers.start("intake", delay_ms, ForIntake(PauseOver()))
+
+    async def _judge(self) -> None:
+        """Have what is installed looked at while it serves; only then is anything installed anew."""
+        releases: tuple[StoredRelease, ...] = ()
+        judged = Judged(refused={}, undecided={})
+        try:
+            releases = stored_releases(self._models.installed(), await self._ledger.load_verified())
+            if releases:
+                judged = await self._verifier.judge(releases, floors=await self._ledger.load_floors())
+        except OutriderError as error:
+            # No word on any release: each was accepted once, and its files are hashed before they are loaded.
+            logger.warning("what is installed could not be judged", extra={"code": error.code, "why": error.message})
+        self._inbox.post(InstalledJudged(releases=releases, judged=judged))
+
+    async def _on_judged(self, event: InstalledJudged) -> None:
+        for release in event.releases:
+            refused = event.judged.refused.get(release.digest)
+            undecided = event.judged.undecided.get(release.digest)
+            if refused is not None:
+                logger.error("an installed release is not served", extra={"code": refused.code, "why": refused.message})
+                self._inbox.post(Noted("release.revoked", _detail(release, refused)))
+            elif undecided is not None:
+                logger.warning("an installed release runs on unjudged", extra={"why": undecided.message})
+        self._models.withheld.hold(frozenset(event.judged.refused))
+        self._uplink.report_soon()
+        await self._reconcile()
 
     async def _verify(self, document: bytes) -> None:
         try:
             floors = await self._ledger.load_floors()
-            verified = await self._verifier.verify(document, floors=floors, wall_ms=self._clock.wall_ms())
+            time = self._timekeeping
+            verified = await self._verifier.verify(
+                document, floors=floors, wall_ms=time.now_ms(), time_attested=time.attested
+            )
             await self._ledger.save_verified(verified)
+            time.proven(verified.floors.time_ms)
         except TrustError as error:
-            self._inbox.post(ForIntake(Refused(error.code, error.message)))
+            is_untimed = error.code == UNATTESTED
+            event = Untimed(error.message) if is_untimed else Refused(error.code, error.message)
+            self._inbox.post(ForIntake(event))
         except OutriderError as error:
             logger.warning("assignment cannot be verified yet", extra={"code": error.code, "why": error.message})
-            self._inbox.post(ForIntake(Unavailable(error.message)))
+            self._inbox.post(ForIntake(Unavailable(error.message, error.code)))
         else:
             self._inbox.post(ForIntake(Accepted(verified)))
 
@@ -200,7 +267,7 @@ class Agent:
 
     async def _reconcile(self) -> None:
         verified = await self._ledger.load_verified()
-        if verified is not None:
+        if verified is not None and not self._models.withheld.names(verified):
             self._uplink.assignment_version = verified.assignment.version
             await self._models.offer(verified)
         self._timers.start("reconcile", RECONCILE_MS, ReconcileDue())
@@ -243,3 +310,23 @@ class Agent:
             Reading(name="queue_written_bytes", value=depth.wear.written_bytes),
             Reading(name="queue_syncs", value=depth.wear.syncs),
         )
+
+
+def stored_releases(installed: tuple[Installed, ...], verified: VerifiedAssignment | None) -> tuple[StoredRelease, ...]:
+    """Everything that a device may serve without asking anybody: what its slots hold and what was accepted last."""
+    held = [(release.manifest, release.manifest_digest) for release in installed]
+    held += [(model.manifest, model.manifest_digest) for model in (verified.models if verified is not None else ())]
+    found = {
+        digest: StoredRelease(family=manifest.family, version=manifest.version, digest=digest)
+        for manifest, digest in held
+    }
+    return tuple(found.values())
+
+
+def _detail(release: StoredRelease, refused: StoredRefusal) -> dict[str, str]:
+    return {
+        "family": release.family,
+        "version": release.version,
+        "code": refused.code,
+        "message": refused.message,
+    }

@@ -8,6 +8,7 @@ from edge_agent.core import intake, link, pump, training
 from edge_agent.core.slot_values import Event
 from shared.ids import FamilyName
 from shared.wire.messages import RoundTask
+from shared.wire.verification import Judged, StoredRelease
 
 
 class ForSlot(msgspec.Struct, frozen=True):
@@ -66,6 +67,21 @@ class ReconcileDue(msgspec.Struct, frozen=True):
     """Time to offer the accepted assignment's models to their slots again."""
 
 
+class InstalledJudged(msgspec.Struct, frozen=True):
+    """What is installed was judged after the start: these releases, and what does not hold of them."""
+
+    releases: tuple[StoredRelease, ...]
+    judged: Judged
+
+
+class TimeAttested(msgspec.Struct, frozen=True):
+    """The hub has attested the time; what waited for it goes on."""
+
+
+class TimeDoubted(msgspec.Struct, frozen=True):
+    """The dates of a server's certificate do not agree with the trusted time."""
+
+
 class Noted(msgspec.Struct, frozen=True, eq=False):
     """Something happened that the hub shall know: a class 0 record."""
 
@@ -89,7 +105,10 @@ Inward = (
     | MessageArrived
     | ReportDue
     | HeartbeatDue
+    | InstalledJudged
     | ReconcileDue
+    | TimeAttested
+    | TimeDoubted
     | Noted
     | Stop
 )

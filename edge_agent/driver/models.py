@@ -22,6 +22,7 @@ from edge_agent.core.slot_values import (
     Effect,
     Event,
     Fetch,
+    Installed,
     Note,
     Offered,
     Phase,
@@ -47,6 +48,7 @@ from edge_agent.driver.events import ForSlot
 from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.withheld import Withheld
 from edge_agent.ports import Hosts, Ledger
 from edge_agent.update_ports import Fetcher, Shelf
 from shared.errors import OutriderError
@@ -90,6 +92,7 @@ class Models:
         self._warm_up_queue: list[tuple[FamilyName, str]] = []
         self._warm_up_allowed: tuple[FamilyName, str] | None = None
         self._misfits: dict[FamilyName, str] = {}
+        self.withheld = Withheld(self._route, self._slots.keys())
 
     # What others ask
 
@@ -112,6 +115,11 @@ class Models:
     def states(self) -> tuple[ModelState, ...]:
         """Every slot as the door describes it."""
         return tuple(health.model_state(slot, self._answering(slot)) for _, slot in sorted(self._slots.items()))
+
+    def installed(self) -> tuple[Installed, ...]:
+        """Every release that a slot holds, in whatever state."""
+        held = ((slot.active, slot.previous, slot.candidate) for slot in self._slots.values())
+        return tuple(release for releases in held for release in releases if release is not None)
 
     # What happens
 
@@ -221,11 +229,13 @@ class Models:
         """Recompute one route; cheap for requests to read, so it is kept rather than derived for each of them."""
         slot, key = self._slots[family], self._targets.get(family)
         release = next((r for r in (slot.candidate, slot.active) if r is not None and r.key == key), None)
+        if release is not None and release.key in self.withheld:
+            release = None
         self._routes[family] = Route(release=release, up=self.hosting.get(key) is not None)
 
     def _answering(self, slot: Slot) -> str | None:
         key = self._targets.get(slot.family)
-        return key if self.hosting.get(key) is not None else None
+        return key if self.hosting.get(key) is not None and key not in self.withheld else None
 
     def answer_good(self, family: FamilyName, key: str) -> None:
         """A host answered. Posted only where it counts: in a settled slot it would be work for nothing."""

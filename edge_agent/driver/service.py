@@ -23,6 +23,7 @@ from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from shared.clock import Clock
 from shared.errors import InvalidValue
@@ -61,6 +62,7 @@ class Service:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        timekeeping: Timekeeping,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -70,6 +72,7 @@ class Service:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._timekeeping = timekeeping
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
@@ -149,6 +152,11 @@ class Service:
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
             escalations=self._answering.escalations,
+            time_ms=self._timekeeping.now_ms(),
+            time_basis=self._timekeeping.basis,
+            time_detail=self._timekeeping.detail,
+            clock_error_ms=self._timekeeping.clock_error_ms(),
+            assignment_waits=self._timekeeping.waits,
             results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 

@@ -26,7 +26,8 @@ from edge_agent import __version__
 from edge_agent.core import link, pump
 from edge_agent.core.intake import Arrived
 from edge_agent.core.slot_values import Note
-from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue, TaskCame
+from edge_agent.core.trusted_time import WRONG_DATES
+from edge_agent.driver.events import ForIntake, ForLink, ForPump, Noted, ReportDue, TaskCame, TimeDoubted
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Courier, Outbox
 from shared.clock import Clock
@@ -178,6 +179,8 @@ class Uplink:
                 subscribe=topics.down_filter(device),
             )
         except TransferError as error:
+            if error.code == WRONG_DATES:
+                self._inbox.post(TimeDoubted())
             self._inbox.post(ForLink(link.ConnectFailed(reason=error.message, jitter=random.random())))
         else:
             self._inbox.post(ForLink(link.Connected()))

@@ -16,7 +16,7 @@ from edge_agent.runtimes import find_loader
 from shared import limits
 from shared.errors import ModelError, OutriderError, ProtocolViolation
 from shared.model import Manifest, Variant, decode_manifest
-from shared.onnx_gate import check_onnx
+from shared.model_gate import check_model
 from shared.tensors import from_wire, to_wire
 from shared.wire.golden import decode_golden
 
@@ -60,8 +60,7 @@ def _load(
     network = confine.give_up_rights(parent=parent, niceness=niceness)
     model = read_file(model_fd, length=variant.file.length, at_most=limits.MAX_MODEL_BYTES)
     golden = read_file(golden_fd, length=manifest.golden.file.length, at_most=limits.MAX_GOLDEN_BYTES)
-    if variant.runtime == "onnx":
-        check_onnx(model)
+    check_model(model, runtime=variant.runtime)
     session = Session(manifest=manifest, variant=variant, engine=loader(model, threads=request.threads))
     agreement = session.check_golden(decode_golden(golden, manifest.signature))
     del model, golden

@@ -20,7 +20,7 @@ from edge_agent.trainers.features import Features
 from shared import limits
 from shared.errors import ModelError, OutriderError, ProtocolViolation
 from shared.model import decode_manifest
-from shared.onnx_gate import check_onnx
+from shared.model_gate import check_model
 
 
 def serve(*, link: socket.socket, model_fd: int, parent: int, niceness: int) -> None:
@@ -63,8 +63,7 @@ def _load(
     loader = find_loader(variant.runtime)
     network = confine.give_up_rights(parent=parent, niceness=niceness)
     model = read_file(model_fd, length=variant.file.length, at_most=limits.MAX_MODEL_BYTES)
-    if variant.runtime == "onnx":
-        check_onnx(model)
+    check_model(model, runtime=variant.runtime)
     engine = loader(model, threads=request.threads)
     features = Features(manifest=manifest, engine=engine, output=request.features)
     del model

@@ -2,8 +2,11 @@
 
     {"signed": {"_type": "assignment", "spec_version": "1", "device": …, "version": …, …}, "signatures": [{keyid, sig}]}
 
-signed over canonical JSON. The root lists the keys in an extension field, so that rotating or revoking them needs the
-offline root keys: `"x-outrider": {"assignment": {"keyids": […], "threshold": 1}}`, the keys among the root's own.
+signed over canonical JSON, in at most limits.MAX_ASSIGNMENT_BYTES. A model is `{family, version, digest, length}` of
+its manifest; the manifest's path follows from family and version and is not written.
+
+The root lists the keys in an extension field, so that rotating or revoking them needs the offline root keys:
+`"x-outrider": {"assignment": {"keyids": […], "threshold": 1}}`, the keys among the root's own.
 
 An assignment is bound to the device's name, never empty and monotone: without that, an empty or an old one could be
 shown to any device (Uptane issue 202).
@@ -18,30 +21,82 @@ import msgspec
 
 from shared import limits
 from shared.errors import InvalidValue, TrustError
-from shared.ids import DeviceId, parse_device_id, parse_digest, parse_family, parse_version
-from shared.model import manifest_path
-from shared.release import Assignment, Floors
+from shared.ids import (
+    DeviceId,
+    Digest,
+    FamilyName,
+    ModelVersion,
+    parse_device_id,
+    parse_digest,
+    parse_family,
+    parse_version,
+)
+from shared.model import FileRef, manifest_path
+from shared.release import AssignedModel, Assignment, Floors, Patch
 from shared.trust import strict
 from shared.trust.library import Key, Root, Signature, Signer, encode_canonical
 from shared.trust.metadata import check_threshold, translated
 
 EXTENSION: Final = "x-outrider"
 TYPE: Final = "assignment"
-SPEC_VERSION: Final = "1"
+SPEC_VERSION: Final = "2"
+
+_SIGNATURE_BYTES: Final = len('{"keyid":"","sig":""},') + 64 + 128
+"""Of one ed25519 signature in the document."""
 
 
-def sign_assignment(assignment: Assignment, signer: Signer) -> bytes:
-    """The signed document; raises InvalidValue when the assignment breaks its own rules."""
+class _Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as it is signed."""
+
+    family: FamilyName
+    version: ModelVersion
+    digest: Digest
+    length: int
+
+
+class _Signed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An assignment as it is signed; the fields are those of shared.release.Assignment."""
+
+    device: DeviceId
+    version: int
+    issued_ms: int
+    expires_ms: int
+    models: tuple[_Model, ...]
+    force: tuple[FamilyName, ...] = ()
+    together: tuple[tuple[FamilyName, ...], ...] = ()
+    patches: tuple[Patch, ...] = ()
+
+
+def fit_assignment(assignment: Assignment, *, signatures: int = 1) -> Assignment:
+    """The assignment with as many of its patches, first to last, as the document has room for.
+
+    A patch only ever saves bytes, so one that is left out costs a longer download and nothing else.
+
+    Args:
+        assignment: with the patches that are worth most first.
+        signatures: how many the document will carry.
+
+    Raises:
+        InvalidValue: `invalid.assignment_size` when it does not fit without any patch, or breaks its own rules.
+    """
+    for count in range(min(len(assignment.patches), limits.MAX_PATCHES_PER_ASSIGNMENT), -1, -1):
+        fitting = msgspec.structs.replace(assignment, patches=assignment.patches[:count])
+        if _document_bytes(fitting, signatures) <= limits.MAX_ASSIGNMENT_BYTES:
+            return fitting
+    raise _too_large(_document_bytes(fitting, signatures))
+
+
+def sign_assignment(assignment: Assignment, *signers: Signer) -> bytes:
+    """The signed document; raises InvalidValue when the assignment breaks its own rules or is too large."""
     try:
         check_assignment(assignment)
     except TrustError as error:
         raise InvalidValue(error.message, code="invalid.assignment") from error
-    signed = {**msgspec.to_builtins(assignment), "_type": TYPE, "spec_version": SPEC_VERSION}
-    signature = signer.sign(_canonical(signed))
-    document = {"signed": signed, "signatures": [{"keyid": signature.keyid, "sig": signature.signature}]}
-    data = json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+    signed = _signed_form(assignment)
+    made = [signer.sign(_canonical(signed)) for signer in signers]
+    data = _encode({"signed": signed, "signatures": [{"keyid": each.keyid, "sig": each.signature} for each in made]})
     if len(data) > limits.MAX_ASSIGNMENT_BYTES:
-        raise InvalidValue(f"assignment of {len(data)} bytes is too large", code="invalid.assignment")
+        raise _too_large(len(data))
     return data
 
 
@@ -63,12 +118,7 @@ def verify_assignment(
         TrustError: `trust.malformed`, `.endless_data`, `.signature`, `.wrong_device`, `.rollback`, `.freeze`.
     """
     assignment, signed = open_assignment(document, root)
-    if assignment.device != device:
-        raise TrustError(
-            f"the assignment is for {assignment.device!r}, this device is {device!r}",
-            code="trust.wrong_device",
-            hint="someone shows this device what was signed for another one; look at the broker's access rules",
-        )
+    check_device(assignment, device)
     check_assignment(assignment)
     if assignment.version < floors.assignment_version:
         raise TrustError(
@@ -103,13 +153,23 @@ def open_assignment(document: bytes, root: Root) -> tuple[Assignment, dict[str, 
     if signed.get("_type") != TYPE or signed.get("spec_version") != SPEC_VERSION:
         raise strict.malformed(what, "it is not an assignment of a version that this device knows")
     try:
-        return msgspec.convert(signed, Assignment), signed
+        return _read(msgspec.convert(signed, _Signed)), signed
     except msgspec.ValidationError as error:
         raise strict.malformed(what, str(error)) from error
 
 
+def check_device(assignment: Assignment, device: DeviceId) -> None:
+    """Raise TrustError `trust.wrong_device` unless it is for this device."""
+    if assignment.device != device:
+        raise TrustError(
+            f"the assignment is for {assignment.device!r}, this device is {device!r}",
+            code="trust.wrong_device",
+            hint="someone shows this device what was signed for another one; look at the broker's access rules",
+        )
+
+
 def check_assignment(assignment: Assignment) -> None:
-    """Raise TrustError `trust.malformed` unless names, versions, times and paths are in bounds and agree."""
+    """Raise TrustError `trust.malformed` unless names, versions, times, paths, sets and patches are in bounds."""
     what = f"assignment {assignment.version}"
     try:
         parse_device_id(assignment.device)
@@ -135,12 +195,39 @@ def check_assignment(assignment: Assignment) -> None:
             raise strict.malformed(what, f"{model.manifest.path[:120]!r} is not the manifest of {model.family}")
         if not 0 < model.manifest.length <= limits.MAX_MANIFEST_BYTES:
             raise strict.malformed(what, f"the manifest of {model.family} has a length of {model.manifest.length}")
+    _check_sets(assignment, what)
+    _check_patches(assignment.patches, what)
 
 
-def authorised_keys(root: Root) -> tuple[dict[str, Key], int]:
-    """The keys that may sign assignments and how many of them must; raises TrustError when the root names none."""
-    with translated("the root's list of assignment keys"):
-        entry = root.unrecognized_fields[EXTENSION][TYPE]
+def _check_sets(assignment: Assignment, what: str) -> None:
+    grouped = [family for together in assignment.together for family in together]
+    if len(set(grouped)) != len(grouped):
+        raise strict.malformed(what, "a family is in two sets, or twice in one")
+    if not set(grouped) <= {model.family for model in assignment.models}:
+        raise strict.malformed(what, "a set names a family that is not assigned")
+    if any(len(together) < 2 for together in assignment.together):
+        raise strict.malformed(what, "a set has fewer than two families")
+
+
+def _check_patches(patches: tuple[Patch, ...], what: str) -> None:
+    if len(patches) > limits.MAX_PATCHES_PER_ASSIGNMENT:
+        raise strict.malformed(what, f"it has {len(patches)} patches, {limits.MAX_PATCHES_PER_ASSIGNMENT} may be")
+    if len({patch.result for patch in patches}) != len(patches):
+        raise strict.malformed(what, "two patches make one file")
+    for patch in patches:
+        try:
+            for digest in (patch.base, patch.result, patch.digest):
+                parse_digest(digest)
+        except InvalidValue as error:
+            raise strict.malformed(what, error.message) from error
+        if patch.base == patch.result or not 0 < patch.length <= limits.MAX_MODEL_BYTES:
+            raise strict.malformed(what, "a patch changes nothing, or has no possible length")
+
+
+def authorised_keys(root: Root, kind: str = TYPE) -> tuple[dict[str, Key], int]:
+    """The online keys that may sign this kind and how many of them must; raises TrustError when the root names none."""
+    with translated(f"the root's list of {kind} keys"):
+        entry = root.unrecognized_fields[EXTENSION][kind]
         keyids, threshold = entry["keyids"], entry["threshold"]
         if type(threshold) is not int or threshold < 1 or not isinstance(keyids, list) or not keyids:
             raise ValueError("keyids and threshold are required")
@@ -162,6 +249,67 @@ def _check_same(assignment: Assignment, signed: dict[str, Any], previous: bytes)
             code="trust.rollback",
             hint="if the hub was restored from a backup, assign again so that its versions pass the older ones",
         )
+
+
+def _signed_form(assignment: Assignment) -> dict[str, Any]:
+    signed = _Signed(
+        device=assignment.device,
+        version=assignment.version,
+        issued_ms=assignment.issued_ms,
+        expires_ms=assignment.expires_ms,
+        models=tuple(
+            _Model(
+                family=model.family,
+                version=model.version,
+                digest=model.manifest.digest,
+                length=model.manifest.length,
+            )
+            for model in assignment.models
+        ),
+        force=assignment.force,
+        together=assignment.together,
+        patches=assignment.patches,
+    )
+    return {**msgspec.to_builtins(signed), "_type": TYPE, "spec_version": SPEC_VERSION}
+
+
+def _read(signed: _Signed) -> Assignment:
+    return Assignment(
+        device=signed.device,
+        version=signed.version,
+        issued_ms=signed.issued_ms,
+        expires_ms=signed.expires_ms,
+        models=tuple(
+            AssignedModel(
+                family=model.family,
+                version=model.version,
+                manifest=FileRef(
+                    path=manifest_path(model.family, model.version), length=model.length, digest=model.digest
+                ),
+            )
+            for model in signed.models
+        ),
+        force=signed.force,
+        together=signed.together,
+        patches=signed.patches,
+    )
+
+
+def _document_bytes(assignment: Assignment, signatures: int) -> int:
+    empty = _encode({"signed": _signed_form(assignment), "signatures": []})
+    return len(empty) + signatures * _SIGNATURE_BYTES
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _too_large(size_bytes: int) -> InvalidValue:
+    return InvalidValue(
+        f"an assignment of {size_bytes} bytes is too large, {limits.MAX_ASSIGNMENT_BYTES} may be",
+        code="invalid.assignment_size",
+        hint="assign fewer families to this device, or give families and versions shorter names",
+    )
 
 
 def _canonical(signed: dict[str, Any]) -> bytes:

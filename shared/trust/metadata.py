@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from shared.errors import OutriderError, TrustError
@@ -117,7 +118,7 @@ def key_set(delegator: Root | Targets, role: str) -> frozenset[str]:
     """The keys, by material, that may sign this role."""
     with translated(f"keys of {role}"):
         known = _keys(delegator)
-        return frozenset(key_material(known[k]) for k in delegator.get_delegated_role(role).keyids if k in known)
+        return frozenset(_any_material(known[k]) for k in delegator.get_delegated_role(role).keyids if k in known)
 
 
 def floor_name(delegator: Root | Targets, role: str) -> str:
@@ -165,6 +166,14 @@ def check_version(found: int, *, floor: int, role: str) -> None:
             code="trust.rollback",
             hint="if the hub was restored from a backup, publish again so that its versions pass the older ones",
         )
+
+
+def _any_material(key: Key) -> str:
+    """The key's material, or its text where no library here reads it: such a key signs nothing, but it is listed."""
+    try:
+        return key_material(key)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return f"unread:{key.keytype}:{key.keyval.get('public')!r}"
 
 
 def _keys(delegator: Root | Targets) -> dict[str, Key]:

@@ -1,10 +1,11 @@
 """The publishing side, as pure functions: new metadata in, next version out, unsigned until `sign`.
 
 Who calls what: `outrider-hub init` makes the first root and targets; `outrider release sign` delegates a family and
-adds a release with the offline keys; the hub checks what comes in and signs snapshot and timestamp with its online
-keys. Rules: nothing given is changed in place; each call raises the version by one; times are arguments.
+adds a release with the offline keys; the hub signs snapshot and timestamp with its online keys. Rules: nothing given
+is changed in place; each call raises the version by one; times are arguments.
 
-Not here: key files (cloud_hub/keyring.py) and where metadata is kept.
+Not here: changes of keys (ceremony.py), what the hub checks of what comes in (publication.py), key files
+(cloud_hub/keyring.py) and where metadata is kept.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Final
 import msgspec
 
 from shared import limits
-from shared.errors import Conflict, InvalidValue, TrustError
+from shared.errors import Conflict, InvalidValue
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, check_manifest, encode_manifest, manifest_path
 from shared.trust import metadata as md
-from shared.trust.assignment import EXTENSION, TYPE
+from shared.trust.assignment import EXTENSION
 from shared.trust.library import (
     DelegatedRole,
     Delegations,
@@ -52,51 +53,43 @@ class RoleKeys(msgspec.Struct, frozen=True, kw_only=True):
     threshold: int = 1
 
 
+ONLINE_DOCUMENTS: Final = ("assignment", "time")
+"""What the hub signs beside metadata; the root lists their keys in its extension."""
+
+
 class RootKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a root authorises."""
+    """Everything that a root authorises; without keys for the time, devices keep to their own clocks."""
 
     root: RoleKeys
     targets: RoleKeys
     snapshot: RoleKeys
     timestamp: RoleKeys
     assignment: RoleKeys
-
-
-class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """A release that was checked: what the hub stores and puts into its next snapshot.
-
-    Attributes:
-        targets: the new top-level targets' bytes, None when they stay as they are.
-        role_name: `models/digits`.
-        role: the new role's bytes.
-        files: what the release role lists now and did not list before.
-    """
-
-    targets: bytes | None
-    role_name: str
-    role: bytes
-    files: tuple[FileRef, ...]
+    time: RoleKeys | None = None
 
 
 def new_root(keys: RootKeys, *, now_ms: int, version: int = 1, days: int = ROOT_DAYS) -> Metadata[Root]:
     """A root that authorises exactly these keys; a successor is signed by the old keys and by the new ones."""
-    root = Root(version=version, expires=_in_days(now_ms, days), consistent_snapshot=True)
+    root = Root(version=version, expires=in_days(now_ms, days), consistent_snapshot=True)
     for role in (ROOT, TARGETS, SNAPSHOT, TIMESTAMP):
         held: RoleKeys = getattr(keys, role)
-        _check_role_keys(held, role)
+        check_role_keys(held, role)
         root.roles[role] = Role([key.keyid for key in held.keys], held.threshold)
         root.keys.update({key.keyid: key for key in held.keys})
-    _check_role_keys(keys.assignment, TYPE)
-    root.keys.update({key.keyid: key for key in keys.assignment.keys})
-    root.unrecognized_fields[EXTENSION] = {
-        TYPE: {"keyids": [key.keyid for key in keys.assignment.keys], "threshold": keys.assignment.threshold}
-    }
+    extension: dict[str, dict[str, object]] = {}
+    for kind in ONLINE_DOCUMENTS:
+        signing: RoleKeys | None = getattr(keys, kind)
+        if signing is not None:
+            check_role_keys(signing, kind)
+            root.keys.update({key.keyid: key for key in signing.keys})
+            extension[kind] = {"keyids": [key.keyid for key in signing.keys], "threshold": signing.threshold}
+    root.unrecognized_fields[EXTENSION] = extension
     return Metadata(root)
 
 
 def new_targets(*, now_ms: int, days: int = TARGETS_DAYS) -> Metadata[Targets]:
     """The first top-level targets: no files and no families yet."""
-    return Metadata(Targets(version=1, expires=_in_days(now_ms, days), delegations=Delegations(keys={}, roles={})))
+    return Metadata(Targets(version=1, expires=in_days(now_ms, days), delegations=Delegations(keys={}, roles={})))
 
 
 def is_delegated(targets: Metadata[Targets], family: FamilyName, keys: RoleKeys) -> bool:
@@ -116,7 +109,7 @@ def delegate_family(
     targets: Metadata[Targets], family: FamilyName, keys: RoleKeys, *, now_ms: int, days: int = TARGETS_DAYS
 ) -> Metadata[Targets]:
     """The next targets, in which these keys sign the family's releases, and only theirs: terminating, by path."""
-    _check_role_keys(keys, family)
+    check_role_keys(keys, family)
     signed = copy.deepcopy(targets.signed)
     if signed.delegations is None or signed.delegations.roles is None:
         signed.delegations = Delegations(keys={}, roles={})
@@ -173,11 +166,11 @@ def add_release(
     listed = release_files(manifest) if files is None else files
     if not set(release_files(manifest)[1:]) <= set(listed) or listed[0].path != release_files(manifest)[0].path:
         raise InvalidValue("the files are not those of the manifest", code="invalid.release")
-    signed = copy.deepcopy(role.signed) if role is not None else Targets(version=1, expires=_in_days(now_ms, days))
+    signed = copy.deepcopy(role.signed) if role is not None else Targets(version=1, expires=in_days(now_ms, days))
     for file in listed:
         target = TargetFile(file.length, {"sha256": file.digest}, file.path)
         before = signed.targets.get(file.path)
-        if before is not None and not _same(before, target):
+        if before is not None and not is_same_file(before, target):
             raise Conflict(
                 f"{file.path} was released with other content",
                 code="conflict.release",
@@ -204,7 +197,7 @@ def new_snapshot(
         if name not in meta or meta[name].version < before.version:
             raise Conflict(f"the new snapshot would roll back {name}", code="conflict.snapshot")
     version = 1 if previous is None else previous.signed.version + 1
-    return Metadata(Snapshot(version=version, expires=_in_days(now_ms, days), meta=meta))
+    return Metadata(Snapshot(version=version, expires=in_days(now_ms, days), meta=meta))
 
 
 def new_timestamp(
@@ -214,7 +207,7 @@ def new_timestamp(
     loaded = md.load(Snapshot, snapshot, role=SNAPSHOT, max_bytes=limits.MAX_SNAPSHOT_BYTES)
     version = 1 if previous is None else previous.signed.version + 1
     meta = MetaFile.from_data(loaded.signed.version, snapshot, ["sha256"])
-    return Metadata(Timestamp(version=version, expires=_in_days(now_ms, days), snapshot_meta=meta))
+    return Metadata(Timestamp(version=version, expires=in_days(now_ms, days), snapshot_meta=meta))
 
 
 def sign(metadata: Metadata[md.S], *signers: Signer) -> bytes:
@@ -247,127 +240,19 @@ def read_timestamp(data: bytes) -> Metadata[Timestamp]:
     return md.load(Timestamp, data, role=TIMESTAMP, max_bytes=limits.MAX_TIMESTAMP_BYTES)
 
 
-def check_publication(
-    root: bytes,
-    *,
-    family: FamilyName,
-    current_targets: bytes,
-    current_role: bytes | None,
-    targets: bytes | None,
-    role: bytes,
-    now_ms: int,
-) -> Publication:
-    """Hold what an operator sends for publishing against the root and against what is published now.
-
-    Args:
-        root: the newest root.
-        family: whose release it is.
-        current_targets, current_role: what is published; the role is None before the family's first release.
-        targets: new top-level targets, None when only the role is new.
-        role: the new metadata of `models/<family>`.
-
-    Raises:
-        TrustError: a signature, version or expiry does not hold.
-        Conflict: something else was published in the meantime, or a released file would change or vanish.
-    """
-    trusted = read_root(root)
-    md.check_fresh(trusted.signed, role=ROOT, now_ms=now_ms)
-    top = read_targets(current_targets)
-    if targets is not None:
-        newer = read_targets(targets)
-        md.check_signatures(trusted.signed, TARGETS, newer)
-        _check_next(newer, top, role=TARGETS)
-        _check_kept(newer, top, role=TARGETS)
-        top = newer
-    else:
-        md.check_signatures(trusted.signed, TARGETS, top)
-    md.check_fresh(top.signed, role=TARGETS, now_ms=now_ms)
-    name = family_role(family)
-    _check_delegation(top, family)
-    incoming = read_targets(role, role=name)
-    md.check_signatures(top.signed, name, incoming)
-    md.check_fresh(incoming.signed, role=name, now_ms=now_ms)
-    before = read_targets(current_role, role=name) if current_role is not None else None
-    _check_next(incoming, before, role=name)
-    if before is not None:
-        _check_kept(incoming, before, role=name)
-    known = before.signed.targets if before is not None else {}
-    return Publication(
-        targets=targets, role_name=name, role=role, files=_new_files(incoming, known=frozenset(known), family=family)
-    )
-
-
-def _check_delegation(targets: Metadata[Targets], family: FamilyName) -> None:
-    """Devices would search other delegations first or further; only the plain layout is published."""
-    name = family_role(family)
-    delegations = targets.signed.delegations
-    role = (delegations.roles or {}).get(name) if delegations is not None else None
-    if role is None or role.paths != [family_paths(family)] or not role.terminating or targets.signed.targets:
-        raise TrustError(
-            f"the targets do not give {family_paths(family)!r} to {name!r} alone",
-            code="trust.unknown_target",
-            hint="sign the release with 'outrider release sign', with the targets key at hand for a new family",
-        )
-
-
-def _check_next(newer: Metadata[Targets], current: Metadata[Targets] | None, *, role: str) -> None:
-    expected = 1 if current is None else current.signed.version + 1
-    if newer.signed.version != expected:
-        raise Conflict(
-            f"{role} has version {newer.signed.version}, version {expected} is next",
-            code="conflict.metadata_version",
-            hint="another release was published in the meantime; fetch the proposal and sign again",
-        )
-
-
-def _check_kept(newer: Metadata[Targets], current: Metadata[Targets], *, role: str) -> None:
-    for path, before in current.signed.targets.items():
-        now = newer.signed.targets.get(path)
-        if now is None or not _same(before, now):
-            raise Conflict(
-                f"{role} would change or drop {path}, which was released",
-                code="conflict.release",
-                hint="fetch the proposal and sign again",
-            )
-    if role != TARGETS:
-        return
-    old, new = current.signed.delegations, newer.signed.delegations
-    lost = set((old.roles or {}) if old else ()) - set((new.roles or {}) if new else ())
-    if lost:
-        raise Conflict(f"the targets would drop {sorted(lost)}", code="conflict.release", hint="sign again")
-
-
-def _new_files(role: Metadata[Targets], *, known: frozenset[str], family: FamilyName) -> tuple[FileRef, ...]:
-    if role.signed.delegations is not None:
-        raise TrustError("a release role may not delegate further", code="trust.unknown_target")
-    files = []
-    for path, target in role.signed.targets.items():
-        parts = path.split("/")
-        digest = target.hashes.get("sha256", "")
-        if len(parts) != 4 or parts[:2] != ["models", family] or any(part in ("", ".", "..") for part in parts):
-            raise TrustError(f"{path[:120]!r} does not belong to {family}", code="trust.unknown_target")
-        try:
-            file = msgspec.convert({"path": path, "length": target.length, "digest": digest}, FileRef)
-        except msgspec.ValidationError as error:
-            raise TrustError(f"{path[:120]!r} is not a usable file: {error}", code="trust.malformed") from error
-        if len(digest) != 64 or not 0 < file.length <= limits.MAX_MODEL_BYTES:
-            raise TrustError(f"{path[:120]!r} has no usable digest or length", code="trust.malformed")
-        if path not in known:
-            files.append(file)
-    return tuple(files)
-
-
 def _next(signed: Targets, *, now_ms: int, days: int) -> Metadata[Targets]:
     signed.version += 1
-    signed.expires = _in_days(now_ms, days)
+    signed.expires = in_days(now_ms, days)
     return Metadata(signed)
 
 
-def _same(one: TargetFile, other: TargetFile) -> bool:
+def is_same_file(one: TargetFile, other: TargetFile) -> bool:
+    """Whether two entries name the same bytes."""
     return one.length == other.length and one.hashes.get("sha256") == other.hashes.get("sha256")
 
 
-def _check_role_keys(held: RoleKeys, role: str) -> None:
+def check_role_keys(held: RoleKeys, role: str) -> None:
+    """Raise InvalidValue unless there are at least as many different keys as the threshold asks for."""
     if not 1 <= held.threshold <= len({md.key_material(key) for key in held.keys}):
         raise InvalidValue(
             f"{role} needs {held.threshold} signatures but has {len(held.keys)} keys",
@@ -376,7 +261,8 @@ def _check_role_keys(held: RoleKeys, role: str) -> None:
         )
 
 
-def _in_days(now_ms: int, days: int) -> datetime:
+def in_days(now_ms: int, days: int) -> datetime:
+    """The moment that many days later, to the second, as metadata holds it."""
     return datetime.fromtimestamp(now_ms // 1000, tz=UTC) + timedelta(days=days)
 
 

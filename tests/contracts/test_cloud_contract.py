@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.cloud import CONNECTIONS, HubCloud
-from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.tls import dated_context
 from edge_agent.ports import Cloud, CloudAnswer, CloudRefusal
 from shared.errors import InputRefused, OutriderError, TransferCorrupt, TransferRefused, Unreachable
 from shared.inference import TensorHead
@@ -65,7 +65,9 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.ca = TestCa(folder)
         pair = self.ca.client("dev-1")
-        self.context = hub_context(self.ca.path, certificate_path=pair.certificate, key_path=pair.key)
+        self.context = dated_context(
+            self.ca.path, now_ms=SystemClock().wall_ms, certificate_path=pair.certificate, key_path=pair.key
+        )
         self.reply: Callable[[Request, BaseHTTPRequestHandler], None] = lambda _, handler: tell(handler)
         self.go_on = threading.Event()
         self.connections: set[object] = set()
@@ -418,7 +420,7 @@ def test_a_handshake_that_never_ends(hub: Hub) -> None:
 def test_another_hubs_certificate_is_not_talked_to(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = TestCa(tmp_path / "other", name="other")
-    context: ssl.SSLContext = hub_context(other.path)
+    context: ssl.SSLContext = dated_context(other.path, now_ms=SystemClock().wall_ms)
     cloud = HubCloud(hub_url=hub.server.url, context=context, clock=SystemClock())
     with pytest.raises(TransferRefused) as caught:
         asyncio.run(ask(cloud))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.courier import MqttCourier, broker_context
+from edge_agent.adapters.system import SystemClock
 from edge_agent.ports import Courier
 from shared.errors import TransferError, Unreachable
 from shared.ids import DeviceId
@@ -78,7 +79,12 @@ class Kit:
             host="localhost",
             port=self._port,
             device=DeviceId(device),
-            context=broker_context(ca_path=self._ca.path, certificate_path=pair.certificate, key_path=pair.key),
+            context=broker_context(
+                ca_path=self._ca.path,
+                certificate_path=pair.certificate,
+                key_path=pair.key,
+                now_ms=SystemClock().wall_ms,
+            ),
             on_message=lambda topic, payload: ear.messages.append((topic, payload)),
             on_lost=ear.lost.append,
             on_refused=lambda topic, ref, code, _: ear.refused.append((topic, ref, code)),

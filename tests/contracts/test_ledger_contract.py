@@ -114,3 +114,27 @@ def test_a_verified_assignment_is_kept_with_its_floors(play: Play) -> None:
         assert await ledger.load_floors() == Floors(assignment_version=3, time_ms=80)
 
     play(save, look)
+
+
+def test_what_was_attested_last_replaces_what_was_attested_before_and_documents_leave_it_alone(play: Play) -> None:
+    async def attest(ledger: Ledger) -> None:
+        await ledger.raise_floors(Floors(assignment_version=3, time_ms=50))
+        await ledger.remember_time(900)
+        await ledger.remember_time(700)
+
+    async def raise_them(ledger: Ledger) -> None:
+        assert await ledger.load_floors() == Floors(assignment_version=3, time_ms=50, attested_ms=700)
+        await ledger.save_verified(verified(4, floors=Floors(assignment_version=4, time_ms=60, attested_ms=5_000)))
+        assert await ledger.load_floors() == Floors(assignment_version=4, time_ms=60, attested_ms=700)
+
+    play(attest, raise_them)
+
+
+def test_the_first_attestation_is_remembered_before_there_are_floors(play: Play) -> None:
+    async def attest(ledger: Ledger) -> None:
+        await ledger.remember_time(700)
+
+    async def look(ledger: Ledger) -> None:
+        assert await ledger.load_floors() == Floors(attested_ms=700)
+
+    play(attest, look)

@@ -21,10 +21,11 @@ from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
+from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer
 from edge_agent.update_ports import Shelf
-from shared.errors import OutriderError, TransferError, TrustError, Unreachable
+from shared.errors import OutriderError, TransferError, TransferRefused, TrustError, Unreachable
 from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
@@ -35,6 +36,7 @@ from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, Verdict, decode_body, encode_body
+from shared.wire.verification import Judged, StoredRelease
 from tests.fakes.clock import FakeClock
 from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
@@ -102,9 +104,19 @@ class FakeVerifier:
     def __init__(self) -> None:
         self.known: dict[bytes, VerifiedAssignment] = {}
         self.error: OutriderError | None = None
+        self.judged = Judged(refused={}, undecided={})
+        self.lost: OutriderError | None = None
+        self.asked: tuple[StoredRelease, ...] = ()
+        self.names_time_key = False
+        self.times: list[int] = []
 
-    async def verify(self, document: bytes, *, floors: Floors, wall_ms: int) -> VerifiedAssignment:
+    async def verify(
+        self, document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
         """What was prepared for this document."""
+        self.times.append(wall_ms)
+        if self.names_time_key and not time_attested:
+            raise TrustError("nobody has attested the time", code="trust.time.unattested")
         if self.error is not None:
             raise self.error
         if document not in self.known:
@@ -113,6 +125,28 @@ class FakeVerifier:
         if verified.assignment.version < floors.assignment_version:
             raise TrustError("an older assignment", code="trust.rollback")
         return verified
+
+    async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
+        """What was prepared."""
+        self.asked = releases
+        if self.lost is not None:
+            raise self.lost
+        return self.judged
+
+
+class FakeTimeSource:
+    """Answers what `says` holds: a time, or the error that is raised; by default a hub that attests none."""
+
+    def __init__(self) -> None:
+        self.says: int | OutriderError = TransferRefused("no such question", code="transfer.not_found")
+        self.asked: list[Floors] = []
+
+    async def ask(self, *, floors: Floors) -> int:
+        """The time, or the error."""
+        self.asked.append(floors)
+        if isinstance(self.says, OutriderError):
+            raise self.says
+        return self.says
 
 
 class HubOnFakes:
@@ -206,6 +240,7 @@ class AgentWorld:
         self.hub = HubOnFakes(self.broker)
         self.fetcher = FakeFetcher()
         self.verifier = FakeVerifier()
+        self.time_source = FakeTimeSource()
         self.hosts = FakeHosts(answer)
         self.samples = FakeSamples()
         self.replies = FakeReplies()
@@ -224,6 +259,7 @@ class AgentWorld:
         self.answering: Answering
         self.rounds: Rounds
         self.service: Service
+        self.timekeeping: Timekeeping
         self.agent: Agent
 
     def waiting(self) -> int:
@@ -347,6 +383,13 @@ class AgentWorld:
             routes=self.models.routes,
             send=partial(self.uplink.send, "round"),
         )
+        self.timekeeping = Timekeeping(
+            clock=self.clock,
+            loop=loop,
+            ledger=self.ledger,
+            source=self.time_source,
+            note=lambda name, detail: inbox.post(Noted(name, detail)),
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -356,9 +399,9 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            timekeeping=self.timekeeping,
         )
         self.agent = Agent(
-            clock=self.clock,
             loop=loop,
             ledger=self.ledger,
             verifier=self.verifier,
@@ -367,6 +410,7 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            timekeeping=self.timekeeping,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,

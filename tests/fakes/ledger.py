@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from edge_agent.adapters.ledger import merged_floors
 from shared.release import Floors, VerifiedAssignment
 
@@ -36,6 +38,10 @@ class FakeLedger:
         """Raise each floor, forgetting roles that are not given."""
         self.floors = merged_floors(self.floors, floors)
         return self.floors
+
+    async def remember_time(self, time_ms: int) -> None:
+        """Replace what was attested."""
+        self.floors = replace(self.floors, attested_ms=time_ms)
 
     async def load_verified(self) -> VerifiedAssignment | None:
         """The newest accepted assignment."""

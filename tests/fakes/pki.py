@@ -49,13 +49,13 @@ class TestCa:
         """SHA-256 of the certificate's DER, hex."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
-    def server(self, file: str = "server") -> Pair:
-        """A certificate for localhost and 127.0.0.1."""
-        names: list[x509.GeneralName] = [
-            x509.DNSName("localhost"),
-            x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
-        ]
-        return self._issue(file, common_name="localhost", usage=ExtendedKeyUsageOID.SERVER_AUTH, names=names)
+    def server(self, file: str = "server", *, host: str = "localhost", since: int = -20, days: int = 5) -> Pair:
+        """A certificate for this host, and for 127.0.0.1 where that is it; valid from and to so many days from now."""
+        names: list[x509.GeneralName] = [x509.DNSName(host)]
+        if host == "localhost":
+            names.append(x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")))
+        usage = ExtendedKeyUsageOID.SERVER_AUTH
+        return self._issue(file, common_name=host, usage=usage, names=names, since=since, days=days)
 
     def client(self, common_name: str, *, days: int = 5) -> Pair:
         """A client certificate; negative days make an expired one."""
@@ -77,11 +77,12 @@ class TestCa:
         common_name: str,
         usage: x509.ObjectIdentifier,
         names: list[x509.GeneralName] | None = None,
+        since: int = -20,
         days: int = 5,
     ) -> Pair:
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        builder = self._builder(name, key.public_key(), days=days).add_extension(
+        builder = self._builder(name, key.public_key(), since=since, days=days).add_extension(
             x509.ExtendedKeyUsage([usage]), critical=False
         )
         if names:
@@ -97,7 +98,7 @@ class TestCa:
         return pair
 
     def _builder(
-        self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey, *, days: int
+        self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey, *, since: int = -20, days: int
     ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
@@ -106,7 +107,7 @@ class TestCa:
             .issuer_name(self._name)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=20))
+            .not_valid_before(now + datetime.timedelta(days=since))
             .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)

@@ -18,7 +18,7 @@ from cloud_hub.releases import tables
 from cloud_hub.releases.desk import Desk, OnlineKeys, Push, ReleaseSettings, found
 from cloud_hub.releases.rules import BuildReport, Gate
 from cloud_hub.releases.tables import ModelRow
-from shared.errors import Unreachable
+from shared.errors import ConfigError, Unreachable
 from shared.ids import DeviceId, FamilyName, ModelVersion
 from shared.model import (
     FileRef,
@@ -34,6 +34,7 @@ from shared.model import (
     target_path,
 )
 from shared.trust import repository
+from shared.trust.authority import role_keys
 from shared.trust.library import CryptoSigner
 from shared.trust.roles import family_role
 from shared.wire.envelope import decode_envelope
@@ -128,8 +129,9 @@ class ReleaseRoom:
         self.database = Database(f"sqlite:///{root / 'hub.db'}")
         migrate.upgrade(self.database)
         self.operator = Operator()
-        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment")}
+        online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment", "time")}
         self.keys = OnlineKeys(**online)
+        self.ring = {name: [signer] for name, signer in online.items()}
         self.fleet = FakeFleet({})
         self.outgoing = Outgoing([])
         self.bus = Bus()
@@ -145,7 +147,7 @@ class ReleaseRoom:
             database=self.database,
             clock=self.clock,
             metrics=Metrics(),
-            keys=self.keys,
+            keys=self.online_keys,
             fleet=self.fleet,
             post=Post(publish=self.outgoing.publish, clock=self.clock),
             bus=self.bus,
@@ -153,6 +155,20 @@ class ReleaseRoom:
         )
         desk.open()
         return desk
+
+    def online_keys(self, root: bytes) -> OnlineKeys:
+        """Those of the hub's keys that this root lists."""
+        trusted = repository.read_root(root).signed
+        chosen: dict[str, Any] = {}
+        for name, signers in self.ring.items():
+            held = role_keys(trusted, name)
+            listed = {key.keyid for key in held.keys} if held is not None else set()
+            for signer in signers:
+                if signer.public_key.keyid in listed:
+                    chosen[name] = signer
+            if name not in chosen:
+                raise ConfigError(f"no {name} key here", code="config.key_missing")
+        return OnlineKeys(**chosen)
 
     def close(self) -> None:
         """End the database's threads."""
@@ -172,10 +188,12 @@ class ReleaseRoom:
         }
         return Push(**{**fields, **changes})
 
-    def make_ready(self, version: str, *, family: str = "digits", min_release_counter: int | None = None) -> ModelRow:
-        """A version that was built, without building: one variant of a few bytes."""
+    def make_ready(
+        self, version: str, *, family: str = "digits", min_release_counter: int | None = None, model: bytes = b""
+    ) -> ModelRow:
+        """A version that was built, without building: one variant of these bytes, or of a few."""
         name, number = FamilyName(family), ModelVersion(version)
-        model, golden = f"model {family} {version}".encode(), b"golden"
+        model, golden = model or f"model {family} {version}".encode(), b"golden"
         push = self.push(model=model, golden=golden, family=name, version=number)
 
         def file(title: str, data: bytes) -> FileRef:
@@ -237,6 +255,7 @@ class ReleaseRoom:
                 snapshot=one(self.keys.snapshot),
                 timestamp=one(self.keys.timestamp),
                 assignment=one(self.keys.assignment),
+                time=one(self.keys.time),
             ),
             now_ms=self.clock.wall,
         )

@@ -122,7 +122,7 @@ class ObedientDevice:
         self._assignment = assignment["version"]
         (model,) = assignment["models"]
         if model["version"] != self.version:
-            self.version, self._manifest = model["version"], model["manifest"]["digest"]
+            self.version, self._manifest = model["version"], model["digest"]
             self.ran.append(self.version)
             self._answer()
         self._report()

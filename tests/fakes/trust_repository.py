@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -22,18 +22,26 @@ from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp, encode_canonical
 from shared.trust.roles import family_role, file_name
-from shared.wire.verification import Job, Keep, Need
+from shared.trust.time import AttestedTime, sign_time
+from shared.wire.verification import Job, Keep, KeepManifest, Need, TimeJob
 
 NOW_MS = 1_795_000_000_000
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
+R = TypeVar("R")
 DEVICE = DeviceId("dev-1")
 DIGITS = FamilyName("digits")
 RELEASE = ("digits", "1.0.0")
 
 
 def make_manifest(
-    version: str = "1.0.0", *, family: str = "digits", counter: int = 1, floor: int = 0, model: bytes = b"int8 model"
+    version: str = "1.0.0",
+    *,
+    family: str = "digits",
+    counter: int = 1,
+    floor: int = 0,
+    model: bytes = b"int8 model",
+    profiles: tuple[str, ...] = (),
 ) -> Manifest:
     """A small valid manifest, whose golden file and one variant have the given bytes."""
     name, number = FamilyName(family), ModelVersion(version)
@@ -57,35 +65,55 @@ def make_manifest(
         labels=("no", "yes"),
         golden=Golden(file=ref("golden.bin", b"golden"), samples=2, min_agreement=1.0),
         variants=(Variant(name="int8", runtime="onnx", file=ref("int8.onnx", model), accuracy=1.0, answers=(0, 1)),),
+        profiles=profiles,
     )
 
 
 class Device:
     """What a device has on disk: the trusted root, the cache, the last assignment and the floors."""
 
-    def __init__(self, root: bytes, *, name: DeviceId = DEVICE) -> None:
+    def __init__(self, root: bytes, *, name: DeviceId = DEVICE, profile: str = "x86-gateway") -> None:
         self.name = name
+        self.profile = profile
         self.root = root
         self.cache: dict[str, bytes] = {}
         self.previous: bytes | None = None
+        self.manifests: dict[Digest, bytes] = {}
         self.floors = Floors()
         self.asked: list[str] = []
 
     def verify(
-        self, document: bytes, serve: Callable[[Need], bytes | None], *, wall_ms: int = NOW_MS
+        self,
+        document: bytes,
+        serve: Callable[[Need], bytes | None],
+        *,
+        wall_ms: int = NOW_MS,
+        time_attested: bool = False,
     ) -> VerifiedAssignment:
         """Run a refresh to its end, keeping what it says is worth keeping, as the parent of the verifier does."""
         job = Job(
             document=document,
             device=self.name,
+            profile=self.profile,
             root=self.root,
             cache=dict(self.cache),
             floors=self.floors,
             wall_ms=wall_ms,
             previous=self.previous,
+            time_attested=time_attested,
         )
+        verified = self._play(refresh.verify(job), serve)
+        self.floors = verified.floors
+        self.previous = document
+        return verified
+
+    def attest(self, answer: bytes, serve: Callable[[Need], bytes | None], *, nonce: str) -> int:
+        """Hold an attested time against the newest root; returns the time."""
+        job = TimeJob(answer=answer, device=self.name, nonce=nonce, root=self.root, floors=self.floors)
+        return self._play(refresh.attest(job), serve)
+
+    def _play(self, run: refresh.Steps[R], serve: Callable[[Need], bytes | None]) -> R:
         self.asked = []
-        run = refresh.verify(job)
         answer: bytes | None = None
         try:
             while True:
@@ -97,11 +125,11 @@ class Device:
                         answer = serve(step)
                     case Keep():
                         self._keep(step)
+                    case KeepManifest(digest=digest, data=data):
+                        self.manifests[digest] = data
         except StopIteration as end:
-            verified: VerifiedAssignment = end.value
-        self.floors = verified.floors
-        self.previous = document
-        return verified
+            result: R = end.value
+            return result
 
     def _keep(self, step: Keep) -> None:
         for role in step.drops:
@@ -115,11 +143,12 @@ class Device:
 class TrustRepository:
     """The operators' machine and the hub in one: everything that signs, and everything that is served."""
 
-    def __init__(self, *, now_ms: int = NOW_MS, targets_threshold: int = 1) -> None:
+    def __init__(self, *, now_ms: int = NOW_MS, targets_threshold: int = 1, attests_time: bool = False) -> None:
         self.now_ms = now_ms
+        self.attests_time = attests_time
         self.keys: dict[str, list[CryptoSigner]] = {
             role: [CryptoSigner.generate_ed25519()]
-            for role in ("root", "targets", "snapshot", "timestamp", "assignment", "release")
+            for role in ("root", "targets", "snapshot", "timestamp", "assignment", "time", "release")
         }
         while len(self.keys["targets"]) < targets_threshold:
             self.keys["targets"].append(CryptoSigner.generate_ed25519())
@@ -148,6 +177,7 @@ class TrustRepository:
             snapshot=self.public("snapshot"),
             timestamp=self.public("timestamp"),
             assignment=self.public("assignment"),
+            time=self.public("time") if self.attests_time else None,
         )
 
     def store_root(self, *extra: CryptoSigner) -> None:
@@ -231,6 +261,14 @@ class TrustRepository:
     def assign(self, *releases: tuple[str, str], device: DeviceId = DEVICE, version: int | None = None) -> bytes:
         """The same, signed."""
         return sign_assignment(self.assignment(*releases, device=device, version=version), self.keys["assignment"][0])
+
+    def attest(self, nonce: str, *, device: DeviceId = DEVICE, time_ms: int | None = None) -> bytes:
+        """What the hub answers to a device that asks for the time."""
+        told_ms = self.now_ms if time_ms is None else time_ms
+        answer = sign_time(AttestedTime(device=device, nonce=nonce, time_ms=told_ms), self.keys["time"][0])
+        newer = [self.files[file_name("root", number)] for number in range(2, self.root.signed.version + 1)]
+        document = {**json.loads(answer), "roots": [root.decode() for root in newer]}
+        return json.dumps(document, separators=(",", ":")).encode()
 
     def serve(self, need: Need) -> bytes | None:
         """What the hub answers, cut off where the client would stop reading plus one byte."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.cloud import HubCloud
-from edge_agent.adapters.fetcher import hub_context
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.tls import dated_context
 from edge_agent.core.cascade import Policy
 from edge_agent.core.slot_values import Phase
 from shared.inference import Answer, Done, Infer, Late, TensorHead
@@ -90,7 +90,9 @@ class Hub:
         pair = ca.client("dev-test")
         self.reply: Reply = right
         self.server = HttpsServer(ca, lambda request, handler: self.reply(request, handler), needs_client=True)
-        context = hub_context(ca.path, certificate_path=pair.certificate, key_path=pair.key)
+        context = dated_context(
+            ca.path, now_ms=SystemClock().wall_ms, certificate_path=pair.certificate, key_path=pair.key
+        )
         self.took_ms: list[float] = []
         self.world = AgentWorld()
         self.world.clock = SystemClock()  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.adapters.courier import MAX_WAITING, MqttCourier, broker_context
+from edge_agent.adapters.system import SystemClock
 from shared.errors import OutriderError, TransferRefused, Unreachable
 from shared.ids import DeviceId
 from shared.telemetry import BatchId
@@ -27,11 +28,14 @@ DEVICE = """
 import asyncio, sys
 from pathlib import Path
 from edge_agent.adapters.courier import MqttCourier, broker_context
+from edge_agent.adapters.system import SystemClock
 
 async def main(port, ca, certificate, key):
     courier = MqttCourier(
         host="localhost", port=int(port), device="dev-a",
-        context=broker_context(ca_path=Path(ca), certificate_path=Path(certificate), key_path=Path(key)),
+        context=broker_context(
+            ca_path=Path(ca), certificate_path=Path(certificate), key_path=Path(key), now_ms=SystemClock().wall_ms
+        ),
         on_message=print, on_lost=print,
     )
     await courier.connect(
@@ -66,6 +70,7 @@ class Line:
         device: str = A,
         trusts: TestCa | None = None,
         days: int = 5,
+        ahead_days: int = 0,
         within_ms: int = 5000,
     ) -> None:
         pair = ca.client(device, days=days)
@@ -76,7 +81,12 @@ class Line:
             host="localhost",
             port=port,
             device=DeviceId(device),
-            context=broker_context(ca_path=(trusts or ca).path, certificate_path=pair.certificate, key_path=pair.key),
+            context=broker_context(
+                ca_path=(trusts or ca).path,
+                certificate_path=pair.certificate,
+                key_path=pair.key,
+                now_ms=lambda: SystemClock().wall_ms() + ahead_days * 86_400_000,
+            ),
             on_message=lambda topic, payload: self.messages.append((topic, payload)),
             on_lost=self.lost.append,
             on_refused=lambda topic, ref, code, _: self.refused.append((topic, ref, code)),
@@ -256,3 +266,38 @@ def test_giving_up_while_connecting_leaves_no_link(broker: Mosquitto, ca: TestCa
         await line.courier.disconnect()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("since", "days", "ahead_days", "is_taken"),
+    [
+        (-20, 5, 6, False),  # expired, though this machine's own clock says otherwise
+        (-20, 5, -21, False),
+        (-20, -1, -2, True),  # this machine's clock is ahead
+        (2, 5, 3, True),  # or behind
+    ],
+)
+def test_the_trusted_time_decides_whether_the_brokers_certificate_is_valid(
+    tmp_path: Path,
+    mosquitto_path: str,
+    free_port: int,
+    ca: TestCa,
+    since: int,
+    days: int,
+    ahead_days: int,
+    is_taken: bool,
+) -> None:
+    pair = ca.server("dated", since=since, days=days)
+    with Mosquitto(tmp_path, binary=mosquitto_path, port=free_port, ca=ca, pair=pair):
+        line = Line(ca, free_port, ahead_days=ahead_days)
+
+        async def story() -> str:
+            try:
+                await line.online()
+            except TransferRefused as error:
+                assert error.hint
+                return error.code
+            await line.courier.disconnect()
+            return "online"
+
+        assert asyncio.run(story()) == ("online" if is_taken else "transfer.certificate_dates")

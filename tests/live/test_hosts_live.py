@@ -25,8 +25,9 @@ from edge_agent.client import Client
 from edge_agent.ports import HostReady
 from shared.errors import HostLost, ModelError, OutriderError
 from shared.inference import TensorHead
-from shared.model import encode_manifest
+from shared.model import Signature, TensorSpec, encode_manifest
 from tests.conftest import ROOT
+from tests.fakes import hostile_models as hostile
 from tests.fakes.releases import Build, build, sign_classifier
 
 pytestmark = pytest.mark.live
@@ -34,6 +35,9 @@ HEAD = (TensorHead(name="x", dtype="fp32", shape=(1, 2)),)
 ROW = struct.pack("<2f", 1, 2)
 
 Work = Callable[[LiveHost, HostReady], Awaitable[None]]
+
+
+LITERT = importlib.util.find_spec("ai_edge_litert") is not None
 
 
 def play(
@@ -249,16 +253,32 @@ def growing() -> Build:
     [
         (sign_classifier(altered=(1, 0, 0, 1)), "model.golden"),
         (sign_classifier(model=b"\x08\x09this is no model"), "model.admission"),
-        (
-            sign_classifier(runtime="litert"),
-            "model.corrupt" if importlib.util.find_spec("ai_edge_litert") else "model.runtime_missing",
-        ),
+        (sign_classifier(model=hostile.FOREIGN["a pickle of protocol 4"].make()), "model.admission"),
+        (sign_classifier(model=hostile.external("hardlink.bin")), "model.admission"),
+        (sign_classifier(runtime="litert"), "model.admission" if LITERT else "model.runtime_missing"),
     ],
 )
 def test_a_release_that_does_not_hold_is_refused(tmp_path: Path, made: Build, code: str) -> None:
     error = refused(tmp_path, made)
     assert error.code == code
     assert error.hint
+
+
+@pytest.mark.skipif(not LITERT, reason="pip install 'outrider[litert]'")
+def test_an_honest_litert_model_passes_the_gate_and_serves(tmp_path: Path) -> None:
+    rows = Signature(
+        inputs=(TensorSpec(name="x", dtype="fp32", shape=(-1, 2)),),
+        outputs=(TensorSpec(name="y", dtype="fp32", shape=(-1, 2)),),
+    )
+
+    async def work(host: LiveHost, ready: HostReady) -> None:
+        assert ready.agreement == 1.0
+        head = TensorHead(name="x", dtype="fp32", shape=(1, 2))
+        answer = await host.infer((head,), np.array([[1, 4]], np.float32).tobytes(), deadline_ms=10_000)
+        assert answer.labels == ("high",)
+        assert np.frombuffer(answer.payload, np.float32).tolist() == [2, 8]
+
+    play(tmp_path, sign_classifier(runtime="litert", model=hostile.litert(), signature=rows), work)
 
 
 def test_a_file_of_another_length_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shared.errors import Conflict
 from shared.ids import ModelVersion
 from shared.model import Preparation, Signature, TensorSpec, decode_manifest
 from shared.onnx_gate import admit, inspect_onnx
+from tests.fakes import hostile_models as hostile
 from tests.fakes.classifier import Weights, export, golden, train, with_external_data
 from tests.fakes.release_room import ReleaseRoom
 
@@ -182,6 +183,10 @@ def test_a_graph_for_one_row_at_a_time_is_measured_row_by_row(room: ReleaseRoom,
         (lambda data: b"\x00" * 1000, "model.admission", ""),
         (lambda data: b"not a model at all", "model.admission", ""),
         (with_external_data, "model.admission", "another file"),
+        (lambda _: hostile.FOREIGN["a pickle of protocol 4"].make(), "model.admission", "a pickle"),
+        (lambda _: hostile.FOREIGN["a PyTorch archive"].make(), "model.admission", "an archive"),
+        (lambda _: hostile.ONNX["an extension that loads Python"].make(), "model.admission", "not admitted"),
+        (lambda _: hostile.litert(), "model.admission", "a LiteRT model"),
     ],
 )
 def test_a_broken_file_is_rejected_with_its_reason(

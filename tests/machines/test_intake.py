@@ -9,15 +9,21 @@ from edge_agent.core.intake import (
     LONGEST_PAUSE_MS,
     Accepted,
     Arrived,
+    AskTime,
     Intake,
     IntakeEvent,
     IntakePhase,
+    NoteDelay,
     NoteRefusal,
+    NoteWaiting,
     OfferModels,
     Pause,
     PauseOver,
     Refused,
+    ShowWaiting,
+    TimeTrusted,
     Unavailable,
+    Untimed,
     Verify,
 )
 from shared.ids import DeviceId
@@ -70,6 +76,19 @@ def test_what_could_not_be_fetched_is_tried_again_after_growing_pauses() -> None
     assert effects.count(Verify(b"1")) == 13
 
 
+def test_the_hub_is_told_once_for_each_document_why_its_files_do_not_come() -> None:
+    drips = Unavailable("3 bytes in 15 s", "transfer.stalled")
+    told = NoteDelay("transfer.stalled", "3 bytes in 15 s")
+    _, effects = play(Arrived(b"1"), drips, PauseOver(), drips, PauseOver(), Unavailable("no link"), PauseOver(), drips)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), drips, Arrived(b"2"), drips)
+    assert effects.count(told) == 2
+    _, effects = play(Arrived(b"1"), drips, Arrived(b"1"), Arrived(b"1"), drips)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), Unavailable("no link"))
+    assert not [effect for effect in effects if isinstance(effect, NoteDelay)]
+
+
 def test_a_newer_assignment_ends_the_pause_and_takes_its_place() -> None:
     state, effects = play(Arrived(b"1"), Unavailable("no link"), Arrived(b"2"), PauseOver())
     assert effects[-1] == Verify(b"2")
@@ -84,3 +103,47 @@ def test_a_newer_assignment_waits_through_a_failed_verification() -> None:
 def test_a_verdict_without_a_verification_is_a_defect() -> None:
     with pytest.raises(UnexpectedEvent):
         play(Accepted(VERIFIED))
+
+
+WAITS = [ShowWaiting("no time"), NoteWaiting("no time"), AskTime()]
+
+
+def test_what_nobody_may_accept_yet_waits_and_goes_on_by_itself() -> None:
+    state, effects = play(Arrived(b"1"), Untimed("no time"), PauseOver(), TimeTrusted(), Accepted(VERIFIED))
+    assert effects == [Verify(b"1"), *WAITS, ShowWaiting(""), Verify(b"1"), OfferModels(VERIFIED)]
+    assert state.phase is IntakePhase.RESTING
+
+
+def test_nothing_but_the_time_ends_the_wait() -> None:
+    events: list[IntakeEvent] = [Arrived(b"1"), Untimed("no time")]
+    events += [PauseOver(), Arrived(b"2"), PauseOver(), Arrived(b"3")] * 5
+    state, effects = play(*events)
+    assert effects == [Verify(b"1"), *WAITS]
+    assert (state.phase, state.document) == (IntakePhase.AWAITING_TIME, b"3")
+    _, effects = play(*events, TimeTrusted())
+    assert effects[-1] == Verify(b"3")
+
+
+def test_the_hub_is_told_once_that_something_waits() -> None:
+    _, effects = play(Arrived(b"1"), Untimed("no time"), TimeTrusted(), Untimed("no time"), TimeTrusted())
+    assert effects.count(NoteWaiting("no time")) == 1
+    _, effects = play(
+        Arrived(b"1"), Untimed("no time"), TimeTrusted(), Refused("trust.freeze", ""), Arrived(b"2"), Untimed("no time")
+    )
+    assert effects.count(NoteWaiting("no time")) == 1
+    assert effects[-1] == AskTime()
+
+
+def test_a_time_that_came_during_the_verification_is_not_missed() -> None:
+    state, effects = play(Arrived(b"1"), TimeTrusted(), Arrived(b"2"), Untimed("no time"))
+    assert effects == [Verify(b"1"), Verify(b"2")]
+    assert state.phase is IntakePhase.VERIFYING
+
+
+def test_with_the_time_a_pause_ends() -> None:
+    _, effects = play(Arrived(b"1"), Unavailable("the certificate seems to have expired"), TimeTrusted())
+    assert effects[-1] == Verify(b"1")
+
+
+def test_the_time_alone_begins_nothing() -> None:
+    assert play(TimeTrusted(), PauseOver()) == (Intake(), [])

@@ -26,7 +26,7 @@ from shared.model import (
     encode_manifest,
     target_path,
 )
-from shared.trust import repository
+from shared.trust import publication, repository
 from shared.wire.golden import GoldenSet, GoldenTensor, decode_golden, encode_golden
 from tests.fakes.small_hub import Asked, SmallHub
 from tests.unit.cli.conftest import Run
@@ -151,11 +151,11 @@ def fleet(logged_in: SmallHub, tmp_path: Path) -> Fleet:
     return fleet
 
 
-def check(fleet: Fleet, bundle: dict[str, Any]) -> repository.Publication:
+def check(fleet: Fleet, bundle: dict[str, Any]) -> publication.Publication:
     """What the hub checks of a bundle."""
     import time
 
-    return repository.check_publication(
+    return publication.check_publication(
         fleet.root,
         family=FAMILY,
         current_targets=fleet.targets,

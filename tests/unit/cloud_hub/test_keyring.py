@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_hub.keyring import OFFLINE, ONLINE, Keyring, read_signer, root_keys, write_key
+from cloud_hub.keyring import LATER, OFFLINE, ONLINE, Keyring, read_signer, root_keys, write_key
 from shared.errors import ConfigError, Conflict, StorageError
 from shared.trust import repository as repo
 from tests.fakes.trust_repository import NOW_MS
@@ -81,3 +81,11 @@ def test_the_first_root_names_all_keys(tmp_path: Path) -> None:
         for keyring, names in ((offline, ("root", "targets")), (online, ONLINE))
         for name in names
     }
+
+
+def test_a_hub_that_was_made_before_there_was_a_time_key_goes_on_without(tmp_path: Path) -> None:
+    offline, online = Keyring(tmp_path / "offline"), Keyring(tmp_path / "online")
+    offline.create(*OFFLINE)
+    online.create(*(name for name in ONLINE if name not in LATER))
+    root = repo.read_root(repo.sign(repo.new_root(root_keys(offline, online), now_ms=NOW_MS), offline.signer("root")))
+    assert list(root.signed.unrecognized_fields["x-outrider"]) == ["assignment"]

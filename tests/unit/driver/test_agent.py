@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from edge_agent.core.slot_values import Phase
-from shared.errors import Unreachable
+from shared.errors import OutriderError, Unreachable
 from shared.ids import FamilyName
 from shared.inference import (
     AgentState,
@@ -19,6 +21,8 @@ from shared.inference import (
     TensorHead,
 )
 from shared.telemetry import Outcome, RecordClass
+from shared.wire.verification import Judged
+from shared.wire.verification import Refused as StoredRefusal
 from tests.fakes.agent_world import AgentWorld, profile, release, until
 from tests.fakes.hosts import FakeHost
 
@@ -105,6 +109,76 @@ def test_a_wrong_signature_changes_nothing_and_is_told() -> None:
         world.arrive(b"forged")
         await until(lambda: "release.refused" in world.hub.events(), "told")
         assert version(world) == "1.0.0"
+
+    world.life(story)
+
+
+def test_what_no_longer_holds_is_told_and_not_served_until_it_is_trusted_again() -> None:
+    world = AgentWorld()
+    documents: list[bytes] = []
+
+    async def install() -> None:
+        documents.append(world.publish(release(world, "1.0.0")))
+        world.arrive(documents[0])
+        await committed(world, "1.0.0")
+
+    async def revoked() -> None:
+        await until(lambda: "release.revoked" in world.hub.events(), "told")
+        assert [held.version for held in world.verifier.asked] == ["1.0.0"]
+        reply = await world.infer()
+        assert isinstance(reply, Refusal)
+        assert reply.code == "model.not_loaded"
+        world.arrive(documents[0])
+        await answers(world)
+
+    async def undecided() -> None:
+        await answers(world)
+        assert world.hub.events().count("release.revoked") == 1
+
+    async def answers(world: AgentWorld) -> None:
+        while not isinstance(await world.infer(), Answer):
+            await asyncio.sleep(0.01)
+
+    world.life(install)
+    assert world.ledger.verified is not None
+    (held,) = world.ledger.verified.models
+    world.verifier.judged = Judged(
+        refused={held.manifest_digest: StoredRefusal(code="trust.signature", message="revoked")}, undecided={}
+    )
+    world.life(revoked)
+    world.verifier.judged = Judged(
+        refused={}, undecided={held.manifest_digest: StoredRefusal(code="transfer.not_stored", message="gone")}
+    )
+    world.life(undecided)
+
+
+def test_a_look_at_what_is_installed_that_fails_stops_nothing() -> None:
+    world = AgentWorld()
+
+    async def install() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+
+    async def serves() -> None:
+        await until(lambda: bool(running(world, "1.0.0")), "the host is up")
+        assert isinstance(await world.infer(), Answer)
+
+    world.life(install)
+    world.verifier.lost = OutriderError("no memory", code="verifier.start")
+    world.life(serves)
+
+
+def test_a_hub_that_drips_is_told_of_once_and_one_that_is_gone_is_not() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        document = world.publish(release(world, "1.0.0"))
+        world.verifier.error = Unreachable("nobody answered")
+        world.arrive(document)
+        world.verifier.error = Unreachable("3 bytes in 15 s", code="transfer.stalled")
+        world.arrive(document)
+        await until(lambda: "release.delayed" in world.hub.events(), "told")
+        assert world.hub.events().count("release.delayed") == 1
 
     world.life(story)
 

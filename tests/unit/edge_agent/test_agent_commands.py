@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.__main__ import foreign_shared, main
+from edge_agent.commands.checks import check_time
 from edge_agent.commands.enroll import read_token
 from edge_agent.commands.exits import Exit, exit_of
 from edge_agent.commands.status import duration
+from edge_agent.config import load_config
+from edge_agent.core.trusted_time import BUILT_MS
 from shared import errors
 from shared.inference import (
     AgentState,
@@ -346,3 +351,61 @@ def test_the_entry_is_light_and_a_shadowed_shared_is_refused(tmp_path: Path) -> 
     shadow = ModuleType("shared")
     shadow.__file__ = str(tmp_path / "shared" / "__init__.py")
     assert foreign_shared(shadow) == str(tmp_path / "shared")
+
+
+ATTESTED: dict[str, Any] = {"time_ms": 1_800_000_000_000, "time_basis": "attested"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "result"),
+    [
+        ({**ATTESTED, "clock_error_ms": 40}, "attested by the hub; the system clock agrees", "ok"),
+        (
+            {**ATTESTED, "clock_error_ms": -90_000_000},
+            "attested by the hub; the system clock is 1 d 1 h behind",
+            "warn",
+        ),
+        (
+            {**ATTESTED, "clock_error_ms": 7_260_000},
+            "attested by the hub; the system clock is 2 h 1 min ahead",
+            "warn",
+        ),
+        (
+            {"time_basis": "floor", "clock_error_ms": -7_260_000, "time_detail": "transfer.unreachable: gone"},
+            "not attested, the system clock is behind what has passed; the system clock is 2 h 1 min behind; "
+            "transfer.unreachable: gone",
+            "warn",
+        ),
+        ({"time_basis": "clock"}, "not attested, by the system clock", "ok"),
+        ({"time_basis": "clock", "assignment_waits": "nobody attested"}, "not attested, by the system clock", "fail"),
+        ({}, "by the system clock", "ok"),
+    ],
+)
+def test_status_and_doctor_say_what_the_time_rests_on(
+    state: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], words: str, result: str
+) -> None:
+    told = msgspec.structs.replace(STATE, **fields)
+
+    def answer(request: Request, payload: bytearray) -> tuple[Reply, bytes]:
+        return (named(told, request.id), b"") if isinstance(request, Status) else answering(request, payload)
+
+    with FakeDoor(state / "door.sock", answer):
+        assert run("status", state=state) == 0
+        text = capsys.readouterr().out
+        config = load_config(state_dir=str(state), environ={}).config
+        finding, now_ms = check_time(config, issued_ms=0, wall_ms=1_790_000_000_000)
+    shown = next(line for line in text.splitlines() if line.startswith("time "))
+    assert shown.removeprefix("time").strip() == words
+    assert ("waits: nobody attested" in text) == ("assignment_waits" in fields)
+    assert finding.result == result
+    assert finding.text.startswith(words)
+    assert bool(finding.todo) == (result != "ok")
+    assert now_ms == fields.get("time_ms", 1_790_000_000_000)
+
+
+def test_doctor_knows_a_clock_of_1970_when_no_agent_runs(state: Path) -> None:
+    config = load_config(state_dir=str(state), environ={}).config
+    finding, now_ms = check_time(config, issued_ms=BUILT_MS + 86_400_000, wall_ms=0)
+    assert (finding.result, now_ms) == ("warn", BUILT_MS + 86_400_000)
+    assert "days behind" in finding.text
+    assert check_time(config, issued_ms=0, wall_ms=BUILT_MS)[0].result == "ok"

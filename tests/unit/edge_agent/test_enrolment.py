@@ -82,6 +82,7 @@ def test_a_device_is_enrolled_with_a_key_that_it_made(tmp_path: Path) -> None:
     key = load_pem_private_key(result.identity.key_path.read_bytes(), password=None)
     certificate = load_pem_x509_certificate(result.identity.certificate_path.read_bytes())
     assert key.public_key() == certificate.public_key()
+    assert result.identity.issued_ms == int(certificate.not_valid_before_utc.timestamp()) * 1000
     assert stat.S_IMODE(result.identity.key_path.stat().st_mode) == 0o600
     assert stat.S_IMODE((state / "identity").stat().st_mode) == 0o700
     assert json.loads((state / "trust" / "root.json").read_text())["signed"]["_type"] == "root"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.adapters.fetcher import HubFetcher, hub_context
+from edge_agent.adapters.fetcher import HubFetcher
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.tls import dated_context
 from shared.errors import TransferCorrupt, TransferRefused, Unreachable
 from shared.ids import Digest
 from shared.model import FileRef
@@ -32,7 +33,7 @@ def ca(tmp_path: Path) -> TestCa:
 
 def fetcher(ca: TestCa, url: str, *, stall_ms: int = 5000) -> HubFetcher:
     pair = ca.client("dev-a")
-    context = hub_context(ca.path, certificate_path=pair.certificate, key_path=pair.key)
+    context = dated_context(ca.path, now_ms=SystemClock().wall_ms, certificate_path=pair.certificate, key_path=pair.key)
     return HubFetcher(hub_url=url, context=context, clock=SystemClock(), stall_ms=stall_ms)
 
 

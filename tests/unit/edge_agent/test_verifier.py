@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.adapters.verifier import LiveVerifier, PassingShelf, TrustFolder
+from edge_agent.adapters.trust_folder import TrustFolder
+from edge_agent.adapters.verifier import LiveVerifier, PassingShelf
+from edge_agent.framing import build_frame
 from shared import limits
 from shared.errors import (
     OutriderError,
@@ -22,13 +24,15 @@ from shared.errors import (
     TrustError,
     Unreachable,
 )
+from shared.ids import Digest
 from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
-from shared.wire.verification import Keep
+from shared.wire.verification import Accepted, Judged, Keep, StoredRelease, encode
 from tests.fakes.hub_fetcher import HubFetcher
 from tests.fakes.trust_repository import DEVICE, NOW_MS, TrustRepository, make_manifest
 
 DIGITS = ("digits", "1.0.0")
+PROFILE = "x86-gateway"
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def trust_dir(tmp_path: Path, hub: TrustRepository) -> Path:
 
 
 def live(trust_dir: Path, fetcher: HubFetcher, *, deadline_ms: int = 60_000) -> LiveVerifier:
-    return LiveVerifier(trust_dir=trust_dir, device=DEVICE, fetcher=fetcher, deadline_ms=deadline_ms)
+    return LiveVerifier(trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=fetcher, deadline_ms=deadline_ms)
 
 
 def verify(verifier: LiveVerifier, document: bytes, floors: Floors | None = None) -> VerifiedAssignment:
@@ -61,11 +65,12 @@ def test_a_good_assignment_is_accepted_and_kept(hub: TrustRepository, trust_dir:
     assert verified.models[0].manifest == make_manifest()
     assert {path.name for path in trust_dir.iterdir()} == {
         "root.json", "timestamp.json", "snapshot.json", "targets.json", "models%2Fdigits.json", "assignment",
+        "manifests",
     }  # fmt: skip
     assert (trust_dir / "assignment").read_bytes() == document
     fetcher.asked.clear()
     assert verify(live(trust_dir, fetcher), document, verified.floors) == verified
-    assert fetcher.asked == ["2.root.json", "timestamp.json", "models/digits/1.0.0/manifest.json"]
+    assert fetcher.asked == ["2.root.json", "timestamp.json"]
 
 
 def test_a_refusal_carries_code_and_hint_and_keeps_nothing_of_it(hub: TrustRepository, trust_dir: Path) -> None:
@@ -144,7 +149,9 @@ def test_verifications_take_turns(hub: TrustRepository, trust_dir: Path) -> None
     ids=["exits", "killed", "talks nonsense"],
 )
 def test_a_lost_verifier_is_a_refusal(hub: TrustRepository, trust_dir: Path, command: tuple[str, ...]) -> None:
-    verifier = LiveVerifier(trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=command)
+    verifier = LiveVerifier(
+        trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=HubFetcher(hub), command=command
+    )
     with pytest.raises(TrustError) as caught:
         verify(verifier, hub.assign(DIGITS))
     assert caught.value.code == "trust.verifier_lost"
@@ -152,7 +159,7 @@ def test_a_lost_verifier_is_a_refusal(hub: TrustRepository, trust_dir: Path, com
 
 def test_a_verifier_that_cannot_be_started_is_no_word_on_the_assignment(hub: TrustRepository, trust_dir: Path) -> None:
     verifier = LiveVerifier(
-        trust_dir=trust_dir, device=DEVICE, fetcher=HubFetcher(hub), command=("/nonexistent/python",)
+        trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=HubFetcher(hub), command=("/nonexistent/python",)
     )
     with pytest.raises(OutriderError) as caught:
         verify(verifier, hub.assign(DIGITS))
@@ -191,6 +198,7 @@ def test_a_job_that_does_not_parse_ends_the_child(hub: TrustRepository) -> None:
 WATCH = """
 import asyncio, json, sys
 from pathlib import Path
+from edge_agent.framing import build_frame
 from edge_agent.adapters.verifier import LiveVerifier
 from shared.errors import TrustError
 from shared.release import Floors
@@ -202,7 +210,7 @@ class Fetcher:
     async def blob(self, file, shelf):
         shelf.append(file.digest, (Path(sys.argv[2]) / file.digest).read_bytes(), offset=0)
 
-verifier = LiveVerifier(trust_dir=Path(sys.argv[1]), device="dev-1", fetcher=Fetcher())
+verifier = LiveVerifier(trust_dir=Path(sys.argv[1]), device="dev-1", profile="pi4", fetcher=Fetcher())
 document = (Path(sys.argv[2]) / "document").read_bytes()
 verified = asyncio.run(verifier.verify(document, floors=Floors(), wall_ms=int(sys.argv[3])))
 heavy = [name for name in sys.modules if name.split(".")[0] in
@@ -217,7 +225,7 @@ def test_the_core_loads_neither_tuf_nor_cryptography(hub: TrustRepository, trust
     for name, data in hub.files.items():
         (served / name if "/" not in name else served / "manifest").write_bytes(data)
     document = hub.assign(DIGITS)
-    digest = json.loads(document)["signed"]["models"][0]["manifest"]["digest"]
+    digest = json.loads(document)["signed"]["models"][0]["digest"]
     (served / "manifest").rename(served / digest)
     (served / "document").write_bytes(document)
     done = subprocess.run(
@@ -226,6 +234,97 @@ def test_the_core_loads_neither_tuf_nor_cryptography(hub: TrustRepository, trust
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"version": 1, "heavy": []}
+
+
+# What is installed, looked at by the child when the device starts
+
+
+def stored(verified: VerifiedAssignment) -> tuple[StoredRelease, ...]:
+    return tuple(
+        StoredRelease(family=m.manifest.family, version=m.manifest.version, digest=m.manifest_digest)
+        for m in verified.models
+    )
+
+
+def judge(verifier: LiveVerifier, verified: VerifiedAssignment) -> Judged:
+    return asyncio.run(verifier.judge(stored(verified), floors=verified.floors))
+
+
+def test_what_is_installed_is_judged_without_the_hub(hub: TrustRepository, trust_dir: Path) -> None:
+    fetcher = HubFetcher(hub)
+    verifier = live(trust_dir, fetcher)
+    verified = verify(verifier, hub.assign(DIGITS))
+    fetcher.asked.clear()
+    fetcher.stalls = True
+    assert judge(verifier, verified) == Judged(refused={}, undecided={})
+    (digest,) = (release.digest for release in stored(verified))
+    (trust_dir / "snapshot.json").write_bytes(b"")
+    assert judge(verifier, verified).undecided[digest].code == "transfer.not_stored"
+    hub.rotate("targets")
+    (trust_dir / "root.json").write_bytes(hub.files["2.root.json"])
+    assert judge(verifier, verified).refused[digest].code == "trust.signature"
+    assert fetcher.asked == []
+
+
+def test_a_damaged_manifest_is_refused_at_the_start_and_fetched_anew(hub: TrustRepository, trust_dir: Path) -> None:
+    fetcher = HubFetcher(hub)
+    verifier = live(trust_dir, fetcher)
+    document = hub.assign(DIGITS)
+    verified = verify(verifier, document)
+    (path,) = (trust_dir / "manifests").iterdir()
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b" ")
+    assert judge(verifier, verified).refused[stored(verified)[0].digest].code == "trust.digest"
+    fetcher.asked.clear()
+    verify(verifier, document, verified.floors)
+    assert fetcher.asked[-1] == "models/digits/1.0.0/manifest.json"
+    assert path.read_bytes() == good
+
+
+def test_manifests_are_kept_while_something_names_them(hub: TrustRepository, trust_dir: Path) -> None:
+    folder = TrustFolder(trust_dir)
+    digests = [Digest(f"{number:064x}") for number in range(40)]
+    for number, digest in enumerate(digests):
+        folder.keep_manifest(digest, b"{}")
+        os.utime(trust_dir / "manifests" / digest, ns=(number, number))
+    verifier = live(trust_dir, HubFetcher(hub))
+    verified = verify(verifier, hub.assign(DIGITS))
+    assigned = stored(verified)[0].digest
+    left = {path.name for path in (trust_dir / "manifests").iterdir()}
+    assert left == {assigned, *digests[8:]}, "the newest that the assignment does not name, in case a slot does"
+    judge(verifier, verified)
+    assert [path.name for path in (trust_dir / "manifests").iterdir()] == [assigned]
+
+
+@pytest.mark.parametrize("command", ["exits", "accepts"])
+def test_a_lost_judge_says_nothing_of_any_release(hub: TrustRepository, trust_dir: Path, command: str) -> None:
+    verified = verify(live(trust_dir, HubFetcher(hub)), hub.assign(DIGITS))
+    says = f"import os; os.write(0, {_framed(encode(Accepted(verified=verified)))!r}); import time; time.sleep(60)"
+    code = says if command == "accepts" else "import sys; sys.exit(3)"
+    verifier = LiveVerifier(
+        trust_dir=trust_dir,
+        device=DEVICE,
+        profile=PROFILE,
+        fetcher=HubFetcher(hub),
+        command=(sys.executable, "-c", code),
+    )
+    with pytest.raises(TrustError) as caught:
+        judge(verifier, verified)
+    assert caught.value.code == "trust.verifier_lost"
+
+
+def _framed(payload: bytes) -> bytes:
+    return b"".join(bytes(part) for part in build_frame(b"", [payload]))
+
+
+@pytest.mark.parametrize("code", ["transfer.stalled", "transfer.deadline"])
+def test_slow_retrieval_keeps_its_name(hub: TrustRepository, trust_dir: Path, code: str) -> None:
+    fetcher = HubFetcher(hub)
+    fetcher.error = Unreachable("3 bytes in 15 s", code=code)
+    with pytest.raises(Unreachable) as caught:
+        verify(live(trust_dir, fetcher), hub.assign(DIGITS))
+    assert caught.value.code == code
+    assert not (trust_dir / "assignment").exists()
 
 
 def test_the_folder_survives_what_it_finds(trust_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from cloud_hub.__main__ import main
 from cloud_hub.commands import init as init_command
+from cloud_hub.config import load
 from cloud_hub.devices import tables
 from cloud_hub.ground import audit, ca, transport
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.main import online_keys
 from shared.join import decode_join_token
 from shared.trust import repository
 
@@ -60,7 +62,7 @@ def test_init_makes_a_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert made["broker"] == "mqtts://hub.example:9883"
     assert token_file.read_text().strip() == made["token"]
     assert token_file.stat().st_mode & 0o777 == 0o600
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     expected = {
         "hub.db",
         "hub.toml",
@@ -145,7 +147,7 @@ def test_a_crash_at_any_step_can_be_run_again(
     else:
         assert init(tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "offline"]
-    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key"}
+    assert files(tmp_path / "offline") == {"root.key", "targets.key", "release.key", "trusted-root.json"}
     assert main(["doctor", "--data", str(tmp_path / "data"), "--json"]) in (0, 1)
     capsys.readouterr()
 
@@ -244,3 +246,24 @@ def test_doctor_finds_what_is_wrong(tmp_path: Path, free_port: int, capsys: pyte
     found = {check["check"]: check["ok"] for check in output(capsys)["checks"]}
     assert not any(found[name] for name in ("data", "keys", "certificates"))
     assert all(found[name] for name in ("database", "audit", "ca", "disk"))
+
+
+def test_the_time_key_is_made_listed_and_not_missed_where_a_hub_is_older(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(tmp_path, "--port", str(free_port), "--broker-port", str(free_port + 1)) == 0
+    data = tmp_path / "data"
+    config = load(flags={"data_dir": str(data)}, variables={}).config
+
+    def keys() -> dict[str, Any]:
+        capsys.readouterr()
+        main(["doctor", "--data", str(data), "--json"])
+        found: dict[str, Any] = next(item for item in output(capsys)["checks"] if item["check"] == "keys")
+        return found
+
+    assert (data / "keys" / "time.key").stat().st_mode & 0o777 == 0o600
+    assert keys()["detail"] == "snapshot, timestamp, assignment, time"
+    assert online_keys(config).time is not None
+    (data / "keys" / "time.key").unlink()
+    assert (keys()["ok"], "none for time" in keys()["detail"]) == (True, True)
+    assert online_keys(config).time is None

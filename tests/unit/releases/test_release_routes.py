@@ -228,4 +228,6 @@ def test_operations_have_stable_names(api: Api) -> None:
     assert operations == {
         "put_blob", "get_blob", "head_blob", "push_model", "list_models", "get_model", "publish_release",
         "list_releases", "get_release", "get_proposal", "get_metadata", "assign", "list_assignments",
+        "change_keys",
+        "attest_time",
     }  # fmt: skip

@@ -44,7 +44,7 @@ def assign(room: ReleaseRoom, version: str) -> bytes:
 
 
 def accepts(room: ReleaseRoom, device: Device, document: bytes) -> list[str]:
-    verified = device.verify(document, lambda need: serve(room, need), wall_ms=room.clock.wall)
+    verified = device.verify(document, lambda need: serve(room, need), wall_ms=room.clock.wall, time_attested=True)
     return [model.manifest.version for model in verified.models]
 
 

@@ -169,7 +169,7 @@ def test_expired_metadata_is_refused(hub: TrustRepository, role: str) -> None:
     renewed["models/digits"] = hub.roles["models/digits"].signed
     for name, signed in renewed.items():
         if name != role:
-            signed.expires = repo._in_days(hub.now_ms, 400)
+            signed.expires = repo.in_days(hub.now_ms, 400)
             signed.version += name != "root"
     if role not in ("timestamp", "snapshot"):
         hub.store_root()
@@ -225,12 +225,12 @@ def test_mixed_versions_are_refused(hub: TrustRepository) -> None:
 def test_a_second_file_of_the_same_version_is_refused(hub: TrustRepository) -> None:
     """Signed with the right key, but not the file whose digest was promised."""
     good = dict(hub.files)
-    hub.roles["models/digits"].signed.expires = repo._in_days(NOW_MS, 89)
+    hub.roles["models/digits"].signed.expires = repo.in_days(NOW_MS, 89)
     hub.store("models/digits", hub.roles["models/digits"])
     assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
     hub.files = good
     assert hub.snapshot is not None
-    hub.snapshot.signed.expires = repo._in_days(NOW_MS, 6)
+    hub.snapshot.signed.expires = repo.in_days(NOW_MS, 6)
     hub.store_snapshot()
     assert refused(hub, Device(hub.first_root)) == "trust.mix_and_match"
 

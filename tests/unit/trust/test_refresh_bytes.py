@@ -10,7 +10,7 @@ import pytest
 from shared import limits
 from shared.errors import TransferRefused, TrustError
 from shared.release import Assignment
-from shared.trust import metadata, refresh
+from shared.trust import client, metadata
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import Metadata, TargetFile, Targets
 from tests.fakes.trust_repository import (
@@ -188,4 +188,4 @@ def test_floors_are_named_by_key_set(hub: TrustRepository) -> None:
     name = metadata.floor_name(hub.root.signed, "timestamp")
     assert name.startswith("timestamp@")
     assert name != metadata.floor_name(hub.root.signed, "snapshot").replace("snapshot", "timestamp")
-    assert refresh.MAX_ROLES_PER_SEARCH == 32
+    assert client.MAX_ROLES_PER_SEARCH == 32

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
-from typing import Any
 
 import pytest
 
 from shared.errors import TransferError, TrustError
+from tests.fakes.mutations import mutate
 from tests.fakes.trust_repository import Device, TrustRepository, make_manifest, promise_again, resigned
 
 DIGITS = ("digits", "1.0.0")
-ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**53, 2**70, 1.5, "", "x", "\ud800", "../x", "2030-01-01T00:00:00Z", [], {},
-    [[]], {"keyids": [], "threshold": 1}, ["a", "a"], "é" * 50,
-]  # fmt: skip
 FILES = {
     "1.root.json": "root",
     "timestamp.json": "timestamp",
@@ -24,34 +19,6 @@ FILES = {
     "2.targets.json": "targets",
     "1.models%2Fdigits.json": "release",
 }
-
-
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of everything inside a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = [path] if path else []
-    for key, child in inner:
-        found += nodes(child, (*path, key))
-    return found
-
-
-def mutate(document: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Delete, replace, rename or add one node."""
-    changed = copy.deepcopy(document)
-    path = rng.choice(nodes(changed["signed"]))
-    node = changed["signed"]
-    for key in path[:-1]:
-        node = node[key]
-    match rng.randrange(4):
-        case 0:
-            del node[path[-1]]
-        case 1 | 2:
-            node[path[-1]] = copy.deepcopy(rng.choice(ODD))
-        case _ if isinstance(node, dict):
-            node[rng.choice(["x", "", "version", "name", "../x"])] = copy.deepcopy(rng.choice(ODD))
-        case _:
-            node.append(copy.deepcopy(rng.choice(ODD)))
-    return changed
 
 
 def outcome(device: Device, hub: TrustRepository, document: bytes) -> str:

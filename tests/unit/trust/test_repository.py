@@ -11,6 +11,7 @@ from shared.errors import Conflict, InvalidValue, TrustError
 from shared.ids import DeviceId, FamilyName
 from shared.installed import reverify_installed
 from shared.trust import keys, library
+from shared.trust import publication as publications
 from shared.trust import repository as repo
 from shared.trust.library import DelegatedRole, Delegations, TargetFile
 from tests.fakes.trust_repository import DAY_MS, NOW_MS, Device, TrustRepository, make_manifest
@@ -26,8 +27,10 @@ def hub() -> TrustRepository:
     return hub
 
 
-def check(hub: TrustRepository, role: bytes, targets: bytes | None = None, *, now_ms: int = NOW_MS) -> repo.Publication:
-    return repo.check_publication(
+def check(
+    hub: TrustRepository, role: bytes, targets: bytes | None = None, *, now_ms: int = NOW_MS
+) -> publications.Publication:
+    return publications.check_publication(
         hub.files[f"{hub.root.signed.version}.root.json"],
         family=DIGITS,
         current_targets=hub.files["2.targets.json"],
@@ -127,13 +130,13 @@ def test_a_first_release_brings_its_delegation() -> None:
     role = repo.add_release(None, make_manifest(), now_ms=NOW_MS)
     targets = repo.sign(delegated, *hub.keys["targets"])
     signed = repo.sign(role, *hub.keys["release"])
-    publication = repo.check_publication(
+    publication = publications.check_publication(
         hub.first_root, family=DIGITS, current_targets=first, current_role=None, targets=targets, role=signed,
         now_ms=NOW_MS,
     )  # fmt: skip
     assert publication.targets == targets
     with pytest.raises(TrustError) as caught:
-        repo.check_publication(
+        publications.check_publication(
             hub.first_root, family=DIGITS, current_targets=first, current_role=None, targets=None, role=signed,
             now_ms=NOW_MS,
         )  # fmt: skip

@@ -1,0 +1,158 @@
+"""Knows what time it is for the whole agent, and asks the hub until it has said so in this boot.
+
+Rules of this file:
+1. A time counts only after it is on the disk as what was attested last.
+2. The hub is asked at the start, whenever the link comes back, when an assignment waits for it, and when the dates of
+   a server's certificate do not agree with an attested time; in between with growing pauses. A hub that attests no
+   time is left in peace until the link comes back, unless an assignment waits.
+3. A question that brought nothing leaves everything as it was: whoever drops, replays or forges answers gains nothing.
+
+Not here: the arithmetic (edge_agent/core/trusted_time.py), whose word counts (the verifier child).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Final
+
+from msgspec.structs import replace
+
+from edge_agent.core import trusted_time
+from edge_agent.core.trusted_time import Basis
+from edge_agent.driver.events import TimeAttested
+from edge_agent.driver.loop import Loop
+from edge_agent.ports import Ledger
+from edge_agent.update_ports import TimeSource
+from shared.clock import BootClock
+from shared.errors import OutriderError, TrustError, Unreachable
+from shared.release import Floors
+
+logger = logging.getLogger(__name__)
+
+ASK_WITHIN_S: Final = 60.0
+_WORK: Final = "time"
+
+
+class Timekeeping:
+    """The time, and the asking for it; `now_ms` may be called from any thread.
+
+    Attributes:
+        detail: why the hub's last answer brought no time; empty when it did, or was not asked yet.
+        waits: what waits for the time, in words; empty when nothing does.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: BootClock,
+        loop: Loop,
+        ledger: Ledger,
+        source: TimeSource,
+        note: Callable[[str, dict[str, str]], None],
+        issued_ms: int = 0,
+    ) -> None:
+        """
+        Args:
+            clock, loop, ledger: the agent's.
+            source: the hub's word.
+            note: keeps an event for the hub.
+            issued_ms: when the device's certificate begins to be valid.
+        """
+        self._clock = clock
+        self._inbox, self._works = loop.inbox, loop.works
+        self._ledger = ledger
+        self._source = source
+        self._note = note
+        self._issued_ms = issued_ms
+        # Replaced as a whole, never changed: other threads read it.
+        self._time = trusted_time.at_start(Floors(), issued_ms=issued_ms)
+        self._failures = 0
+        self._is_asking = False
+        self._told: set[str] = set()
+        self.detail = ""
+        self.waits = ""
+
+    # What others ask
+
+    def now_ms(self) -> int:
+        """The trusted time, in milliseconds since 1970."""
+        return trusted_time.now_ms(self._time, wall_ms=self._clock.wall_ms(), boot_ms=self._clock.boot_ms())
+
+    @property
+    def attested(self) -> bool:
+        """Whether the hub has attested the time in this boot."""
+        return self._time.attested
+
+    @property
+    def basis(self) -> Basis:
+        """On what the time rests."""
+        return trusted_time.basis(self._time, wall_ms=self._clock.wall_ms())
+
+    def clock_error_ms(self) -> int:
+        """How far the system clock is ahead of the trusted time; before an attestation, how far behind at least."""
+        return self._clock.wall_ms() - self.now_ms()
+
+    # What happens
+
+    async def start(self) -> None:
+        """Read what is known, and begin to ask."""
+        self._time = trusted_time.at_start(await self._ledger.load_floors(), issued_ms=self._issued_ms)
+        self.ask()
+
+    def proven(self, floor_ms: int) -> None:
+        """A signed document proves that this moment has passed; it is on the disk already."""
+        self._time = trusted_time.proven(self._time, floor_ms)
+
+    def hurry(self) -> None:
+        """Ask now instead of after the pause, unless the time is attested."""
+        if not self._time.attested:
+            self.ask()
+
+    def ask(self) -> None:
+        """Ask now, attested or not; a question that is under way is enough."""
+        if not self._is_asking:
+            self._works.start(_WORK, self._ask())
+
+    async def _ask(self) -> None:
+        while not await self._ask_once():
+            self._failures += 1
+            await asyncio.sleep(trusted_time.pause_ms(self._failures, jitter=random.random()) / 1000)
+
+    async def _ask_once(self) -> bool:
+        """Whether there is nothing more to ask for now."""
+        self._is_asking = True
+        try:
+            asked_boot_ms = self._clock.boot_ms()
+            floors = await self._ledger.load_floors()
+            async with asyncio.timeout(ASK_WITHIN_S):
+                time_ms = await self._source.ask(floors=replace(floors, time_ms=self._time.floor_ms))
+            await self._ledger.remember_time(time_ms)
+        except TimeoutError:
+            self._failed(Unreachable("the hub did not tell the time", code="transfer.timeout"))
+            return False
+        except OutriderError as error:
+            self._failed(error)
+            return error.code == "transfer.not_found" and not self.waits
+        finally:
+            self._is_asking = False
+        self._time = trusted_time.attested(self._time, time_ms, asked_boot_ms=asked_boot_ms)
+        self._failures, self.detail = 0, ""
+        error_ms = self.clock_error_ms()
+        logger.info("the hub has told the time", extra={"clock_error_ms": error_ms})
+        if abs(error_ms) >= trusted_time.WRONG_CLOCK_MS and "clock" not in self._told:
+            self._told.add("clock")
+            self._note("time.clock_wrong", {"ahead_by_ms": str(error_ms)})
+        self._inbox.post(TimeAttested())
+        return True
+
+    def _failed(self, error: OutriderError) -> None:
+        self.detail = f"{error.code}: {error.message}"
+        if error.code in self._told:
+            return
+        self._told.add(error.code)
+        logger.warning("the hub's time is not known", extra={"code": error.code, "why": error.message})
+        if isinstance(error, TrustError):
+            self._note("time.refused", {"code": error.code, "message": error.message})

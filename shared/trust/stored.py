@@ -1,0 +1,178 @@
+"""A look at what is installed when a device starts: from what is stored, without the hub, expiry aside.
+
+Everything else counts as in a refresh: the root by its own keys, the assignment by the root's, the device's name, the
+roles on the way to each release by their delegators, the manifests by the digests that were signed, profiles, and the
+security floors. Never stop answering because metadata has grown old; stop only installing.
+
+Two kinds of "no", because a device shall neither serve what was revoked nor fall silent over a lost file:
+
+    refused     something is there and does not hold: revoked keys, another device's state, a damaged manifest,
+                a release below the floor
+    undecided   a file is gone, torn, or not the one that its neighbours speak of (a refresh broke off, a disk
+                refused): what runs was accepted once, its files are hashed before they are loaded, and it runs on
+
+A refusal that can be seen past a lost file is given all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shared import limits
+from shared.errors import OutriderError, TransferRefused, TrustError
+from shared.ids import Digest
+from shared.model import FileRef, manifest_path
+from shared.release import AssignedModel
+from shared.trust import assignment as assignments
+from shared.trust import metadata as md
+from shared.trust.client import Delegator, Steps, is_promised, promised, search
+from shared.trust.library import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
+from shared.trust.refresh import check_fit, check_listed, open_manifest
+from shared.trust.roles import ROOT, SNAPSHOT, TIMESTAMP
+from shared.wire.verification import Judged, Refused, StoredJob, StoredRelease
+
+
+def judge(job: StoredJob) -> Judged:
+    """Which of the stored releases do not hold any more, and of which that cannot be said."""
+    refused: dict[Digest, Refused] = {}
+    undecided: dict[Digest, Refused] = {}
+    try:
+        state = _State(job)
+    except OutriderError as error:
+        table = undecided if isinstance(error, TransferRefused) else refused
+        table.update({release.digest: _said(error) for release in job.releases})
+        return Judged(refused=refused, undecided=undecided)
+    for release in job.releases:
+        try:
+            state.check(release)
+        except TransferRefused as error:
+            undecided[release.digest] = _said(error)
+        except TrustError as error:
+            refused[release.digest] = _said(error)
+    return Judged(refused=refused, undecided=undecided)
+
+
+class _State:
+    """The stored metadata, as far as it is there; the constructor judges what all releases stand on."""
+
+    def __init__(self, job: StoredJob) -> None:
+        self._job = job
+        self._lacks: str | None = None
+        root = self._stored(Root, ROOT, None, limits.MAX_ROOT_BYTES)
+        md.check_signatures(root.signed, ROOT, root)
+        self._root = root.signed
+        if self._root.version < job.floors.roles.get(ROOT, 0):
+            raise _gone("root.json of the version that was accepted last")
+        self._check_assignment()
+        self._snapshot = self._open_snapshot()
+
+    def check(self, release: StoredRelease) -> None:
+        """Raise TrustError unless this release holds, TransferRefused where that cannot be said."""
+        path = manifest_path(release.family, release.version)
+        lacks = self._lacks
+        files: tuple[FileRef, ...] = ()
+        if release.data:
+            # Before the search for its role: what the manifest itself says no to needs no other file.
+            ref = FileRef(path=path, length=len(release.data), digest=release.digest)
+            assigned = AssignedModel(family=release.family, version=release.version, manifest=ref)
+            manifest = open_manifest(release.data, assigned)
+            check_fit(manifest, profile=self._job.profile, floors=self._job.floors)
+            files = (ref, manifest.golden.file, *(variant.file for variant in manifest.variants))
+        else:
+            lacks = lacks or path
+            self._check_digest(path, release.digest)
+        for file in files:
+            check_listed(file, self._find(file.path))
+        if lacks is not None:
+            raise _gone(lacks)
+
+    def _check_digest(self, path: str, digest: Digest) -> None:
+        """The manifest is gone; the release role still says whether one of this digest was signed."""
+        target = self._find(path)
+        length = 0 if target is None else target.length
+        check_listed(FileRef(path=path, length=length, digest=digest), target)
+
+    def _find(self, path: str) -> TargetFile | None:
+        return _finished(search(path, self._root, self._load))
+
+    def _check_assignment(self) -> None:
+        """The assignment is what lets this device run anything, so one that does not hold takes all with it."""
+        job = self._job
+        if job.document is None:
+            self._lacks = "assignment"
+            return
+        try:
+            assignment, _ = assignments.open_assignment(job.document, self._root)
+            assignments.check_device(assignment, job.device)
+            assignments.check_assignment(assignment)
+        except TrustError as error:
+            if error.code not in _TORN:
+                raise
+            self._lacks = "assignment"
+            return
+        if assignment.version < job.floors.assignment_version:
+            self._lacks = "assignment of the version that was accepted last"
+
+    def _open_snapshot(self) -> Snapshot | None:
+        try:
+            timestamp = self._stored(Timestamp, TIMESTAMP, self._root, limits.MAX_TIMESTAMP_BYTES)
+            snapshot = self._stored(Snapshot, SNAPSHOT, self._root, limits.MAX_SNAPSHOT_BYTES)
+        except TransferRefused as error:
+            self._lacks = self._lacks or error.message
+            return None
+        meta = timestamp.signed.snapshot_meta
+        if not is_promised(meta, snapshot, self._job.cache[SNAPSHOT], role=SNAPSHOT):
+            self._lacks = self._lacks or "the snapshot that the timestamp names"
+            return None
+        return snapshot.signed
+
+    def _load(self, role: str, delegator: Delegator, delegator_name: str) -> Steps[Targets]:  # noqa: ARG002
+        """The stored role, if its delegator still stands behind it; nothing is asked for."""
+        yield from ()
+        stored = self._stored(Targets, role, delegator, limits.MAX_TARGETS_BYTES)
+        floor = self._job.floors.roles.get(md.floor_name(delegator, role), 0)
+        if stored.signed.version < floor:
+            raise _gone(f"{role} of the version that was accepted last")
+        if self._snapshot is not None and not is_promised(
+            promised(self._snapshot, role), stored, self._job.cache[role], role=role
+        ):
+            raise _gone(f"the {role} that the snapshot names")
+        return stored.signed
+
+    def _stored(self, kind: type[md.S], role: str, delegator: Delegator | None, max_bytes: int) -> Metadata[md.S]:
+        """Raises TransferRefused when it is gone or torn, TrustError when its delegator does not stand behind it."""
+        data = self._job.root if role == ROOT else self._job.cache.get(role)
+        if data is None:
+            raise _gone(role)
+        try:
+            found = md.load(kind, data, role=role, max_bytes=max_bytes)
+        except TrustError as error:
+            raise _gone(role) from error
+        if delegator is not None:
+            md.check_signatures(delegator, role, found)
+        return found
+
+
+_TORN: Final = frozenset({"trust.malformed", "trust.endless_data"})
+"""What a file cut off by a power cut looks like; nobody signed that."""
+
+
+def _finished(steps: Steps[TargetFile | None]) -> TargetFile | None:
+    try:
+        next(steps)
+    except StopIteration as end:
+        found: TargetFile | None = end.value
+        return found
+    raise AssertionError("what is stored asks for nothing")
+
+
+def _gone(what: str) -> TransferRefused:
+    return TransferRefused(
+        f"not stored: {what}",
+        code="transfer.not_stored",
+        hint="the next refresh brings it again; until then the release runs on",
+    )
+
+
+def _said(error: OutriderError) -> Refused:
+    return Refused(code=error.code, message=error.message, hint=error.hint)

@@ -1,0 +1,211 @@
+"""The agent and the time: when it asks, what counts, what waits, and that nothing stops a model that runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from edge_agent.core import trusted_time
+from edge_agent.core.trusted_time import BUILT_MS
+from edge_agent.driver.events import TimeDoubted
+from shared.errors import OutriderError, StorageError, TransferRefused, TrustError, Unreachable
+from shared.inference import AgentState, Answer, Status
+from shared.release import Floors
+from tests.fakes.agent_world import AgentWorld, release, until
+
+DAY_MS = 86_400_000
+TRUE_MS = BUILT_MS + 100 * DAY_MS
+CLOCKS = {"1970": 0, "right": TRUE_MS, "2099": 4_083_000_000_000}
+
+
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trusted_time, "pause_ms", lambda _, jitter: 1)
+
+
+async def status(world: AgentWorld) -> AgentState:
+    reply = await world.ask(Status(id="s"))
+    assert isinstance(reply, AgentState)
+    return reply
+
+
+async def serving(world: AgentWorld, version: str) -> None:
+    def is_there() -> bool:
+        slot = world.models.slot("digits")
+        return slot is not None and slot.active is not None and slot.active.manifest.version == version
+
+    await until(is_there, f"{version} serves")
+
+
+def asked(world: AgentWorld, times: int) -> bool:
+    return len(world.time_source.asked) >= times
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_release_waits_for_the_time_and_the_model_at_hand_runs_on(clock: str) -> None:
+    world = AgentWorld()
+    world.clock.wall = CLOCKS[clock]
+
+    async def first() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await serving(world, "1.0.0")
+
+    world.life(first)
+    world.verifier.names_time_key = True
+    world.time_source.says = Unreachable("the answer was dropped")
+
+    async def second() -> None:
+        document = world.publish(release(world, "1.1.0"))
+        world.arrive(document)
+        await until(lambda: "release.waits_for_time" in world.hub.events(), "the hub hears of it")
+        world.arrive(document)
+        before = len(world.time_source.asked)
+        await until(lambda: asked(world, before + 3), "it is asked for the time again and again")
+        assert (await status(world)).assignment_waits
+        reply = await world.infer()
+        assert isinstance(reply, Answer)
+        assert reply.version == "1.0.0"
+        world.time_source.says = TRUE_MS
+        await serving(world, "1.1.0")
+        state = await status(world)
+        assert (state.time_basis, state.assignment_waits, state.time_detail) == ("attested", "", "")
+        assert world.hub.events().count("release.waits_for_time") == 1
+        assert abs(world.verifier.times[-1] - TRUE_MS) < DAY_MS
+
+    world.life(second)
+    assert world.ledger.floors.attested_ms == TRUE_MS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TrustError("replayed", code="trust.time.replayed"),
+        TrustError("for another", code="trust.time.wrong_device"),
+        TrustError("by another", code="trust.time.signature"),
+        TrustError("nonsense", code="trust.time.malformed"),
+        TrustError("2**62", code="trust.time.too_far"),
+        Unreachable("dropped"),
+        TransferRefused("no", code="transfer.refused"),
+    ],
+)
+def test_an_answer_that_is_not_to_be_trusted_leaves_the_time_as_it_was(error: OutriderError) -> None:
+    world = AgentWorld()
+    world.clock.wall = 0
+    world.verifier.names_time_key = True
+    world.time_source.says = error
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: asked(world, 4), "it is asked again and again")
+        state = await status(world)
+        assert (state.time_basis, state.time_ms) == ("floor", BUILT_MS)
+        assert error.code in state.time_detail
+        assert world.models.slot("digits") is None
+        if isinstance(error, TrustError):
+            await until(lambda: "time.refused" in world.hub.events(), "the hub hears of the attack")
+            await until(lambda: asked(world, 12), "again")
+            assert world.hub.events().count("time.refused") == 1
+
+    world.life(story)
+    assert world.ledger.floors.attested_ms == 0
+
+
+def test_a_hub_that_attests_no_time_is_left_in_peace_and_its_devices_go_on_as_before() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await serving(world, "1.0.0")
+        assert world.verifier.times == [world.clock.wall]
+        assert (await status(world)).time_basis == "clock"
+        # Once at the start, once when the link came up.
+        assert 1 <= len(world.time_source.asked) <= 2
+
+    world.life(story)
+
+
+def test_the_time_goes_by_the_boot_clock_through_a_suspend_and_a_jump() -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        world.clock.suspend(7 * DAY_MS)
+        world.clock.wall = 5
+        assert world.timekeeping.now_ms() == TRUE_MS + 7 * DAY_MS
+        assert world.timekeeping.clock_error_ms() == 5 - TRUE_MS - 7 * DAY_MS
+
+    world.life(story)
+
+
+def test_each_boot_asks_anew_and_starts_from_what_was_known() -> None:
+    world = AgentWorld()
+    world.ledger.floors = Floors(time_ms=TRUE_MS)
+    world.time_source.says = TRUE_MS + DAY_MS
+
+    async def attest() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        assert world.time_source.asked[0].time_ms == TRUE_MS
+
+    async def dropped() -> None:
+        world.clock.wall = 0
+        await until(lambda: asked(world, 3), "asked")
+        assert not world.timekeeping.attested
+        assert world.timekeeping.now_ms() == TRUE_MS + DAY_MS
+
+    world.life(attest)
+    world.time_source.says = Unreachable("dropped")
+    world.time_source.asked.clear()
+    world.life(dropped)
+
+
+def test_a_time_that_the_disk_does_not_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS
+    keep = world.ledger.remember_time
+    seen: list[bool] = []
+
+    async def refuse(time_ms: int) -> None:
+        seen.append(world.timekeeping.attested)
+        if len(seen) < 3:
+            raise StorageError("the disk refuses")
+        await keep(time_ms)
+
+    monkeypatch.setattr(world.ledger, "remember_time", refuse)
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        assert seen == [False] * 3
+        assert world.ledger.floors.attested_ms == TRUE_MS
+
+    world.life(story)
+
+
+def test_dates_that_do_not_agree_with_an_attested_time_have_the_hub_asked_again() -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS + 200 * DAY_MS  # a thief of the time key
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        world.time_source.says = TRUE_MS
+        world.inbox.post(TimeDoubted())
+        await until(lambda: world.timekeeping.now_ms() < TRUE_MS + DAY_MS, "set back by a fresh answer")
+        assert world.ledger.floors.attested_ms == TRUE_MS
+
+    world.life(story)
+
+
+def test_a_clock_that_is_wrong_is_told_once() -> None:
+    world = AgentWorld()
+    world.clock.wall = 0
+    world.time_source.says = TRUE_MS
+
+    async def story() -> None:
+        await until(lambda: "time.clock_wrong" in world.hub.events(), "told")
+        world.inbox.post(TimeDoubted())
+        await until(lambda: asked(world, 2), "asked again")
+        await asyncio.sleep(0)
+        assert world.hub.events().count("time.clock_wrong") == 1
+
+    world.life(story)
