@@ -10,14 +10,14 @@ Pure, and in standard Python only: `math.dist` runs over a million numbers in a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from msgspec.structs import replace
 
 from shared.errors import TrustError
 from shared.model import Manifest
-from shared.patch.onnx_tensors import TensorSpan, find_tensors
+from shared.onnx_tensors import TensorSpan, find_tensors
 
 CODE: Final = "trust.learned"
 _FLOAT: Final = 1
@@ -25,7 +25,7 @@ _HINT: Final = "let a person sign this release, or learn it again from its base"
 
 
 def check_learned_manifest(learned: Manifest, base: Manifest) -> None:
-    """Raise TrustError `trust.learned` unless only version, counter, lineage and one variant's file are other.
+    """Raise TrustError `trust.learned` unless only version, lineage and one variant's file are other.
 
     Args:
         learned: names `base` by digest, which the caller has checked.
@@ -42,13 +42,13 @@ def check_learned_manifest(learned: Manifest, base: Manifest) -> None:
         raise _refusal("only ONNX files can be compared")
     if theirs.file.length != ours.file.length:
         raise _refusal("its file has another length than its base's")
-    if learned.release_counter < base.release_counter:
-        raise _refusal("its release counter lies below its base's")
+    if learned.release_counter != base.release_counter:
+        # What withdraws the base withdraws what was learned on it: a security floor must not be outrun.
+        raise _refusal("its release counter is not its base's")
     # Everything else, what is added to manifests later included, is the base's.
     expected = replace(
         base,
         version=learned.version,
-        release_counter=learned.release_counter,
         variants=learned.variants,
         lineage=learned.lineage,
         golden=replace(base.golden, file=replace(base.golden.file, path=learned.golden.file.path)),
@@ -87,6 +87,26 @@ def check_learned_file(learned: memoryview, base: memoryview, *, tensors: Sequen
     if not shift <= max_shift:
         raise _refusal(f"its head moved by {shift:.4g}, its base allows {max_shift:.4g}")
     return shift
+
+
+def with_tensors(base: bytes, numbers: Mapping[str, bytes]) -> bytes:
+    """The base's file with these raw numbers in its tensors, every other byte as it was.
+
+    Args:
+        base: the bytes of an ONNX file.
+        numbers: float32 in the order of the graph, little-endian, by the name of the initializer.
+
+    Raises:
+        TrustError: `trust.learned` when the base does not hold a tensor once as raw float32 data, or it is of another
+            size.
+    """
+    made = bytearray(base)
+    for span in _named(memoryview(base), tuple(numbers)):
+        new = numbers[span.name]
+        if len(new) != span.end - span.begin:
+            raise _refusal(f"the numbers for {span.name[:80]!r} have another size than the base's")
+        made[span.begin : span.end] = new
+    return bytes(made)
 
 
 def _named(base: memoryview, tensors: Sequence[str]) -> list[TensorSpan]:

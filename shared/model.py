@@ -173,6 +173,17 @@ def manifest_path(family: FamilyName, version: ModelVersion) -> str:
     return target_path(family, version, "manifest.json")
 
 
+def parse_manifest_path(path: str) -> tuple[FamilyName, ModelVersion]:
+    """Whose manifest lies at this target path; raises InvalidValue when none does."""
+    parts = path.split("/")
+    if len(parts) == 4:
+        family, version = parse_family(parts[1]), parse_version(parts[2])
+        if path == manifest_path(family, version):
+            return family, version
+    _refuse(f"{path[:120]!r} is no manifest's path")
+    raise AssertionError
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest as JSON with sorted keys, so that the same release has the same digest wherever it is written."""
     return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
@@ -270,8 +281,7 @@ def check_learning(manifest: Manifest) -> None:
             _refuse("learning needs a shift that is a positive number")
     if base is not None:
         parse_digest(base.digest)
-        parts = base.path.split("/")
-        if len(parts) != 4 or base.path != manifest_path(manifest.family, parse_version(parts[2])):
+        if parse_manifest_path(base.path)[0] != manifest.family:
             _refuse(f"the base {base.path[:120]!r} is no manifest of this family")
         if not 0 < base.length <= limits.MAX_MANIFEST_BYTES:
             _refuse(f"the base's manifest has a length of {base.length} bytes")

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from shared.errors import InvalidValue, TrustError
 from shared.ids import Digest, ModelVersion
-from shared.learned import check_learned_file, check_learned_manifest
+from shared.learned import check_learned_file, check_learned_manifest, with_tensors
 from shared.model import FileRef, Learning, Manifest, Preparation, check_manifest, decode_manifest, encode_manifest
 
 onnx: Any = pytest.importorskip("onnx")
@@ -30,7 +30,6 @@ def learned(**changes: Any) -> Manifest:
     made = replace(
         BASE,
         version=version,
-        release_counter=2,
         variants=(replace(variant, file=file, accuracy=0.9, answers=(1,) * len(variant.answers)),),
         golden=replace(BASE.golden, file=replace(BASE.golden.file, path=prefix + "golden.bin")),
         learning=None,
@@ -87,6 +86,14 @@ def test_another_graph_is_refused() -> None:
             check(other)
 
 
+def test_numbers_are_put_into_the_base_and_nothing_else_is_touched() -> None:
+    assert with_tensors(MADE.model, {"w": struct.pack("<4f", 1.5, -0.5, -1, 1)}) == bytes(moved(0.5, 0.5))
+    with pytest.raises(TrustError, match="another size"):
+        with_tensors(MADE.model, {"w": struct.pack("<3f", 1, 1, 1)})
+    with pytest.raises(TrustError, match="does not hold"):
+        with_tensors(MADE.model, {"v": b""})
+
+
 def test_tensors_that_the_base_does_not_have_are_refused() -> None:
     for tensors in (("w", "v"), ("v",), ("w", "w")):
         with pytest.raises(TrustError, match="does not hold"):
@@ -110,13 +117,14 @@ def test_a_manifest_that_says_something_else_is_refused(changes: dict[str, Any])
     assert "says something else" in refusal(learned(**changes))
 
 
-def test_other_variants_other_lengths_and_lower_counters_are_refused() -> None:
+def test_other_variants_other_lengths_and_other_counters_are_refused() -> None:
     variant = learned().variants[0]
     assert "other variants" in refusal(learned(variants=(variant, replace(variant, name="int8"))))
     assert "other variants" in refusal(learned(variants=(replace(variant, name="int8"),)))
     longer = replace(variant, file=replace(variant.file, length=variant.file.length + 1))
     assert "another length" in refusal(learned(variants=(longer,)))
-    assert "counter" in refusal(learned(release_counter=0), replace(BASE, release_counter=1))
+    for counter in (0, 2):
+        assert "counter" in refusal(learned(release_counter=counter), replace(BASE, release_counter=1))
     assert "only ONNX" in refusal(learned(variants=(replace(variant, runtime="litert"),)))
 
 
