@@ -16,6 +16,7 @@ class FakeShelf:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.parts: dict[str, bytes] = {}
+        self.free = 2**40
 
     def has(self, digest: Digest) -> bool:
         """Whether the file is there."""
@@ -61,6 +62,10 @@ class FakeShelf:
             for digest in [digest for digest in store if digest not in keep]:
                 freed += len(store.pop(digest))
         return freed
+
+    def free_bytes(self) -> int:
+        """What the test says."""
+        return self.free
 
     def drop(self, digest: Digest) -> None:
         """Forget this one."""
