@@ -30,6 +30,7 @@ from edge_agent.adapters.old_records import SqliteOldRecords
 from edge_agent.adapters.outbox import JournalOutbox
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
+from edge_agent.adapters.sources import SourcedFetcher
 from edge_agent.adapters.system import SystemClock, SystemMoments
 from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
 from edge_agent.adapters.verifier import LiveVerifier
@@ -37,9 +38,11 @@ from edge_agent.adapters.vitals import Vitals
 from edge_agent.core.journal import bounds_for
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
+from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
@@ -47,6 +50,7 @@ from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.identity import TRUST_DIR, Identity, load_identity
 from edge_agent.settings import AgentConfig, Launch
+from edge_agent.update_ports import Fetcher
 from shared.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
@@ -104,8 +108,10 @@ async def _compose(
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
-    fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=fetcher, report=report)
+    fetcher = _fetcher(config, identity, context, clock)
+    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=config.updates.daily_bytes)
+    supplies = Supplies(fetcher=fetcher, meter=meter, policy=config.updates.policy)
+    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
     uplink = Uplink(
         running=running,
         clock=clock,
@@ -129,6 +135,7 @@ async def _compose(
         records=records,
         answering=answering,
         rounds=rounds,
+        meter=meter,
     )
     agent = Agent(
         clock=clock,
@@ -148,6 +155,14 @@ async def _compose(
     return agent, door, loop
 
 
+def _fetcher(config: AgentConfig, identity: Identity, context: ssl.SSLContext, clock: SystemClock) -> Fetcher:
+    hub = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    if not config.updates.mirror:
+        return hub
+    mirror = HubFetcher(hub_url=config.updates.mirror, context=context, clock=clock)
+    return SourcedFetcher(hub=hub, mirrors=(mirror,), clock=clock)
+
+
 def _models(
     config: AgentConfig,
     profile: DeviceProfile,
@@ -155,7 +170,7 @@ def _models(
     clock: SystemClock,
     loop: Loop,
     ledger: SqliteLedger,
-    fetcher: HubFetcher,
+    supplies: Supplies,
     report: Callable[[], None],
 ) -> Models:
     options = HostOptions(threads=profile.inference.threads, memory_bytes=profile.memory.host_bytes)
@@ -165,7 +180,7 @@ def _models(
         loop=loop,
         ledger=ledger,
         shelf=FileShelf(config.state_dir),
-        fetcher=fetcher,
+        supplies=supplies,
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
@@ -195,9 +210,7 @@ def _answering(
     )
 
 
-def _training_room(
-    config: AgentConfig, profile: DeviceProfile, database: Database, fetcher: HubFetcher
-) -> TrainingRoom:
+def _training_room(config: AgentConfig, profile: DeviceProfile, database: Database, fetcher: Fetcher) -> TrainingRoom:
     return TrainingRoom(
         samples=SqliteSamples(database),
         replies=SqliteReplies(database),

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from edge_agent.core.lessons import Lesson
+from edge_agent.core.spending import Spending
 from shared.federated import Array
 from shared.inference import TensorHead
 from shared.model import Manifest, Variant
@@ -72,6 +73,14 @@ class Ledger(Protocol):
 
     async def save_verified(self, verified: VerifiedAssignment) -> None:
         """Save the accepted assignment and raise the floors to its floors, in one transaction."""
+        ...
+
+    async def load_spending(self) -> Spending:
+        """What was fetched, as saved; an empty record on the first start."""
+        ...
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Save it, replacing the one before."""
         ...
 
 

@@ -205,6 +205,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         queue_written_bytes, queue_syncs: what the outbox has cost the disk since the start.
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
+        updates: bytes fetched for releases in the last 24 hours (`day_bytes`) and ever, what is left of a budget
+            (`daily_bytes`, `left_bytes`, only where there is one), and what became of patches.
         results_lost: results since the start that were never recorded, because the disk was too slow or refused.
     """
 
@@ -233,6 +235,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     queue_written_bytes: int = 0
     queue_syncs: int = 0
     results_lost: int = 0
+    updates: dict[str, int] = {}
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

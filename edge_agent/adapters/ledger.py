@@ -11,14 +11,16 @@ from typing import Final, TypeVar
 import msgspec
 
 from edge_agent.adapters.database import Connection, Database
+from edge_agent.core.spending import Spending
 from shared.errors import StorageError
 from shared.release import Floors, VerifiedAssignment
 
 _FLOORS: Final = "floors"
 _VERIFIED: Final = "verified"
 _BOOT: Final = "boot"
+_SPENDING: Final = "spending"
 
-_S = TypeVar("_S", Floors, VerifiedAssignment, int)
+_S = TypeVar("_S", Floors, VerifiedAssignment, Spending, int)
 
 
 class SqliteLedger:
@@ -74,6 +76,14 @@ class SqliteLedger:
 
         await self._database.write(work)
 
+    async def load_spending(self) -> Spending:
+        """What was fetched, as saved; an empty record on the first start."""
+        return await self._database.write(lambda connection: _get(connection, _SPENDING, Spending) or Spending())
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Save it, replacing the one before."""
+        await self._database.write(lambda connection: _set(connection, _SPENDING, spending))
+
 
 def merged_floors(saved: Floors, given: Floors) -> Floors:
     """Each floor at the higher of the two; of the roles only those that are given (a dropped role is forgotten)."""
@@ -108,5 +118,5 @@ def _get(connection: Connection, key: str, kind: type[_S]) -> _S | None:
         ) from error
 
 
-def _set(connection: Connection, key: str, value: Floors | VerifiedAssignment | int) -> None:
+def _set(connection: Connection, key: str, value: Floors | VerifiedAssignment | Spending | int) -> None:
     connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, msgspec.msgpack.encode(value)))

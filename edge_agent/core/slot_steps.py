@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from edge_agent.core.backoff import drawn_ms
 from edge_agent.core.slot_values import (
     CRASH_LOOP,
     EXTENSION_MS,
@@ -17,9 +18,11 @@ from edge_agent.core.slot_values import (
     MAX_FETCH_DELAY_MS,
     MAX_LOADS,
     MAX_QUARANTINED,
+    MAX_REFETCHES,
     MAX_RESTART_DELAY_MS,
     MAX_ROLLBACK_STARTS,
     MAX_TRANSITIONS,
+    MIN_FETCH_DELAY_MS,
     AnswerBad,
     AnswerGood,
     CancelWork,
@@ -63,6 +66,7 @@ from shared.machine import Decision
 Step = Decision[Slot, Effect]
 
 CRASH_LOOP_CODE: Final = "model.crash_loop"
+DAMAGED_CODE: Final = "storage.damaged"
 
 
 # Offers
@@ -75,6 +79,7 @@ def offered(state: Slot, event: Offered) -> Step:
         manifest_digest=event.model.manifest_digest,
         variant=event.variant,
         assignment_version=event.assignment_version,
+        patches=event.patches,
     )
     known = [release for release in (state.active, state.candidate) if release is not None]
     if any(release.assignment_version > offer.assignment_version for release in known):
@@ -86,7 +91,8 @@ def offered(state: Slot, event: Offered) -> Step:
         return _refused(state, offer)
     candidate, active = state.candidate, state.active
     if candidate is not None and candidate.key == offer.key and state.phase is not Phase.ROLLING_BACK:
-        return _named_again(state, candidate=replace(candidate, assignment_version=offer.assignment_version))
+        again = replace(candidate, assignment_version=offer.assignment_version, patches=offer.patches)
+        return _named_again(state, candidate=again)
     if active is not None and active.key == offer.key:
         again = replace(active, assignment_version=offer.assignment_version)
         if candidate is None or state.phase is Phase.ROLLING_BACK:
@@ -119,6 +125,7 @@ def _begin(state: Slot, offer: Installed) -> Step:
         candidate=offer,
         tries=0,
         fetch_tries=0,
+        refetches=0,
         transitions=1,
         trial=Trial(),
     )
@@ -127,7 +134,7 @@ def _begin(state: Slot, offer: Installed) -> Step:
         leaving = (_ended("release.rolled_back", state),)
     elif state.candidate is not None:
         leaving = (_note("release.superseded", state.candidate), *_leave(state))
-    return Decision(after, (*leaving, Fetch(offer.key, offer.files)))
+    return Decision(after, (*leaving, _fetch(offer)))
 
 
 def withdrawn(state: Slot, _: Withdrawn) -> Step:
@@ -164,13 +171,15 @@ def fetch_failed(state: Slot, event: FetchFailed) -> Step:
         return _abandon(state, event.code, event.message, quarantine=state.quarantine)
     tries = state.fetch_tries + 1
     after = _blame(replace(state, fetch_tries=tries), _candidate(state), event.code, event.message)
-    return Decision(after, (StartTimer(Timer.FETCH, backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS)),))
+    delay_ms = drawn_ms(
+        backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS), jitter=event.jitter, shortest_ms=MIN_FETCH_DELAY_MS
+    )
+    return Decision(after, (StartTimer(Timer.FETCH, delay_ms),))
 
 
 def fetch_due(state: Slot, _: FetchDue) -> Step:
     """Fetch again; what is on the shelf already is not fetched twice."""
-    candidate = _candidate(state)
-    return Decision(state, (StopTimer(Timer.FETCH), Fetch(candidate.key, candidate.files)))
+    return Decision(state, (StopTimer(Timer.FETCH), _fetch(_candidate(state))))
 
 
 def files_verified(state: Slot, event: FilesVerified) -> Step:
@@ -181,7 +190,10 @@ def files_verified(state: Slot, event: FilesVerified) -> Step:
 
 
 def files_bad(state: Slot, event: FilesBad) -> Step:
-    """A file is not what was signed: the release's fault at verification, the disk's later."""
+    """The disk changed a file or will not show it: it is brought in anew, so often and no more. No release is blamed.
+
+    A file was hashed when it was published, so what is wrong with it since is the disk's doing.
+    """
     candidate = state.candidate
     if state.active is not None and event.key == state.active.key:
         if event.retry:
@@ -191,13 +203,12 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
         return Decision(state)
     if event.retry and state.phase in (Phase.VERIFYING, Phase.WARMUP):
         return _abandon(state, event.code, event.message, quarantine=state.quarantine)
-    if state.phase is Phase.VERIFYING or (state.phase is Phase.WARMUP and state.transitions >= MAX_TRANSITIONS):
-        return _give_up(state, event.code, event.message)
-    if state.phase is Phase.WARMUP:
-        # They were verified a moment ago: the disk has changed them, which is no fault of the release.
-        after = replace(_enter(state, Phase.FETCHING), fetch_tries=0)
-        return Decision(after, (*_leave(state), Fetch(candidate.key, candidate.files)))
-    return Decision(state)
+    if state.phase not in (Phase.VERIFYING, Phase.WARMUP):
+        return Decision(state)
+    if state.refetches >= MAX_REFETCHES or state.transitions >= MAX_TRANSITIONS:
+        return _abandon(state, DAMAGED_CODE, event.message, quarantine=state.quarantine)
+    after = replace(_enter(state, Phase.FETCHING), fetch_tries=0, refetches=state.refetches + 1)
+    return Decision(after, (*_leave(state), _fetch(candidate)))
 
 
 def _active_damaged(state: Slot, damaged: Installed) -> Step:
@@ -429,7 +440,7 @@ def restarted(state: Slot, event: Restarted) -> Step:
     if candidate is None or state.phase is Phase.ROLLING_BACK:
         return Decision(state, serve)
     if state.phase is Phase.FETCHING:
-        return Decision(replace(state, fetch_tries=0), (*serve, Fetch(candidate.key, candidate.files)))
+        return Decision(replace(state, fetch_tries=0), (*serve, _fetch(candidate)))
     if state.transitions >= MAX_TRANSITIONS:
         given_up = _give_up(state, "release.loops", f"not committed after {state.transitions} steps")
         return Decision(given_up.state, (*serve, *given_up.effects))
@@ -454,7 +465,13 @@ def _enter(state: Slot, phase: Phase) -> Slot:
 
 def _without_candidate(state: Slot) -> Slot:
     phase = Phase.COMMITTED if state.active is not None else Phase.IDLE
-    return replace(state, phase=phase, candidate=None, tries=0, fetch_tries=0, transitions=0, trial=Trial())
+    return replace(
+        state, phase=phase, candidate=None, tries=0, fetch_tries=0, refetches=0, transitions=0, trial=Trial()
+    )
+
+
+def _fetch(release: Installed) -> Fetch:
+    return Fetch(release.key, release.files, release.patches)
 
 
 def _serve(state: Slot) -> tuple[Effect, ...]:

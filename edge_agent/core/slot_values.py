@@ -20,7 +20,7 @@ from shared.errors import StorageError
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import Probation
-from shared.release import VerifiedModel
+from shared.release import Patch, VerifiedModel
 
 STATE_SCHEMA: Final = 1
 MAX_LOADS: Final = 4
@@ -28,6 +28,8 @@ MAX_LOADS: Final = 4
 MAX_TRANSITIONS: Final = 28
 """Steps a candidate may take in all; what needs more runs in a circle."""
 MAX_QUARANTINED: Final = 64
+MAX_REFETCHES: Final = 2
+"""How often files are brought in anew because the disk changed them before they were loaded."""
 MAX_EXTENSIONS: Final = 10
 """How often probation is prolonged for want of answers before the release is given up."""
 EXTENSION_MS: Final = 2_000
@@ -35,6 +37,7 @@ MAX_ROLLBACK_STARTS: Final = 3
 CRASH_LOOP: Final = 5
 """Crashes of the active host without a good answer in between from which on the model counts as degraded."""
 FIRST_DELAY_MS: Final = 1_000
+MIN_FETCH_DELAY_MS: Final = 100
 MAX_FETCH_DELAY_MS: Final = 300_000
 MAX_RESTART_DELAY_MS: Final = 60_000
 MAX_ERROR_CHARS: Final = 400
@@ -54,12 +57,13 @@ class Phase(Enum):
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified release and the variant of it that this device runs."""
+    """A verified release, the variant of it that this device runs, and shorter ways to its files."""
 
     manifest: Manifest
     manifest_digest: Digest
     variant: str
     assignment_version: int
+    patches: tuple[Patch, ...] = ()
 
     @property
     def key(self) -> str:
@@ -102,6 +106,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         candidate: the release on its way in; in ROLLING_BACK the one on its way out.
         tries: loads of the candidate, counted before each.
         fetch_tries: failed fetches in a row.
+        refetches: how often the disk changed the candidate's files before they were loaded.
         transitions: steps that the candidate took.
         crashes: losses of the active host since its last good answer.
         quarantine: manifest digests that this device will not run again, oldest first.
@@ -118,6 +123,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     candidate: Installed | None = None
     tries: int = 0
     fetch_tries: int = 0
+    refetches: int = 0
     transitions: int = 0
     crashes: int = 0
     trial: Trial = Trial()
@@ -134,12 +140,13 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified assignment names this release. `force` lifts its quarantine."""
+    """A verified assignment names this release. `force` lifts its quarantine; `patches` lead to its files."""
 
     model: VerifiedModel
     variant: str
     assignment_version: int
     force: bool = False
+    patches: tuple[Patch, ...] = ()
 
 
 class Withdrawn(msgspec.Struct, frozen=True):
@@ -153,12 +160,17 @@ class FilesHere(msgspec.Struct, frozen=True):
 
 
 class FetchFailed(msgspec.Struct, frozen=True, kw_only=True):
-    """The fetch ended without the files; `retry` is the error's: whether the same can succeed later."""
+    """The fetch ended without the files.
+
+    `retry` is the error's: whether the same can succeed later. `jitter` is drawn from 0 to 1, so that devices that
+    fail together do not try again together.
+    """
 
     key: str
     code: str
     message: str
     retry: bool
+    jitter: float = 1.0
 
 
 class FetchDue(msgspec.Struct, frozen=True):
@@ -172,7 +184,7 @@ class FilesVerified(msgspec.Struct, frozen=True):
 
 
 class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
-    """The files on the shelf are not what was signed: at verification, or when a host was to be started on them.
+    """The disk changed files that were right when they were published: seen at verification, or at a host's start.
 
     With `retry` it is the disk that refused to show them, and they may be all right.
     """
@@ -259,10 +271,14 @@ class Timer(Enum):
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch."""
+    """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch.
+
+    `patches` are shorter ways to some of them.
+    """
 
     key: str
     files: tuple[FileRef, ...]
+    patches: tuple[Patch, ...] = ()
 
 
 class VerifyFiles(msgspec.Struct, frozen=True):

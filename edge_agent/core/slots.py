@@ -54,6 +54,7 @@ from edge_agent.core.slot_values import (
 )
 from shared.ids import Digest, FamilyName
 from shared.machine import Decision, Row, Table
+from shared.model import FileRef
 from shared.profile import Probation
 
 Rows = dict[tuple[Phase, type[Event]], Row[Phase, Slot, Effect]]
@@ -78,15 +79,22 @@ def serving(state: Slot) -> Installed | None:
     return state.candidate if state.phase is Phase.PROBATION else state.active
 
 
-def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
-    """Digests of every file that some slot runs, may go back to, or is bringing in."""
-    return frozenset(
-        file.digest
+def kept_files(states: Iterable[Slot]) -> dict[Digest, FileRef]:
+    """Every file that some slot runs, may go back to, or is bringing in."""
+    return {
+        file.digest: file
         for state in states
         for release in (state.active, state.previous, state.candidate)
         if release is not None
         for file in release.files
-    )
+    }
+
+
+def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
+    """Digests of those files, and of the patches to them that are on their way and what these start from."""
+    states = list(states)
+    patches = [patch for state in states if state.candidate is not None for patch in state.candidate.patches]
+    return frozenset({*kept_files(states), *(patch.base for patch in patches), *(patch.digest for patch in patches)})
 
 
 def counts_answers(state: Slot) -> bool:
@@ -148,7 +156,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         steps.files_bad,
         {
             _FETCHING: (_FETCHING,),
-            _VERIFYING: (_VERIFYING, *_ENDS),
+            _VERIFYING: (_FETCHING, *_ENDS),
             _STAGED: (_STAGED,),
             _WARMUP: (_WARMUP, _FETCHING, *_ENDS),
             _PROBATION: (_PROBATION,),

@@ -9,6 +9,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -43,17 +44,18 @@ from edge_agent.core.slot_values import (
     timer_event,
 )
 from edge_agent.core.variants import Misfit, choose
+from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Hosts, Ledger
-from edge_agent.update_ports import Fetcher, Shelf
-from shared.errors import OutriderError
-from shared.ids import FamilyName
+from edge_agent.update_ports import Shelf
+from shared.errors import OutriderError, StorageError
+from shared.ids import Digest, FamilyName
 from shared.inference import ModelState
 from shared.profile import DeviceProfile
-from shared.release import VerifiedAssignment, VerifiedModel
+from shared.release import Patch, VerifiedAssignment, VerifiedModel
 from shared.wire.messages import RunningModel
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class Models:
         loop: Loop,
         ledger: Ledger,
         shelf: Shelf,
-        fetcher: Fetcher,
+        supplies: Supplies,
         hosts: Hosts,
         note: Callable[[str, dict[str, str]], None],
         report: Callable[[], None],
@@ -80,7 +82,13 @@ class Models:
         self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
         self._shelf = shelf
-        self._files = Files(loop=loop, shelf=shelf, fetcher=fetcher)
+        bringing = supplies.bringing(
+            shelf=shelf,
+            models_bytes=profile.disk.models_bytes,
+            kept=lambda: slots.kept_files(self._slots.values()),
+            make_room=self._collect,
+        )
+        self._files = Files(loop=loop, bringing=bringing, note=note)
         self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
         self._note = note
         self._report = report
@@ -119,6 +127,9 @@ class Models:
         """Read every slot from disk and let each say how it goes on."""
         for family, data in (await self._ledger.load_slots()).items():
             self._slots[FamilyName(family)] = decode_state(data)
+        # A power cut may have come between an end and its collection.
+        with contextlib.suppress(StorageError):
+            self._collect()
         for family in list(self._slots):
             self._inbox.post(ForSlot(family, Restarted(self._profile.probation)))
 
@@ -137,6 +148,7 @@ class Models:
                 variant=chosen.name,
                 assignment_version=verified.assignment.version,
                 force=family in verified.assignment.force,
+                patches=_patches_to(verified, chosen.file.digest, model.manifest.golden.file.digest),
             )
             await self.handle(family, offered)
         for family in set(self._slots) - named:
@@ -177,8 +189,8 @@ class Models:
 
     def _carry_out(self, family: FamilyName, effect: Effect) -> None:
         match effect:
-            case Fetch(key, files):
-                self._files.fetch(family, key, files)
+            case Fetch():
+                self._files.fetch(family, effect)
             case VerifyFiles(key, files):
                 self._files.verify(family, key, files)
             case RequestWarmUp(key):
@@ -241,3 +253,7 @@ class Models:
         freed = self._shelf.collect(slots.files_to_keep(self._slots.values()))
         if freed:
             logger.info("old model files removed", extra={"freed_bytes": freed})
+
+
+def _patches_to(verified: VerifiedAssignment, *results: Digest) -> tuple[Patch, ...]:
+    return tuple(patch for patch in verified.assignment.patches if patch.result in results)

@@ -20,6 +20,7 @@ from edge_agent.core.slots import can_roll_back
 from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
@@ -61,6 +62,7 @@ class Service:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        meter: Meter,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -70,6 +72,7 @@ class Service:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._meter = meter
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
@@ -149,6 +152,7 @@ class Service:
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
             escalations=self._answering.escalations,
+            updates=self._meter.figures(),
             results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 

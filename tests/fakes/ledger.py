@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edge_agent.adapters.ledger import merged_floors
+from edge_agent.core.spending import Spending
 from shared.release import Floors, VerifiedAssignment
 
 
@@ -14,6 +15,7 @@ class FakeLedger:
         self.slots: dict[str, bytes] = {}
         self.floors = Floors()
         self.verified: VerifiedAssignment | None = None
+        self.spending = Spending()
 
     async def next_boot(self) -> int:
         """Count this start."""
@@ -45,3 +47,11 @@ class FakeLedger:
         """Save it and raise the floors."""
         self.verified = verified
         await self.raise_floors(verified.floors)
+
+    async def load_spending(self) -> Spending:
+        """What was fetched."""
+        return self.spending
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Replace it."""
+        self.spending = spending

@@ -279,12 +279,12 @@ def test_no_more_than_two_families_are_fetched_at_once() -> None:
     running = most = 0
     go_on = asyncio.Event()
 
-    async def slowly(file: FileRef, shelf: Shelf) -> None:
+    async def slowly(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
         await go_on.wait()
-        await fetch(file, shelf)
+        await fetch(file, shelf, up_to=up_to)
         running -= 1
 
     async def story() -> None:
@@ -306,11 +306,11 @@ def test_a_link_that_comes_back_does_not_begin_a_running_fetch_anew() -> None:
     go_on = asyncio.Event()
     fetch = world.fetcher.blob
 
-    async def slowly(file: FileRef, shelf: Shelf) -> None:
+    async def slowly(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
         nonlocal begun
         begun += 1
         await go_on.wait()
-        await fetch(file, shelf)
+        await fetch(file, shelf, up_to=up_to)
 
     async def story() -> None:
         world.fetcher.blob = slowly  # type: ignore[method-assign]
