@@ -31,7 +31,7 @@ from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import DeviceProfile, DiskBudget, Inference, MemoryBudget, Probation
-from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
+from shared.release import AssignedModel, Assignment, Floors, Patch, VerifiedAssignment, VerifiedModel
 from shared.telemetry import BatchId, DeviceEvent, Gap, Reading, Record, RecordClass
 from shared.wire import topics
 from shared.wire.columns import decode_columns
@@ -211,12 +211,13 @@ class AgentWorld:
         """How many records the outbox holds."""
         return sum(self.outbox.depth().records.values())
 
-    def publish(self, *models: VerifiedModel, force: bool = False) -> bytes:
+    def publish(self, *models: VerifiedModel, force: bool = False, patches: tuple[Patch, ...] = ()) -> bytes:
         """Prepare an assignment of these releases, with their files at the hub; returns its document."""
         self.version += 1
         for model in models:
             for file in (model.manifest.golden.file, *(variant.file for variant in model.manifest.variants)):
-                assert file.digest in self.fetcher.files, file.path
+                made = {patch.result for patch in patches}
+                assert file.digest in self.fetcher.files or file.digest in made, file.path
         manifest = FileRef(path="m", length=1, digest=models[0].manifest_digest)
         assigned = tuple(
             AssignedModel(family=model.manifest.family, version=model.manifest.version, manifest=manifest)
@@ -229,6 +230,7 @@ class AgentWorld:
             expires_ms=1,
             models=assigned,
             force=tuple(model.manifest.family for model in models) if force else (),
+            patches=patches,
         )
         verified = VerifiedAssignment(
             assignment=assignment, models=models, floors=Floors(assignment_version=self.version)
