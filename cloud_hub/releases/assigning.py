@@ -44,6 +44,8 @@ RESEND_AFTER_MS: Final = 5_000
 """The least time between two sendings of the same assignment to a device."""
 DEVICES_PER_WRITE: Final = 250
 """Signed in one transaction; between two of them others get to write."""
+READABLE_ASSIGNMENTS: Final = 8
+"""So many of a device's newest assignments say which files it may read."""
 ACTOR: Final = "hub"
 
 
@@ -136,6 +138,20 @@ class Assigning:
     async def page(self, *, after: str, limit: int) -> Sequence[AssignmentRow]:
         """The newest assignment of each device, by device."""
         return await self._database.read(lambda conn: tables.current_assignments(conn, after=after, limit=limit))
+
+    async def may_read(self, device: DeviceId, digest: str) -> bool:
+        """Whether a device may have this file: one of a release only if an assignment of it names that release.
+
+        Assignments right before the newest count too, because the device may still be at it. What belongs to no
+        release (tasks of federated runs) is read by whoever was told its digest.
+        """
+
+        def work(conn: Connection) -> bool:
+            if not tables.is_release_file(conn, digest):
+                return True
+            return digest in tables.assigned_digests(conn, device, newest=READABLE_ASSIGNMENTS)
+
+        return await self._database.read(work)
 
     async def run(self) -> None:
         """Renew and send what is due, until cancelled."""

@@ -10,6 +10,7 @@ import pytest
 
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.ledger import SqliteLedger
+from edge_agent.core.spending import Spending, Strike
 from edge_agent.ports import Ledger
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.model import FileRef
@@ -112,5 +113,19 @@ def test_a_verified_assignment_is_kept_with_its_floors(play: Play) -> None:
     async def look(ledger: Ledger) -> None:
         assert await ledger.load_verified() == saved
         assert await ledger.load_floors() == Floors(assignment_version=3, time_ms=80)
+
+    play(save, look)
+
+
+def test_what_was_fetched_is_kept_and_replaced(play: Play) -> None:
+    spent = Spending(clock_ms=5, boot="b", hours={0: 7}, strikes={"0" * 64: Strike(2, 9)}, total_bytes=7)
+
+    async def save(ledger: Ledger) -> None:
+        assert await ledger.load_spending() == Spending()
+        await ledger.save_spending(Spending(total_bytes=1))
+        await ledger.save_spending(spent)
+
+    async def look(ledger: Ledger) -> None:
+        assert await ledger.load_spending() == spent
 
     play(save, look)

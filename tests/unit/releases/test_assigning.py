@@ -12,6 +12,7 @@ import pytest
 from cloud_hub.ground import audit
 from cloud_hub.ground.bus import DeviceBorn, DeviceReported
 from cloud_hub.ground.problems import NotFound
+from cloud_hub.releases.assigning import READABLE_ASSIGNMENTS
 from cloud_hub.releases.desk import Outcome, Selector
 from cloud_hub.releases.rules import Skipped
 from shared.errors import Conflict, InvalidValue
@@ -192,3 +193,33 @@ def test_assignments_are_listed_by_device(room: ReleaseRoom) -> None:
     assign(room, all=True, force=True)
     page = asyncio.run(room.desk.assigning.page(after="one", limit=10))
     assert [(row.assignment.device, row.assignment.version) for row in page] == [("two", 2)]
+
+
+def may_read(room: ReleaseRoom, device: str, digest: str) -> bool:
+    return asyncio.run(room.desk.assigning.may_read(DeviceId(device), digest))
+
+
+def test_a_device_reads_files_of_what_is_assigned_to_it_and_of_nothing_else(room: ReleaseRoom) -> None:
+    row = asyncio.run(room.desk.catalogue.get("digits", "1.0.0"))
+    files = [file.digest for file in row.files]
+    assert len(files) > 2  # manifest, golden set, variants
+    assert not any(may_read(room, "one", digest) for digest in files)
+    assign(room, devices=("one",))
+    assert all(may_read(room, "one", digest) for digest in files)
+    assert not any(may_read(room, "two", digest) for digest in files)
+    assert not may_read(room, "one", row.push.model) or row.push.model in files
+    assert may_read(room, "two", "0" * 64)  # belongs to no release: a task of a federated run, for instance
+
+
+def test_a_device_that_is_still_at_the_assignment_before_may_finish_it(room: ReleaseRoom) -> None:
+    room.make_ready("2.0.0")
+    asyncio.run(room.publish("2.0.0"))
+    only_old = {file.digest for file in asyncio.run(room.desk.catalogue.get("digits", "1.0.0")).files}
+    only_old -= {file.digest for file in asyncio.run(room.desk.catalogue.get("digits", "2.0.0")).files}
+    assert only_old
+    assign(room, devices=("one",))
+    assign(room, version="2.0.0", devices=("one",))
+    assert all(may_read(room, "one", digest) for digest in only_old)
+    for _ in range(READABLE_ASSIGNMENTS):
+        assign(room, version="2.0.0", devices=("one",), force=True)
+    assert not any(may_read(room, "one", digest) for digest in only_old)
