@@ -99,19 +99,16 @@ async def _compose(
     outbox: JournalOutbox,
     group: asyncio.TaskGroup,
 ) -> tuple[Agent, Door, Loop]:
-    def report() -> None:
-        uplink.report_soon()
-
     loop = Loop(group)
     ledger = SqliteLedger(database)
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
-    fetcher = _fetcher(config, identity, context, clock)
-    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=config.updates.daily_bytes)
-    supplies = Supplies(fetcher=fetcher, meter=meter, policy=config.updates.policy)
-    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
+    supplies = _supplies(config, identity, context, clock=clock, ledger=ledger)
+    models = _models(
+        config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=lambda: uplink.report_soon()
+    )
     uplink = Uplink(
         running=running,
         clock=clock,
@@ -123,7 +120,7 @@ async def _compose(
     answering = _answering(
         config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
     )
-    room = _training_room(config, profile, database, fetcher)
+    room = _training_room(config, profile, database, supplies.fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
     service = Service(
@@ -135,13 +132,13 @@ async def _compose(
         records=records,
         answering=answering,
         rounds=rounds,
-        meter=meter,
+        meter=supplies.meter,
     )
     agent = Agent(
         clock=clock,
         loop=loop,
         ledger=ledger,
-        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=fetcher),
+        verifier=LiveVerifier(trust_dir=config.state_dir / TRUST_DIR, device=identity.device, fetcher=supplies.fetcher),
         models=models,
         uplink=uplink,
         records=records,
@@ -155,12 +152,16 @@ async def _compose(
     return agent, door, loop
 
 
-def _fetcher(config: AgentConfig, identity: Identity, context: ssl.SSLContext, clock: SystemClock) -> Fetcher:
-    hub = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
-    if not config.updates.mirror:
-        return hub
-    mirror = HubFetcher(hub_url=config.updates.mirror, context=context, clock=clock)
-    return SourcedFetcher(hub=hub, mirrors=(mirror,), clock=clock)
+def _supplies(
+    config: AgentConfig, identity: Identity, context: ssl.SSLContext, *, clock: SystemClock, ledger: SqliteLedger
+) -> Supplies:
+    updates = config.updates
+    fetcher: Fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    if updates.mirror:
+        mirror = HubFetcher(hub_url=updates.mirror, context=context, clock=clock)
+        fetcher = SourcedFetcher(hub=fetcher, mirrors=(mirror,), clock=clock)
+    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
+    return Supplies(fetcher=fetcher, meter=meter, policy=updates.policy)
 
 
 def _models(

@@ -171,9 +171,8 @@ def fetch_failed(state: Slot, event: FetchFailed) -> Step:
         return _abandon(state, event.code, event.message, quarantine=state.quarantine)
     tries = state.fetch_tries + 1
     after = _blame(replace(state, fetch_tries=tries), _candidate(state), event.code, event.message)
-    delay_ms = drawn_ms(
-        backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS), jitter=event.jitter, shortest_ms=MIN_FETCH_DELAY_MS
-    )
+    window_ms = backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS)
+    delay_ms = drawn_ms(window_ms, jitter=event.jitter, shortest_ms=MIN_FETCH_DELAY_MS)
     return Decision(after, (StartTimer(Timer.FETCH, delay_ms),))
 
 
@@ -190,10 +189,7 @@ def files_verified(state: Slot, event: FilesVerified) -> Step:
 
 
 def files_bad(state: Slot, event: FilesBad) -> Step:
-    """The disk changed a file or will not show it: it is brought in anew, so often and no more. No release is blamed.
-
-    A file was hashed when it was published, so what is wrong with it since is the disk's doing.
-    """
+    """The disk changed a file that was right when it was published: brought in anew, so often; no release is blamed."""
     candidate = state.candidate
     if state.active is not None and event.key == state.active.key:
         if event.retry:

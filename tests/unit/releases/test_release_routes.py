@@ -34,7 +34,7 @@ class Api:
         self.app.include_router(router(room.desk))
 
         async def known(der: bytes) -> DeviceId:
-            if not room.fleet.has(der.decode()):
+            if der.decode() not in room.fleet.devices:
                 raise NotAllowed("no such device here")
             return DeviceId(der.decode())
 
