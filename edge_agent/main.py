@@ -106,9 +106,8 @@ async def _compose(
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
     supplies = _supplies(config, identity, context, clock=clock, ledger=ledger)
-    models = _models(
-        config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=lambda: uplink.report_soon()
-    )
+    report = partial(_report, lambda: uplink)
+    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
     uplink = Uplink(
         running=running,
         clock=clock,
@@ -150,6 +149,10 @@ async def _compose(
     )
     door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
     return agent, door, loop
+
+
+def _report(uplink: Callable[[], Uplink]) -> None:
+    uplink().report_soon()
 
 
 def _supplies(
