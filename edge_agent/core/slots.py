@@ -26,7 +26,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from edge_agent.core import slot_steps as steps
-from edge_agent.core.slot_steps import Step
+from edge_agent.core.slot_moves import Step
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
