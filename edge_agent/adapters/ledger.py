@@ -6,6 +6,7 @@ Not here: what the states mean, and the thread and transaction behind every call
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, TypeVar
 
 import msgspec
@@ -45,11 +46,12 @@ class SqliteLedger:
 
         return await self._database.write(work)
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Save one slot's state, replacing the one before."""
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Save the states of these slots, replacing those before, in one transaction: all of them or none."""
+        rows = list(states.items())
 
         def work(connection: Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO slots (family, state) VALUES (?, ?)", (family, state))
+            connection.executemany("INSERT OR REPLACE INTO slots (family, state) VALUES (?, ?)", rows)
 
         await self._database.write(work)
 

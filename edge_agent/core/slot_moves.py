@@ -9,22 +9,26 @@ from msgspec.structs import replace
 
 from edge_agent.core.slot_values import (
     MAX_ERROR_CHARS,
+    MAX_GATHERING_MS,
     MAX_QUARANTINED,
+    MAX_READY_MS,
     CancelWork,
     CollectGarbage,
     Effect,
     Installed,
     Note,
     Phase,
+    RequestWarmUp,
     Slot,
     StartHost,
+    StartTimer,
     StopHost,
     StopTimer,
     SwitchTo,
     Timer,
     Trial,
 )
-from shared.ids import Digest
+from shared.ids import Digest, FamilyName
 from shared.machine import Decision
 
 Step = Decision[Slot, Effect]
@@ -32,13 +36,63 @@ Step = Decision[Slot, Effect]
 
 def give_up(state: Slot, code: str, message: str) -> Step:
     """The candidate failed by its own fault: never again on this device, and back to what was before."""
-    candidate, active = candidate_of(state), state.active
-    quarantine = (*(d for d in state.quarantine if d != candidate.manifest_digest), candidate.manifest_digest)
-    quarantine = quarantine[-MAX_QUARANTINED:]
-    if state.phase is not Phase.PROBATION or active is None:
+    digest = candidate_of(state).manifest_digest
+    quarantine = (*(other for other in state.quarantine if other != digest), digest)
+    return go_back(state, code, message, quarantine=quarantine[-MAX_QUARANTINED:])
+
+
+def go_back(state: Slot, code: str, message: str, *, quarantine: tuple[Digest, ...]) -> Step:
+    """The candidate goes; where it served on trial, requests go to the release before, whose host has to come up."""
+    if state.phase is not Phase.PROBATION or state.active is None:
         return abandon(state, code, message, quarantine=quarantine)
     after = replace(enter(state, Phase.ROLLING_BACK), quarantine=quarantine, crashes=0)
-    return Decision(blame(after, candidate, code, message), leave(state))
+    return Decision(blame(after, candidate_of(state), code, message), leave(state))
+
+
+def on_trial(state: Slot) -> Step:
+    """Requests go to the candidate from now on; the host of the release before is not needed any more."""
+    trial = replace(state.trial, good=0, extensions=0, passed=False, started=state.trial.started + 1)
+    candidate = candidate_of(state)
+    effects: list[Effect] = [SwitchTo(candidate.key), StopTimer(Timer.RESTART), StopTimer(Timer.WAIT)]
+    if state.active is not None:
+        effects.append(StopHost(state.active.key))
+    effects += [StartTimer(Timer.PROBATION, state.probation.duration_ms), note("release.started", candidate)]
+    return Decision(replace(enter(state, Phase.PROBATION), trial=trial, crashes=0), tuple(effects))
+
+
+def await_others(state: Slot) -> Step:
+    """The host is up and serves nobody: the active release does, until every member of the set is as far."""
+    # It stood the test, so this load is not held against it: another member may be the one that takes the power.
+    after = replace(enter(state, Phase.READY), tries=max(0, state.tries - 1))
+    return Decision(after, (StartTimer(Timer.WAIT, MAX_READY_MS),))
+
+
+def commit(state: Slot, *, changed: tuple[FamilyName, ...] = ()) -> Step:
+    """The candidate is what is gone back to from now on; `changed` are the families that commit in the same step."""
+    new = candidate_of(state)
+    before = state.active or state.previous
+    if before is not None and (
+        before.manifest.release_counter < new.manifest.min_release_counter or before.key == new.key
+    ):
+        before = None
+    rest = replace(without_candidate(state), phase=Phase.COMMITTED, active=new, previous=before, crashes=0)
+    after = without_error(replace(rest, changed_with=changed if len(changed) > 1 else ()))
+    return Decision(after, (StopTimer(Timer.PROBATION), note("release.committed", new), CollectGarbage()))
+
+
+def uncommit(state: Slot, active: Installed, previous: Installed) -> Slot:
+    """As if the active release were still on trial, so that it can be gone back from."""
+    return replace(
+        state,
+        phase=Phase.PROBATION,
+        active=previous,
+        previous=None,
+        candidate=active,
+        together=(),
+        changed_with=(),
+        transitions=0,
+        trial=Trial(started=1),
+    )
 
 
 def abandon(state: Slot, code: str, message: str, *, quarantine: tuple[Digest, ...]) -> Step:
@@ -54,21 +108,35 @@ def blame(state: Slot, release: Installed, code: str, message: str) -> Slot:
 
 
 def without_error(state: Slot) -> Slot:
+    """Nothing is wrong any more."""
     return replace(state, error_code="", error="", failed="")
 
 
 def candidate_of(state: Slot) -> Installed:
+    """The candidate, in a phase that has one."""
     assert state.candidate is not None, f"{state.phase} without a candidate"
     return state.candidate
 
 
 def enter(state: Slot, phase: Phase) -> Slot:
+    """In this phase, one step of the budget further."""
     return replace(state, phase=phase, transitions=state.transitions + 1)
 
 
 def without_candidate(state: Slot) -> Slot:
+    """At rest, with the active release or with nothing."""
     phase = Phase.COMMITTED if state.active is not None else Phase.IDLE
-    return replace(state, phase=phase, candidate=None, tries=0, fetch_tries=0, transitions=0, trial=Trial())
+    return replace(
+        state,
+        phase=phase,
+        candidate=None,
+        together=(),
+        is_gathered=False,
+        tries=0,
+        fetch_tries=0,
+        transitions=0,
+        trial=Trial(),
+    )
 
 
 def serve(state: Slot) -> tuple[Effect, ...]:
@@ -82,11 +150,19 @@ def leave(state: Slot) -> tuple[Effect, ...]:
     """Undo whatever may be under way for the candidate; after PROBATION requests go back to the active release."""
     key = candidate_of(state).key
     back = serve(state) if state.phase is Phase.PROBATION else ()
-    stops = (StopTimer(Timer.FETCH), StopTimer(Timer.WARM_UP), StopTimer(Timer.PROBATION))
+    stops = (StopTimer(Timer.FETCH), StopTimer(Timer.WARM_UP), StopTimer(Timer.PROBATION), StopTimer(Timer.WAIT))
     return (*back, CancelWork(key), *stops, StopHost(key))
 
 
+def ask_for_room(state: Slot) -> tuple[Effect, ...]:
+    """Verified and at rest: ask for room, or wait first until the other members of the set have come as far."""
+    if state.together and not state.is_gathered:
+        return (StartTimer(Timer.WAIT, MAX_GATHERING_MS),)
+    return (RequestWarmUp(candidate_of(state).key),)
+
+
 def note(name: str, release: Installed, *, code: str = "", message: str = "") -> Note:
+    """An event for the hub about this release."""
     manifest = release.manifest
     detail = {"family": str(manifest.family), "version": str(manifest.version), "variant": release.variant}
     detail["manifest"] = release.manifest_digest
@@ -96,4 +172,5 @@ def note(name: str, release: Installed, *, code: str = "", message: str = "") ->
 
 
 def ended(name: str, state: Slot) -> Note:
+    """An event for the hub that the candidate's attempt is over, and why."""
     return note(name, candidate_of(state), code=state.error_code, message=state.error)

@@ -13,14 +13,19 @@ from msgspec.structs import replace
 from edge_agent.core.slot_moves import (
     Step,
     abandon,
+    ask_for_room,
+    await_others,
     blame,
     candidate_of,
+    commit,
     ended,
     enter,
     give_up,
     leave,
     note,
+    on_trial,
     serve,
+    uncommit,
     without_candidate,
     without_error,
 )
@@ -47,13 +52,13 @@ from edge_agent.core.slot_values import (
     HostFailed,
     HostReady,
     Installed,
+    Member,
     Note,
     Offered,
     OperatorRollback,
     Phase,
     ProbationTimedOut,
     Probe,
-    RequestWarmUp,
     RestartDue,
     Restarted,
     Slot,
@@ -73,6 +78,7 @@ from edge_agent.core.slot_values import (
 from shared.machine import Decision
 
 CRASH_LOOP_CODE: Final = "model.crash_loop"
+_FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
 # Offers
@@ -92,18 +98,32 @@ def offered(state: Slot, event: Offered) -> Step:
     if event.force and offer.manifest_digest in state.quarantine:
         rest = tuple(digest for digest in state.quarantine if digest != offer.manifest_digest)
         state = replace(state, quarantine=rest, refused=0)
-    if offer.manifest_digest in state.quarantine:
-        return _refused(state, offer)
     candidate, active = state.candidate, state.active
+    if offer.manifest_digest in state.quarantine:
+        return _refused(state, offer, "release.quarantined", "this release failed here before")
+    if event.refusal_code and (active is None or active.key != offer.key):
+        return _refused(state, offer, event.refusal_code, event.refusal)
     if candidate is not None and candidate.key == offer.key and state.phase is not Phase.ROLLING_BACK:
-        return _named_again(state, candidate=replace(candidate, assignment_version=offer.assignment_version))
+        named = replace(candidate, assignment_version=offer.assignment_version)
+        if event.together != state.together:
+            return _set_changed(replace(state, candidate=named), event.together)
+        return _named_again(state, candidate=named)
     if active is not None and active.key == offer.key:
         again = replace(active, assignment_version=offer.assignment_version)
         if candidate is None or state.phase is Phase.ROLLING_BACK:
             return _named_again(state, active=again)
         after = replace(without_candidate(state), active=again)
         return Decision(after, (note("release.superseded", candidate), *leave(state), CollectGarbage()))
-    return _begin(state, offer)
+    return _begin(state, offer, together=event.together)
+
+
+def _set_changed(state: Slot, together: tuple[Member, ...]) -> Step:
+    """The candidate is to change with others than before: what was tried without them counts for nothing."""
+    after = replace(state, together=together, is_gathered=False)
+    if state.phase in (Phase.FETCHING, Phase.VERIFYING):
+        return Decision(after)
+    after = replace(after, phase=Phase.STAGED, tries=0, trial=Trial())
+    return Decision(after, (*leave(state), *ask_for_room(after)))
 
 
 def _named_again(state: Slot, *, active: Installed | None = None, candidate: Installed | None = None) -> Step:
@@ -112,21 +132,24 @@ def _named_again(state: Slot, *, active: Installed | None = None, candidate: Ins
     return Decision(state if after == state else after)
 
 
-def _refused(state: Slot, offer: Installed) -> Step:
+def _refused(state: Slot, offer: Installed, code: str, why: str) -> Step:
+    """Not taken in: said once for each assignment."""
     if state.refused >= offer.assignment_version:
         return Decision(state)
-    refusal = note("release.refused", offer, code="release.quarantined", message=state.error)
     after = replace(state, refused=offer.assignment_version)
-    if not state.error_code or state.failed != offer.manifest_digest:
-        after = blame(after, offer, "release.quarantined", "this release failed here before")
-    return Decision(after, (refusal,))
+    # Why it failed is kept where that is known already: the refusal only follows from it.
+    if code not in _FOLLOWS or not state.error_code or state.failed != offer.manifest_digest:
+        after = blame(after, offer, code, why)
+    return Decision(after, (note("release.refused", offer, code=code, message=after.error),))
 
 
-def _begin(state: Slot, offer: Installed) -> Step:
+def _begin(state: Slot, offer: Installed, *, together: tuple[Member, ...] = ()) -> Step:
     after = replace(
         state,
         phase=Phase.FETCHING,
         candidate=offer,
+        together=together,
+        is_gathered=False,
         tries=0,
         fetch_tries=0,
         transitions=1,
@@ -148,7 +171,7 @@ def withdrawn(state: Slot, _: Withdrawn) -> Step:
     for release in (state.active, state.candidate):
         if release is not None:
             effects += [note("release.withdrawn", release), CancelWork(release.key), StopHost(release.key)]
-    after = replace(without_candidate(state), phase=Phase.IDLE, active=None, previous=None)
+    after = replace(without_candidate(state), phase=Phase.IDLE, active=None, previous=None, changed_with=())
     after = without_error(after)
     stops = tuple(StopTimer(timer) for timer in Timer)
     return Decision(after, (SwitchTo(None), *effects, *stops, CollectGarbage()))
@@ -187,7 +210,8 @@ def files_verified(state: Slot, event: FilesVerified) -> Step:
     """Staged: ask for room."""
     if event.key != candidate_of(state).key:
         return Decision(state)
-    return Decision(enter(state, Phase.STAGED), (RequestWarmUp(event.key),))
+    after = enter(state, Phase.STAGED)
+    return Decision(after, ask_for_room(after))
 
 
 def files_bad(state: Slot, event: FilesBad) -> Step:
@@ -212,7 +236,7 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
 
 def _active_damaged(state: Slot, damaged: Installed) -> Step:
     """The disk has lost the active release's files: it is no longer installed, so it is brought in anew."""
-    after = replace(state, active=state.previous, previous=None, crashes=0)
+    after = replace(state, active=state.previous, previous=None, changed_with=(), crashes=0)
     effects: tuple[Effect, ...] = (
         note("release.damaged", damaged),
         StopTimer(Timer.RESTART),
@@ -231,7 +255,7 @@ def _active_damaged(state: Slot, damaged: Installed) -> Step:
 def warm_up_allowed(state: Slot, event: WarmUpAllowed) -> Step:
     """Load the candidate, counted before it happens."""
     candidate = candidate_of(state)
-    if event.key != candidate.key:
+    if event.key != candidate.key or (state.together and not state.is_gathered):
         return Decision(state)
     if state.tries >= MAX_LOADS or state.transitions >= MAX_TRANSITIONS:
         return give_up(state, "release.loads", f"not committed after {state.tries} loads")
@@ -241,7 +265,7 @@ def warm_up_allowed(state: Slot, event: WarmUpAllowed) -> Step:
 
 def warm_up_due(state: Slot, _: WarmUpDue) -> Step:
     """Ask for room again."""
-    return Decision(state, (RequestWarmUp(candidate_of(state).key),))
+    return Decision(state, ask_for_room(state))
 
 
 def host_ready(state: Slot, event: HostReady) -> Step:
@@ -249,21 +273,12 @@ def host_ready(state: Slot, event: HostReady) -> Step:
     active, candidate = state.active, state.candidate
     if candidate is not None and event.key == candidate.key:
         if state.phase is Phase.WARMUP:
-            return _on_trial(state, candidate)
-        if state.phase is Phase.PROBATION:
+            return await_others(state) if state.together else on_trial(state)
+        if state.phase in (Phase.READY, Phase.PROBATION):
             return Decision(state)
     if active is not None and event.key == active.key and state.phase is not Phase.PROBATION:
         return _rolled_back(state) if state.phase is Phase.ROLLING_BACK else Decision(state)
     return Decision(state, (StopHost(event.key),))
-
-
-def _on_trial(state: Slot, candidate: Installed) -> Step:
-    trial = replace(state.trial, good=0, extensions=0, started=state.trial.started + 1)
-    effects: list[Effect] = [SwitchTo(candidate.key), StopTimer(Timer.RESTART)]
-    if state.active is not None:
-        effects.append(StopHost(state.active.key))
-    effects += [StartTimer(Timer.PROBATION, state.probation.duration_ms), note("release.started", candidate)]
-    return Decision(replace(enter(state, Phase.PROBATION), trial=trial, crashes=0), tuple(effects))
 
 
 def host_failed(state: Slot, event: HostFailed) -> Step:
@@ -272,6 +287,8 @@ def host_failed(state: Slot, event: HostFailed) -> Step:
     if candidate is not None and event.key == candidate.key:
         if state.phase is Phase.WARMUP:
             return _warm_up_failed(state, event)
+        if state.phase is Phase.READY:
+            return _warm_up_failed(replace(state, tries=state.tries + 1), event)
         if state.phase is Phase.PROBATION:
             return _lost_on_trial(state, event)
     if active is not None and event.key == active.key and state.phase is not Phase.PROBATION:
@@ -284,7 +301,7 @@ def _warm_up_failed(state: Slot, event: HostFailed) -> Step:
         return give_up(state, event.code, event.message)
     after = blame(enter(state, Phase.STAGED), candidate_of(state), event.code, event.message)
     delay_ms = backoff_ms(state.tries, most_ms=MAX_RESTART_DELAY_MS)
-    return Decision(after, (StopHost(event.key), StartTimer(Timer.WARM_UP, delay_ms)))
+    return Decision(after, (StopHost(event.key), StopTimer(Timer.WAIT), StartTimer(Timer.WARM_UP, delay_ms)))
 
 
 def _lost_on_trial(state: Slot, event: HostFailed) -> Step:
@@ -293,7 +310,7 @@ def _lost_on_trial(state: Slot, event: HostFailed) -> Step:
         return give_up(state, event.code, event.message)
     after = replace(enter(state, Phase.STAGED), trial=replace(state.trial, failed=failed, good=0))
     after = blame(after, candidate_of(state), event.code, event.message)
-    return Decision(after, (*leave(state), RequestWarmUp(event.key)))
+    return Decision(after, (*leave(state), *ask_for_room(after)))
 
 
 def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
@@ -350,26 +367,16 @@ def answer_bad(state: Slot, event: AnswerBad) -> Step:
 
 
 def probation_timed_out(state: Slot, _: ProbationTimedOut) -> Step:
-    """Commit, or ask for the answers that are missing."""
+    """Commit, or wait for the other members of the set, or ask for the answers that are missing."""
     missing = state.probation.good_answers - state.trial.good
+    if missing <= 0 and state.together:
+        return Decision(replace(state, trial=replace(state.trial, passed=True)))
     if missing <= 0:
-        return _commit(state)
+        return commit(state)
     if state.trial.extensions >= MAX_EXTENSIONS:
         return give_up(state, "release.silent", f"{missing} good answers short after {MAX_EXTENSIONS} rounds of probes")
     after = replace(state, trial=replace(state.trial, extensions=state.trial.extensions + 1))
     return Decision(after, (Probe(candidate_of(state).key, missing), StartTimer(Timer.PROBATION, EXTENSION_MS)))
-
-
-def _commit(state: Slot) -> Step:
-    new = candidate_of(state)
-    before = state.active or state.previous
-    if before is not None and (
-        before.manifest.release_counter < new.manifest.min_release_counter or before.key == new.key
-    ):
-        before = None
-    after = replace(without_candidate(state), phase=Phase.COMMITTED, active=new, previous=before, crashes=0)
-    after = without_error(after)
-    return Decision(after, (StopTimer(Timer.PROBATION), note("release.committed", new), CollectGarbage()))
 
 
 def _rolled_back(state: Slot) -> Step:
@@ -387,16 +394,7 @@ def operator_rollback(state: Slot, _: OperatorRollback) -> Step:
         return Decision(
             state, (Note("release.rollback_refused", {"family": state.family, "code": "release.no_previous"}),)
         )
-    leaving = replace(
-        state,
-        phase=Phase.PROBATION,
-        active=previous,
-        previous=None,
-        candidate=active,
-        transitions=0,
-        trial=Trial(started=1),
-    )
-    return give_up(leaving, code, message)
+    return give_up(uncommit(state, active, previous), code, message)
 
 
 # Starting again
@@ -411,11 +409,14 @@ def restarted(state: Slot, event: Restarted) -> Step:
         return Decision(state, serving)
     if state.phase is Phase.FETCHING:
         return Decision(replace(state, fetch_tries=0), (*serving, Fetch(candidate.key, candidate.files)))
-    if state.transitions >= MAX_TRANSITIONS:
+    # Whoever waits for the others of a set does not run in a circle, however often the device starts meanwhile.
+    waits = state.phase is Phase.STAGED and state.together and not state.is_gathered
+    if state.transitions >= MAX_TRANSITIONS and not waits:
         given_up = give_up(state, "release.loops", f"not committed after {state.transitions} steps")
         return Decision(given_up.state, (*serving, *given_up.effects))
     if state.phase is Phase.VERIFYING:
         return Decision(enter(state, Phase.VERIFYING), (*serving, VerifyFiles(candidate.key, candidate.files)))
     # The golden check belongs to this life: the active release serves until the candidate has passed it again.
-    after = replace(enter(state, Phase.STAGED), trial=replace(state.trial, good=0, extensions=0))
-    return Decision(after, (*serving, RequestWarmUp(candidate.key)))
+    trial = replace(state.trial, good=0, extensions=0, passed=False)
+    after = replace(state if waits else enter(state, Phase.STAGED), is_gathered=False, trial=trial)
+    return Decision(after, (*serving, *ask_for_room(after)))

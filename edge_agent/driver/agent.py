@@ -19,6 +19,7 @@ from edge_agent.driver.events import (
     ForLink,
     ForPump,
     ForSlot,
+    ForSlots,
     ForTraining,
     HeartbeatDue,
     Inward,
@@ -125,6 +126,8 @@ class Agent:
         match event:
             case ForSlot(family, slot_event):
                 await self._models.handle(family, slot_event)
+            case ForSlots(slot_events):
+                await self._models.handle_all(slot_events)
             case ForLink(link_event):
                 await self._on_link(link_event)
             case ForPump(pump_event):
