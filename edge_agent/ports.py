@@ -59,7 +59,7 @@ class Ledger(Protocol):
         ...
 
     async def load_floors(self) -> Floors:
-        """The floors; zeros on the first start."""
+        """The floors; zeros on the first start. Raises StorageError `storage.floors_lost` when there were some once."""
         ...
 
     async def raise_floors(self, floors: Floors) -> Floors:

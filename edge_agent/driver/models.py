@@ -50,7 +50,7 @@ from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Hosts, Ledger
 from edge_agent.update_ports import Fetcher, Shelf
-from shared.errors import OutriderError
+from shared.errors import OutriderError, StorageError
 from shared.ids import FamilyName
 from shared.inference import ModelState
 from shared.profile import DeviceProfile
@@ -123,7 +123,14 @@ class Models:
     async def restore(self) -> None:
         """Read every slot from disk and let each say how it goes on."""
         for family, data in (await self._ledger.load_slots()).items():
-            self._slots[FamilyName(family)] = decode_state(data)
+            try:
+                self._slots[FamilyName(family)] = decode_state(data)
+            except StorageError as error:
+                if error.code != "storage.slot":
+                    raise  # of a newer agent, which shall find it as it left it
+                # Damaged: the accepted assignment is offered to an empty slot, through every check.
+                logger.error("slot cannot be read, begins empty", extra={"family": family, "why": error.message})
+                self._note("slot.unreadable", {"family": family, "message": error.message})
         self._inbox.post(ForSlots(tuple((family, Restarted(self._profile.probation)) for family in self._slots)))
 
     async def offer(self, verified: VerifiedAssignment) -> None:
