@@ -73,8 +73,11 @@ async def run(launch: Launch) -> int:
         identity = load_identity(config.state_dir)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
+        has_forgotten = not config.database_path.exists() and _has_accepted(config.state_dir / TRUST_DIR)
         database = await Database.open(config.database_path, clock=clock)
         try:
+            if has_forgotten:
+                await SqliteLedger(database).lose_floors()
             outbox = await _outbox(config, profile, clock)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -108,7 +111,7 @@ async def _compose(
     supplies = _supplies(config, identity, context, clock=clock, ledger=ledger)
     report = partial(_report, lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
-    uplink = Uplink(
+    uplink: Uplink = Uplink(
         running=running,
         clock=clock,
         loop=loop,
@@ -252,6 +255,11 @@ async def _outbox(config: AgentConfig, profile: DeviceProfile, clock: SystemCloc
     return await JournalOutbox.open(
         config.outbox_dir, bounds=bounds, clock=clock, moments=SystemMoments(), flush_ms=queue.flush_ms
     )
+
+
+def _has_accepted(trust_dir: Path) -> bool:
+    """Whether metadata was accepted here before: beside the root, which comes with the enrolment, there is more."""
+    return trust_dir.is_dir() and any(path.name != "root.json" for path in trust_dir.iterdir())
 
 
 def hosts_dir(config: AgentConfig) -> Path:

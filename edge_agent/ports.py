@@ -55,12 +55,12 @@ class Ledger(Protocol):
         """Slot states by family, as saved."""
         ...
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Save one slot's state, replacing the one before."""
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Save the states of these slots, replacing those before, in one transaction: all of them or none."""
         ...
 
     async def load_floors(self) -> Floors:
-        """The floors; zeros on the first start."""
+        """The floors; zeros on the first start. Raises StorageError `storage.floors_lost` when there were some once."""
         ...
 
     async def raise_floors(self, floors: Floors) -> Floors:

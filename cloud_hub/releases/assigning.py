@@ -26,7 +26,7 @@ from cloud_hub.ground.post import Post
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.counts import Counts
-from cloud_hub.releases.rules import Candidate, Selector, Skipped
+from cloud_hub.releases.rules import Candidate, Named, Selector, Skipped
 from cloud_hub.releases.tables import AssignmentRow
 from shared import limits
 from shared.clock import Clock
@@ -112,21 +112,23 @@ class Assigning:
         bus.subscribe(DeviceReported, self._on_report)
 
     async def assign(self, selector: Selector, *, actor: str) -> Outcome:
-        """Set one family of the devices' desired state; a device that has it already keeps its assignment.
+        """Set what a selector names of the devices' desired state; a device that has it already keeps its assignment.
 
         Raises:
             NotFound: there is no such release.
             Conflict: it is not published, or lies below the family's security floor.
-            InvalidValue: the selector names no devices, or names them in two ways.
+            InvalidValue: the selector names no devices, or names them in two ways, or a family twice.
         """
-        wanted = await self._database.read(lambda conn: _published(conn, selector))
+        releases = rules.named(selector)
+        wanted = await self._database.read(lambda conn: tuple(_published(conn, release) for release in releases))
+        together = None if selector.together is None else len(wanted) > 1
         candidates = await self._candidates()
         chosen, skipped = rules.select(candidates, selector)
         by_name = {candidate.device: candidate for candidate in candidates}
         assigned: list[Assigned] = []
         for start in range(0, len(chosen), DEVICES_PER_WRITE):
             batch = [by_name[device] for device in chosen[start : start + DEVICES_PER_WRITE]]
-            rows, full = await self._sign(batch, wanted, actor=actor, force=selector.force)
+            rows, full = await self._sign(batch, wanted, actor=actor, force=selector.force, together=together)
             skipped += tuple(Skipped(device, "too_many_models") for device in full)
             for row in rows:
                 assigned.append(Assigned(row.assignment.device, row.assignment.version))
@@ -174,7 +176,7 @@ class Assigning:
             if row.assignment.device in candidates and self._is_stale(row, candidates[row.assignment.device], now_ms)
         ]
         for start in range(0, len(stale), DEVICES_PER_WRITE):
-            await self._sign(stale[start : start + DEVICES_PER_WRITE], None, actor=ACTOR, force=False)
+            await self._sign(stale[start : start + DEVICES_PER_WRITE], (), actor=ACTOR, force=False)
         for row in await self._database.read(tables.current_assignments) if stale else rows:
             candidate = candidates.get(row.assignment.device)
             if candidate is not None and candidate.online and candidate.assignment_version < row.assignment.version:
@@ -187,18 +189,24 @@ class Assigning:
         )
 
     async def _sign(
-        self, batch: Sequence[Candidate], wanted: AssignedModel | None, *, actor: str, force: bool
+        self,
+        batch: Sequence[Candidate],
+        wanted: tuple[AssignedModel, ...],
+        *,
+        actor: str,
+        force: bool,
+        together: bool | None = None,
     ) -> tuple[list[AssignmentRow], list[DeviceId]]:
         """Sign for these devices in one transaction; returns what they shall have, and those that hold too much."""
         now_ms = self._clock.wall_ms()
-        cause: Literal["assigned", "renewed"] = "renewed" if wanted is None else "assigned"
+        cause: Literal["assigned", "renewed"] = "assigned" if wanted else "renewed"
 
         def work(conn: Connection) -> tuple[list[AssignmentRow], list[DeviceId]]:
             rows: list[AssignmentRow] = []
             full: list[DeviceId] = []
             for candidate in batch:
                 row = tables.current_assignment(conn, candidate.device)
-                has_it = row is not None and wanted in row.assignment.models and not force
+                has_it = row is not None and not force and _has(row, wanted, together=together)
                 if row is not None and has_it and not self._is_stale(row, candidate, now_ms):
                     rows.append(row)
                     continue
@@ -208,6 +216,7 @@ class Assigning:
                     device=candidate.device,
                     seen=candidate.assignment_version,
                     force=force,
+                    together=together,
                     now_ms=now_ms,
                     ttl_ms=self._ttl_ms,
                 )
@@ -226,6 +235,7 @@ class Assigning:
                         "version": following.version,
                         "models": {model.family: model.version for model in following.models},
                         "force": list(following.force),
+                        "together": [list(families) for families in following.together],
                     },
                 )
                 rows.append(new)
@@ -277,10 +287,17 @@ class Assigning:
         return found
 
 
-def _published(conn: Connection, selector: Selector) -> AssignedModel:
-    row = tables.find_model(conn, selector.family, selector.version)
+def _has(row: AssignmentRow, wanted: tuple[AssignedModel, ...], *, together: bool | None) -> bool:
+    """Whether the device has been assigned all this already; to be renewed, it never has."""
+    sets, families = row.assignment.together, [model.family for model in wanted]
+    same = rules.sets_after(sets, families, together=together) == sets
+    return bool(wanted) and same and all(model in row.assignment.models for model in wanted)
+
+
+def _published(conn: Connection, release: Named) -> AssignedModel:
+    row = tables.find_model(conn, release.family, release.version)
     if row is None:
-        raise NotFound(f"there is no release {selector.family}/{selector.version}", hint="`outrider release ls`")
+        raise NotFound(f"there is no release {release.family}/{release.version}", hint="`outrider release ls`")
     if row.published_ms is None or row.release_counter is None:
         raise Conflict(
             f"{row.family}/{row.version} is not published",

@@ -16,7 +16,6 @@ from typing import assert_never
 from edge_agent import __version__
 from edge_agent.core import link
 from edge_agent.core.slot_values import OperatorRollback
-from edge_agent.core.slots import can_roll_back
 from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
@@ -178,7 +177,7 @@ class Service:
         slot = self._models.slot(request.argument)
         if slot is None:
             return _unknown_model(request.id, request.argument)
-        if not can_roll_back(slot):
+        if not self._models.can_roll_back(slot.family):
             return Refusal(
                 id=request.id,
                 code="release.no_previous",

@@ -65,9 +65,9 @@ def test_boots_are_counted_over_restarts(play: Play) -> None:
 def test_slots_are_kept_and_replaced(play: Play) -> None:
     async def save(ledger: Ledger) -> None:
         assert await ledger.load_slots() == {}
-        await ledger.save_slot("digits", b"one")
-        await ledger.save_slot("faces", b"\x00\xff")
-        await ledger.save_slot("digits", b"two")
+        await ledger.save_slots({"digits": b"one"})
+        await ledger.save_slots({"faces": b"\x00\xff", "digits": b"two"})
+        await ledger.save_slots({})
 
     async def look(ledger: Ledger) -> None:
         assert await ledger.load_slots() == {"digits": b"two", "faces": b"\x00\xff"}

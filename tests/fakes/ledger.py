@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edge_agent.adapters.ledger import merged_floors
 from edge_agent.core.spending import Spending
 from shared.release import Floors, VerifiedAssignment
@@ -26,9 +28,9 @@ class FakeLedger:
         """Slot states by family."""
         return dict(self.slots)
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Replace one slot's state."""
-        self.slots[family] = state
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Replace the states of these slots."""
+        self.slots |= states
 
     async def load_floors(self) -> Floors:
         """The floors."""

@@ -14,7 +14,7 @@ from cloud_hub.ground.bus import DeviceBorn, DeviceReported
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases.assigning import READABLE_ASSIGNMENTS
 from cloud_hub.releases.desk import Outcome, Selector
-from cloud_hub.releases.rules import Skipped
+from cloud_hub.releases.rules import Named, Skipped
 from shared.errors import Conflict, InvalidValue
 from shared.ids import DeviceId, FamilyName, ModelVersion
 from shared.release import Assignment, Floors
@@ -50,6 +50,28 @@ def verified(room: ReleaseRoom, index: int = -1, *, device: str | None = None) -
     return verify_assignment(
         document, root=root, device=DeviceId(name), now_ms=room.clock.wall, floors=Floors(), previous=None
     )
+
+
+def test_several_releases_are_assigned_as_one_set(room: ReleaseRoom) -> None:
+    room.make_ready("1.0.0", family="faces")
+    asyncio.run(room.publish("1.0.0", family="faces"))
+    faces = Named(family=FamilyName("faces"), version=ModelVersion("1.0.0"))
+    assign(room, together=(faces,), devices=("one",))
+    document = verified(room)
+    assert [model.family for model in document.models] == ["digits", "faces"]
+    assert document.together == (("digits", "faces"),)
+    # The same again is the same document; taken out of the set it is another one.
+    assert assign(room, together=(faces,), devices=("one",)).assigned[0].version == 1
+    assert assign(room, devices=("one",)).assigned[0].version == 1
+    assert assign(room, together=(), devices=("one",)).assigned[0].version == 2
+    assert verified(room).together == ()
+
+
+def test_a_set_with_a_release_that_is_not_published_is_refused_as_a_whole(room: ReleaseRoom) -> None:
+    faces = Named(family=FamilyName("faces"), version=ModelVersion("1.0.0"))
+    with pytest.raises(NotFound):
+        assign(room, together=(faces,), all=True)
+    assert room.outgoing.documents() == []
 
 
 def look(room: ReleaseRoom) -> None:
