@@ -22,13 +22,13 @@ from msgspec.structs import replace
 from cloud_hub.rollouts.answers import Answers
 from cloud_hub.rollouts.values import Member, Rollout, Sighting, Stage
 from shared.machine import Decision, Row, Table
+from shared.results import Blame, blame
 from shared.rollout import Condition, StagePhase
 
 COMMITTED: Final = "committed"
 SETTLED_PHASES: Final = frozenset({"", "idle", COMMITTED})
 """Phases of a device's slot in which nothing is on its way in or out."""
 ENDED_PHASES: Final = frozenset({"idle", COMMITTED, "rolling_back"})
-NOT_ITS_FAULT: Final = ("transfer.", "storage.")
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -156,7 +156,7 @@ def _failure(sighting: Sighting, manifest: str) -> str:
     code = sighting.error_code
     if sighting.failed not in ("", manifest):
         return ""
-    if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or code.startswith(NOT_ITS_FAULT):
+    if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or blame(code) is Blame.ELSEWHERE:
         return ""
     return f"{code}: {sighting.error[:200]}" if sighting.error else code
 

@@ -29,6 +29,7 @@ from edge_agent.driver.events import (
     ForLink,
     ForPump,
     ForSlot,
+    ForSlots,
     ForTraining,
     HeartbeatDue,
     InstalledJudged,
@@ -105,11 +106,19 @@ class Agent:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         await self._timekeeping.start()
+        await self._tell_of_lost_floors()
         self._rounds.start()
         self._works.start("judge-installed", self._judge())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
+
+    async def _tell_of_lost_floors(self) -> None:
+        try:
+            await self._ledger.load_floors()
+        except StorageError as error:
+            logger.error("nothing new is installed", extra={"code": error.code, "why": error.message})
+            self._inbox.post(Noted("floors.lost", {"code": error.code, "message": error.message}))
 
     async def run(self) -> str:
         """Handle events until Stop; returns its reason."""
@@ -141,6 +150,8 @@ class Agent:
         match event:
             case ForSlot(family, slot_event):
                 await self._models.handle(family, slot_event)
+            case ForSlots(slot_events):
+                await self._models.handle_all(slot_events)
             case ForLink(link_event):
                 await self._on_link(link_event)
             case ForPump(pump_event):

@@ -17,6 +17,7 @@ class FakeShelf:
         self.files: dict[str, bytes] = {}
         self.parts: dict[str, bytes] = {}
         self._written: dict[str, int] = {}
+        self.free = 2**40
 
     def has(self, digest: Digest) -> bool:
         """Whether the file is there."""
@@ -75,6 +76,10 @@ class FakeShelf:
             for digest in [digest for digest in store if digest not in keep]:
                 freed += len(store.pop(digest))
         return freed
+
+    def free_bytes(self) -> int:
+        """What the test says."""
+        return self.free
 
     def drop(self, digest: Digest) -> None:
         """Forget this one."""
