@@ -199,5 +199,5 @@ def test_what_does_not_fit_without_patches_is_refused_with_advice(hub: TrustRepo
 
 
 def test_endless_data_in_an_assignment_is_refused_before_it_is_read(hub: TrustRepository) -> None:
-    document = hub.assign(DIGITS)[:-1] + b" " * limits.MAX_ASSIGNMENT_BYTES + b"}"
+    document = hub.assign(DIGITS)[:-1] + b" " * 2048 + b"}"
     assert refused(hub, Device(hub.first_root), document) == "trust.endless_data"
