@@ -2,7 +2,7 @@
 
     magic "OTRP", version 1
     base: SHA-256, length       result: SHA-256, length          lengths are unsigned, little-endian, of 8 bytes
-    nine times: method (0 as it is, 1 .lzma), length when unpacked, length here
+    nine times: method (0 as it is, 1 .lzma), length when unpacked, length here, of 4 bytes
     the streams' bytes
 
 The streams: steps, literals, differences of single bytes, of 16-bit numbers in 2 byte planes, of 32-bit numbers in 4.
@@ -56,7 +56,7 @@ STREAM_MEMORY_BYTES: Final = MAX_DICTIONARY_BYTES + 512 * KIB
 """What one decoder may take; liblzma refuses a stream that asks for more."""
 
 _HEADER: Final = struct.Struct("<5s32sQ32sQ")
-_STREAM: Final = struct.Struct("<BQQ")
+_STREAM: Final = struct.Struct("<BII")
 HEADER_BYTES: Final = _HEADER.size + STREAMS * _STREAM.size
 
 
