@@ -131,7 +131,9 @@ class Models:
                 # Damaged: the accepted assignment is offered to an empty slot, through every check.
                 logger.error("slot cannot be read, begins empty", extra={"family": family, "why": error.message})
                 self._note("slot.unreadable", {"family": family, "message": error.message})
-        self._inbox.post(ForSlots(tuple((family, Restarted(self._profile.probation)) for family in self._slots)))
+        if self._slots:
+            restarted = Restarted(self._profile.probation)
+            self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
 
     async def offer(self, verified: VerifiedAssignment) -> None:
         """Offer each model of an accepted assignment to its slot, and withdraw the families that it leaves out."""
