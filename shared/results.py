@@ -1,7 +1,7 @@
 """How bringing a release in ended, as devices report it: one vocabulary for the device, the hub and people.
 
-A result is an error code (shared/errors.py). What the hub concludes from it is decided here, once, by its first word or,
-where that is not enough, by the whole code. A code of a first word that is not here comes from a newer agent: it is
+A result is an error code (shared/errors.py). What the hub concludes from it is decided here, once, by its first word
+or, where that is not enough, by the whole code. A code of a first word that is not here comes from a newer agent: it is
 shown as it is and counts against the release, because a fleet is better stopped once too often.
 
 A result never makes a device do anything: it is read by rollouts, which decide for all devices together.
