@@ -168,7 +168,12 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
 
 class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A model as the door describes it; `signature` is None while nothing serves."""
+    """A model as the door describes it.
+
+    Attributes:
+        together: the other families that its candidate changes with, or that its release came with; empty when alone.
+        signature: None while nothing serves.
+    """
 
     family: str
     phase: str
@@ -180,6 +185,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str = ""
     signature: Signature | None = None
     labels: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="description", tag_field="type"):

@@ -107,11 +107,14 @@ def models_table(models: tuple[ModelState, ...]) -> str:
             model.variant or "-",
             model.digest[:12] or "-",
             model.candidate or "-",
+            ", ".join(model.together) or "-",
             f"{model.error_code}: {model.error}" if model.error_code else "",
         )
         for model in models
     ]
-    return screen.table(("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "LAST ERROR"), rows)
+    return screen.table(
+        ("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "TOGETHER WITH", "LAST ERROR"), rows
+    )
 
 
 def duration(ms: int) -> str:

@@ -154,7 +154,9 @@ class Models:
             # what it ran may be offered to it again.
             with contextlib.suppress(StorageError):
                 self._collect()
-        self._inbox.post(ForSlots(tuple((family, Restarted(self._profile.probation)) for family in self._slots)))
+        if self._slots:
+            restarted = Restarted(self._profile.probation)
+            self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
 
     async def offer(self, verified: VerifiedAssignment) -> None:
         """Offer each model of an accepted assignment to its slot, and withdraw the families that it leaves out."""

@@ -104,7 +104,7 @@ def plans(boundaries: int, *, most: int) -> Iterator[frozenset[int]]:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_every_crash_ends_with_all_old_or_all_new(name: str) -> None:
+def test_attack_34_power_cut_at_every_write_ends_with_all_old_or_all_new(name: str) -> None:
     story, ends, quarantine = STORIES[name]
     untouched = SetWorld(story)
     check_end(untouched, untouched.run(), ends, quarantine)
