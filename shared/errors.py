@@ -66,7 +66,8 @@ class TrustError(OutriderError):
 
     The code names the attack that the refusal stops, in the words of the TUF specification, section 1.5.2:
     `trust.signature`, `trust.rollback`, `trust.freeze`, `trust.mix_and_match`, `trust.endless_data`,
-    `trust.wrong_device`, `trust.malformed`, `trust.digest`, `trust.unknown_target`.
+    `trust.wrong_device`, `trust.malformed`, `trust.digest`, `trust.unknown_target`; below `trust.time` what is wrong
+    with an attested time (docs/time.md).
     """
 
     code = "trust"
