@@ -22,7 +22,6 @@ from edge_agent.core.intake import (
     Untimed,
 )
 from edge_agent.core.slot_values import FetchDue, Installed
-from edge_agent.core.trusted_time import UNATTESTED
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -54,7 +53,7 @@ from edge_agent.update_ports import Verifier
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent, Grade, Reading
-from shared.wire.verification import Judged, StoredRelease
+from shared.wire.verification import UNATTESTED, Judged, StoredRelease
 from shared.wire.verification import Refused as StoredRefusal
 
 logger = logging.getLogger(__name__)
