@@ -149,7 +149,7 @@ class Assigning:
 
     async def look(self) -> None:
         """Renew what has lived half its life or lags behind its device; send what a device that is here lacks."""
-        candidates = {candidate.device: candidate for candidate in await self._candidates()}
+        candidates = {found.device: found for found in await self._candidates() if not found.standing}
         rows = await self._database.read(tables.current_assignments)
         now_ms = self._clock.wall_ms()
         stale = [
@@ -254,6 +254,7 @@ class Assigning:
                     labels=device.labels,
                     online=device.online,
                     assignment_version=device.assignment_version,
+                    standing=device.standing.value,
                 )
                 for device in page
             ]

@@ -130,12 +130,14 @@ class Candidate:
 
     Attributes:
         assignment_version: the newest assignment that the device says it has.
+        standing: `quarantined` or `revoked` where it shall have none; empty else.
     """
 
     device: DeviceId
     labels: Mapping[str, str]
     online: bool
     assignment_version: int
+    standing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,8 @@ def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[D
     else:
         wanted = (selector.labels or {}).items()
         meant = [candidate for candidate in candidates if wanted <= candidate.labels.items()]
-    return tuple(candidate.device for candidate in meant), tuple(skipped)
+    skipped += [Skipped(candidate.device, candidate.standing) for candidate in meant if candidate.standing]
+    return tuple(candidate.device for candidate in meant if not candidate.standing), tuple(skipped)
 
 
 def next_assignment(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_hub.ground import broker, transport
+from cloud_hub.ground import broker, revocation, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
 from cloud_hub.ground.ca import common_name, make_ca
@@ -159,6 +159,7 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
         "use_username_as_clientid true",
         "allow_anonymous false",
         "acl_file /d/broker/acl",
+        "crlfile /d/broker/crl.pem",
         "set_tcp_nodelay true",
         "persistence false",
         "max_packet_size 262144",
@@ -171,7 +172,7 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
         user=None,
     )
     assert [line for line in lines if line != "user me"] == nameless.splitlines()
-    rules = broker.access_list("hub.b").splitlines()
+    rules = revocation.access_list("hub.b").splitlines()
     assert rules[:2] == ["user hub.b", "topic readwrite outrider/#"]
     assert "pattern write outrider/1/%u/up/#" in rules
     assert "pattern read outrider/1/%u/down/#" in rules
