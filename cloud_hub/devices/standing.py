@@ -32,7 +32,7 @@ from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotFound
 from cloud_hub.ground.revocation import AccessLists, ListState, RevokedCertificate
 from shared.clock import Clock
-from shared.errors import OutriderError
+from shared.errors import OutriderError, StorageError
 from shared.ids import DeviceId
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Birth
@@ -311,7 +311,18 @@ def listed(conn: Connection, *, now_ms: int) -> tuple[tuple[RevokedCertificate, 
 
 
 def write_lists(database: Database, lists: AccessLists, *, clock: Clock) -> None:
-    """Write the lists from the database: before a broker starts, which may have been down for longer than they live."""
+    """Write the lists from the database: before a broker starts, which may have been down for longer than they live.
+
+    Raises:
+        StorageError: they cannot be written, and those on the disk are none or have ended.
+    """
     now_ms = clock.wall_ms()
     revoked, denied = database.read_now(lambda conn: listed(conn, now_ms=now_ms))
-    lists.write(revoked=revoked, denied=denied)
+    try:
+        lists.write(revoked=revoked, denied=denied)
+    except StorageError as error:
+        # A full disk must not keep the fleet out as long as the lists hold; `run` goes on trying.
+        state = lists.state()
+        if state is None or state.expires_ms <= now_ms:
+            raise
+        logger.error("revocation list cannot be made: %s: %s", error.code, error.message)
