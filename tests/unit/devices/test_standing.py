@@ -50,8 +50,9 @@ class Room:
         async def hear(event: object) -> None:
             self.events.append(event)
 
-        for kind in (DeviceBorn, DeviceReported, DeviceStandingChanged):
-            bus.subscribe(kind, hear)
+        bus.subscribe(DeviceBorn, hear)
+        bus.subscribe(DeviceReported, hear)
+        bus.subscribe(DeviceStandingChanged, hear)
         self.desk: Desk = make_desk(
             database, self.clock, self.authority, bus=bus, metrics=self.metrics, access=self.access
         )
@@ -209,7 +210,7 @@ def test_the_list_is_made_anew_long_before_it_ends(tmp_path: Path, days: int) ->
         access, metrics = FakeAccess(), Metrics()
 
         class Door(FakeAccess):
-            async def enforce(self, *, revoked, denied, kick):  # type: ignore[no-untyped-def, override]
+            async def enforce(self, *, revoked, denied, kick):  # type: ignore[no-untyped-def]
                 lists.write(revoked=revoked, denied=denied)
                 return await access.enforce(revoked=revoked, denied=denied, kick=kick)
 
