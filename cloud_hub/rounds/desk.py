@@ -259,8 +259,13 @@ class Desk:
             found += [
                 device.id
                 for device in page
-                if not device.standing
-                and rules.takes_part(spec, labels=device.labels, online=device.online, reported=device.reported)
+                if rules.takes_part(
+                    spec,
+                    labels=device.labels,
+                    online=device.online,
+                    reported=device.reported,
+                    standing=device.standing.value,
+                )
             ]
             if len(page) < limits.MAX_PAGE_ITEMS:
                 break

@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,10 +17,12 @@ from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
 from cloud_hub.ground.ca import common_name, make_ca
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.post import Post
 from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.ground.tlsport import bind
-from shared.errors import ConfigError, Conflict
+from shared.errors import ConfigError, Conflict, Unreachable
 from shared.ids import DeviceId
+from shared.wire.messages import Ack
 from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, NOW_MS
 
@@ -242,3 +245,17 @@ def test_a_link_says_since_when_it_is_up() -> None:
     assert link.up_since_ms() is None
     link.set(is_up=True)
     assert link.up_since_ms() == up_ms + 1000
+
+
+def test_nothing_is_sent_to_who_is_barred() -> None:
+    sent: list[str] = []
+
+    async def publish(topic: str, payload: bytes, *, qos: Literal[0, 1] = 1) -> None:
+        sent.append(topic)
+
+    post = Post(publish=publish, clock=FakeClock(), is_welcome=lambda device: device != "pi-2")
+    asyncio.run(post.send(DeviceId("pi-1"), Ack(verdicts=()), leaf="ack"))
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(post.send(DeviceId("pi-2"), Ack(verdicts=()), leaf="ack"))
+    assert caught.value.code == "transfer.barred"
+    assert sent == ["outrider/1/pi-1/down/ack"]
