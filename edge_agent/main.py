@@ -31,6 +31,7 @@ from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.old_records import SqliteOldRecords
 from edge_agent.adapters.outbox import JournalOutbox
+from edge_agent.adapters.patcher import LivePatcher
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.sources import SourcedFetcher
@@ -210,7 +211,8 @@ def _hub(
 def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
     updates = config.updates
     meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
-    return Supplies(fetcher=fetcher, meter=meter, policy=updates.policy)
+    patcher = LivePatcher(shelf=FileShelf(config.state_dir))
+    return Supplies(fetcher=fetcher, meter=meter, patcher=patcher, policy=updates.policy)
 
 
 def _models(

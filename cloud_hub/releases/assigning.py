@@ -172,7 +172,7 @@ class Assigning:
 
     async def look(self) -> None:
         """Renew what has lived half its life or lags behind its device; send what a device that is here lacks."""
-        candidates = {candidate.device: candidate for candidate in await self._candidates()}
+        candidates = {found.device: found for found in await self._candidates() if not found.standing}
         rows = await self._database.read(tables.current_assignments)
         root = await self._database.read(_root)
         orphans: frozenset[DeviceId] = frozenset()
@@ -309,6 +309,7 @@ class Assigning:
                     online=device.online,
                     assignment_version=device.assignment_version,
                     running=rules.running_files(device.reported),
+                    standing=device.standing.value,
                 )
                 for device in page
             ]

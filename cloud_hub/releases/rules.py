@@ -137,6 +137,7 @@ class Candidate:
     Attributes:
         assignment_version: the newest assignment that the device says it has.
         running: digests of the model files that it says it serves, by family.
+        standing: `quarantined` or `revoked` where it shall have none; empty else.
     """
 
     device: DeviceId
@@ -144,6 +145,7 @@ class Candidate:
     online: bool
     assignment_version: int
     running: Mapping[str, Digest] = field(default_factory=dict)
+    standing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +293,8 @@ def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[D
     else:
         wanted = (selector.labels or {}).items()
         meant = [candidate for candidate in candidates if wanted <= candidate.labels.items()]
-    return tuple(candidate.device for candidate in meant), tuple(skipped)
+    skipped += [Skipped(candidate.device, candidate.standing) for candidate in meant if candidate.standing]
+    return tuple(candidate.device for candidate in meant if not candidate.standing), tuple(skipped)
 
 
 def named(selector: Selector) -> tuple[Named, ...]:

@@ -101,7 +101,9 @@ STAGE: Final[Table[StagePhase, Stage, StageEvent, None]] = Table(
 
 def can_be_offered(sighting: Sighting | None) -> bool:
     """Whether a device is here, nothing is on its way in or out of the slot, and what it runs can be told."""
-    if sighting is None or not sighting.online or sighting.candidate or sighting.phase not in SETTLED_PHASES:
+    if sighting is None or not sighting.online or sighting.standing:
+        return False
+    if sighting.candidate or sighting.phase not in SETTLED_PHASES:
         return False
     return sighting.phase != COMMITTED or bool(sighting.version)
 
@@ -114,6 +116,8 @@ def judge(
         return member
     if sighting is None:
         return _become(member, Condition.HARMED, "it is no longer in the fleet", at_ms=at_ms)
+    if sighting.standing:
+        return _become(member, Condition.HARMED, f"it was {sighting.standing}", at_ms=at_ms)
     has_it = sighting.assignment_version >= member.assignment_version
     if has_it and (failure := _failure(sighting, rollout.manifest)):
         return _become(member, Condition.HARMED, failure, at_ms=at_ms)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.adapters.patcher import LivePatcher
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.update_ports import Patcher, Shelf
 from shared.errors import PatchFailed
 from shared.ids import Digest
 from shared.model import FileRef
+from shared.patch.making import make
 from shared.release import Patch
 from tests.fakes.patcher import FakePatcher, build_fake_patch
 
@@ -30,7 +32,15 @@ class Maker:
     build: Callable[[bytes, bytes], bytes]
 
 
-MAKERS: dict[str, Maker] = {"fake": Maker(patcher=FakePatcher, build=build_fake_patch)}
+def build_patch(base: bytes, result: bytes) -> bytes:
+    """A real patch."""
+    return make(base, result)
+
+
+MAKERS: dict[str, Maker] = {
+    "fake": Maker(patcher=FakePatcher, build=build_fake_patch),
+    "live": Maker(patcher=lambda shelf: LivePatcher(shelf=shelf), build=build_patch),
+}
 
 
 class Kit:

@@ -24,10 +24,12 @@ from edge_agent.adapters.fetcher import HubFetcher
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
 from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.shelf import FileShelf
-from edge_agent.adapters.system import SystemClock
+from edge_agent.adapters.system import SystemClock, SystemMoments
 from edge_agent.core.slot_values import Phase
+from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.events import ForSlot, ForSlots
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.limits import MIB
@@ -122,7 +124,10 @@ async def run(state: Path, version: str) -> None:
                 loop=loop,
                 ledger=MortalLedger(database),
                 shelf=shelf,
-                fetcher=HubFetcher.__new__(HubFetcher),  # never asked: everything lies on the shelf
+                supplies=Supplies(
+                    fetcher=HubFetcher.__new__(HubFetcher),  # never asked: everything lies on the shelf
+                    meter=Meter(ledger=MortalLedger(database), moments=SystemMoments(), daily_bytes=0),
+                ),
                 hosts=LiveHosts(
                     directory=state / "hosts", clock=clock, options=HostOptions(threads=1, memory_bytes=512 * MIB)
                 ),

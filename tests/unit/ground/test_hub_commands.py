@@ -16,6 +16,8 @@ from cloud_hub.devices import tables
 from cloud_hub.ground import audit, ca, transport
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.revocation import make_list
+from cloud_hub.ground.system import SystemClock
 from shared.join import decode_join_token
 from shared.trust import repository
 
@@ -262,3 +264,22 @@ def test_the_time_key_is_made_listed_and_not_missed_where_a_hub_is_older(
     assert keys()["detail"] == "snapshot, timestamp, assignment, time"
     (data / "keys" / "time.key").unlink()
     assert keys()["ok"] is False  # its root names the key, so devices wait for the time
+
+
+@pytest.mark.parametrize(
+    ("age_days", "ok", "words"),
+    [(0, True, "0 certificates, 0 hours old, 29 days left"), (4, False, "96 hours old"), (40, False, "nobody in")],
+)
+def test_doctor_tells_the_age_of_the_revocation_list(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str], age_days: int, ok: bool, words: str
+) -> None:
+    init(tmp_path, "--port", str(free_port), "--broker-port", str(free_port + 1))
+    folder = DataFolder(tmp_path / "data")
+    made_ms = SystemClock().wall_ms() - age_days * 24 * 3600 * 1000
+    made = make_list(transport.load_authority(folder), (), now_ms=made_ms, after_ms=None)
+    (folder.broker / "crl.pem").write_bytes(made)
+    capsys.readouterr()
+    main(["doctor", "--data", str(folder.root), "--json"])
+    (found,) = [check for check in output(capsys)["checks"] if check["check"] == "revocation"]
+    assert found["ok"] is ok
+    assert words in found["detail"]

@@ -230,3 +230,14 @@ def test_documents_are_due_at_half_of_their_life_and_when_the_clock_went_back() 
     assert not rules.is_due(**life, now_ms=1499)
     assert rules.is_due(**life, now_ms=1500)
     assert rules.is_due(**life, now_ms=999)
+
+
+def test_who_is_not_welcome_is_assigned_nothing() -> None:
+    fleet = [candidate("pi-1"), Candidate(DeviceId("pi-2"), {}, True, 0, standing="quarantined")]
+    for selector in (
+        Selector(family=FamilyName("digits"), version=ModelVersion("1.0.0"), all=True),
+        Selector(family=FamilyName("digits"), version=ModelVersion("1.0.0"), devices=("pi-1", "pi-2")),
+    ):
+        chosen, skipped = rules.select(fleet, selector)
+        assert chosen == ("pi-1",)
+        assert skipped == (rules.Skipped("pi-2", "quarantined"),)
