@@ -114,9 +114,8 @@ class Keyring:
         return read_signer(self._find(role, keyids))
 
     def _find(self, role: str, keyids: Collection[str]) -> Path:
-        first = self.path(role)
-        kept: list[Path] = [first] if first.exists() else []
-        for path in (*kept, *sorted(self._directory.glob(f"{role}-*.key"))):
+        others: list[Path] = sorted(self._directory.glob(f"{role}-*.key"))
+        for path in [self.path(role), *others] if self.path(role).exists() else others:
             if read_signer(path).public_key.keyid in keyids:
                 return path
         wanted = ", ".join(sorted(keyid[:SHORT] for keyid in keyids))

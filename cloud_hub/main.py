@@ -25,8 +25,10 @@ from cloud_hub.composition.foundation import Foundation
 from cloud_hub.composition.house import compose
 from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
+from cloud_hub.devices.desk import write_lists
 from cloud_hub.ground import broker as managed_broker
 from cloud_hub.ground import migrate, tlsport, transport
+from cloud_hub.ground.access import BrokerAccess
 from cloud_hub.ground.broker import Broker, BrokerSettings
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
@@ -34,6 +36,7 @@ from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.readiness import notify
+from cloud_hub.ground.revocation import AccessLists
 from cloud_hub.ground.switchboard import Switchboard
 from cloud_hub.ground.system import SystemClock, raise_file_limit, take_turns_sooner
 from cloud_hub.ground.tlsport import HttpsServer
@@ -71,6 +74,11 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
         renew_certificates(config, authority, clock=clock)
         keys = online_keys(config.folder.keys)
         keys(newest_root(database))
+        lists = AccessLists(
+            config.folder.broker, authorities=(authority,), hub_name=config.broker.hub_name, clock=clock
+        )
+        # Before the broker starts: a list that has ended while the hub was down would keep the whole fleet out.
+        write_lists(database, lists, clock=clock)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             foundation = Foundation(
                 config=config,
@@ -81,6 +89,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 bus=Bus(),
                 link=Link(clock),
                 keys=keys,
+                lists=lists,
             )
             try:
                 return runner.run(_serve(foundation, announce=announce, manager=manager))
@@ -196,7 +205,14 @@ async def _serve_rooms(
         inbox[0].put(messages)
 
     courier = HubCourier(_link_settings(config), on_messages=deliver, metrics=foundation.metrics, link=foundation.link)
-    house = compose(foundation, publish=courier.publish, parts=lambda: {"broker": courier.is_connected})
+    access = BrokerAccess(
+        foundation.lists,
+        authority=foundation.authority,
+        link=_link_settings(config),
+        reload=reload_broker,
+        clock=foundation.clock,
+    )
+    house = compose(foundation, publish=courier.publish, parts=lambda: {"broker": courier.is_connected}, access=access)
     inbox.append(house.switchboard)
     house.releases.open()
     await house.devices.start()

@@ -229,6 +229,11 @@ def _check_together(config: AgentConfig, problems: list[str]) -> None:
             check_hub_url(config.hub.url)
         except InvalidValue as error:
             problems.append(f"hub.url: {error}; {error.hint}")
+    if config.updates.mirror:
+        try:
+            check_hub_url(config.updates.mirror)
+        except InvalidValue as error:
+            problems.append(f"updates.mirror: {error}; {error.hint}")
     if (config.cascade.below or config.cascade.family) and not config.cascade.model:
         problems.append("cascade.below and cascade.family belong to cascade.model: name the hub's model, or leave both")
     if bool(config.broker.host) != bool(config.broker.port):

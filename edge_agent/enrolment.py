@@ -25,6 +25,7 @@ from typing import Final
 import msgspec
 
 from edge_agent.adapters.database import DATABASE_NAME
+from edge_agent.adapters.ledger import forget_lost_floors
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.identity import (
     IDENTITY_DIR,
@@ -289,6 +290,10 @@ def _set_aside(
 ) -> tuple[Path, ...]:
     """Move away what another identity left; floors of another hub would refuse everything that this one signs."""
     if before is not None and before.device == answer.device and before.ca_path.read_text("ascii") == ca_pem:
+        if (state_dir / DATABASE_NAME).exists():
+            # A file that is damaged as a whole is moved aside at the next start, and the floors are lost from then on.
+            with contextlib.suppress(StorageError):
+                forget_lost_floors(state_dir / DATABASE_NAME)
         return ()
     moved = []
     for name in (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", TRUST_DIR):

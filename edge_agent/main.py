@@ -31,8 +31,10 @@ from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.old_records import SqliteOldRecords
 from edge_agent.adapters.outbox import JournalOutbox
+from edge_agent.adapters.patcher import LivePatcher
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
+from edge_agent.adapters.sources import SourcedFetcher
 from edge_agent.adapters.system import SystemClock, SystemMoments
 from edge_agent.adapters.tls import dated_context, undated_context
 from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
@@ -41,9 +43,11 @@ from edge_agent.adapters.vitals import Vitals
 from edge_agent.core.journal import bounds_for
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
+from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
@@ -52,6 +56,7 @@ from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.identity import TRUST_DIR, Identity, load_identity
 from edge_agent.settings import AgentConfig, Launch
+from edge_agent.update_ports import Fetcher
 from shared.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
@@ -74,8 +79,11 @@ async def run(launch: Launch) -> int:
         identity = load_identity(config.state_dir)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
+        has_forgotten = not config.database_path.exists() and _has_accepted(config.state_dir / TRUST_DIR)
         database = await Database.open(config.database_path, clock=clock)
         try:
+            if has_forgotten:
+                await SqliteLedger(database).lose_floors()
             outbox = await _outbox(config, profile, clock)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -100,17 +108,16 @@ async def _compose(
     outbox: JournalOutbox,
     group: asyncio.TaskGroup,
 ) -> tuple[Agent, Door, Loop]:
-    def report() -> None:
-        uplink.report_soon()
-
     loop = Loop(group)
     ledger = SqliteLedger(database)
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     hub = _hub(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger)
-    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=hub.fetcher, report=report)
-    uplink = Uplink(
+    supplies = _supplies(config, hub.fetcher, ledger=ledger)
+    report = partial(_report, lambda: uplink)
+    models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
+    uplink: Uplink = Uplink(
         running=running,
         clock=clock,
         loop=loop,
@@ -121,7 +128,7 @@ async def _compose(
     answering = _answering(
         config, identity, hub.context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
     )
-    room = _training_room(config, profile, database, hub.fetcher)
+    room = _training_room(config, profile, database, supplies.fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
     service = Service(
@@ -134,6 +141,7 @@ async def _compose(
         answering=answering,
         rounds=rounds,
         timekeeping=hub.timekeeping,
+        meter=supplies.meter,
     )
     agent = Agent(
         loop=loop,
@@ -153,12 +161,16 @@ async def _compose(
     return agent, door, loop
 
 
+def _report(uplink: Callable[[], Uplink]) -> None:
+    uplink().report_soon()
+
+
 @dataclass(frozen=True, slots=True)
 class _Hub:
     """What reaches the hub over HTTPS, and what is built on that."""
 
     context: ssl.SSLContext
-    fetcher: HubFetcher
+    fetcher: Fetcher
     verifier: LiveVerifier
     timekeeping: Timekeeping
 
@@ -177,7 +189,10 @@ def _hub(
         certificate_path=identity.certificate_path,
         key_path=identity.key_path,
     )
-    fetcher = HubFetcher(hub_url=url, context=context, clock=clock)
+    fetcher: Fetcher = HubFetcher(hub_url=url, context=context, clock=clock)
+    if config.updates.mirror:
+        mirror = HubFetcher(hub_url=config.updates.mirror, context=context, clock=clock)
+        fetcher = SourcedFetcher(hub=fetcher, mirrors=(mirror,), clock=clock)
     verifier = LiveVerifier(
         trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile, fetcher=fetcher
     )
@@ -193,6 +208,13 @@ def _hub(
     return _Hub(context=context, fetcher=fetcher, verifier=verifier, timekeeping=timekeeping)
 
 
+def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
+    updates = config.updates
+    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
+    patcher = LivePatcher(shelf=FileShelf(config.state_dir))
+    return Supplies(fetcher=fetcher, meter=meter, patcher=patcher, policy=updates.policy)
+
+
 def _models(
     config: AgentConfig,
     profile: DeviceProfile,
@@ -200,7 +222,7 @@ def _models(
     clock: SystemClock,
     loop: Loop,
     ledger: SqliteLedger,
-    fetcher: HubFetcher,
+    supplies: Supplies,
     report: Callable[[], None],
 ) -> Models:
     options = HostOptions(threads=profile.inference.threads, memory_bytes=profile.memory.host_bytes)
@@ -210,7 +232,7 @@ def _models(
         loop=loop,
         ledger=ledger,
         shelf=FileShelf(config.state_dir),
-        fetcher=fetcher,
+        supplies=supplies,
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         report=report,
@@ -240,9 +262,7 @@ def _answering(
     )
 
 
-def _training_room(
-    config: AgentConfig, profile: DeviceProfile, database: Database, fetcher: HubFetcher
-) -> TrainingRoom:
+def _training_room(config: AgentConfig, profile: DeviceProfile, database: Database, fetcher: Fetcher) -> TrainingRoom:
     return TrainingRoom(
         samples=SqliteSamples(database),
         replies=SqliteReplies(database),
@@ -285,6 +305,11 @@ async def _outbox(config: AgentConfig, profile: DeviceProfile, clock: SystemCloc
     return await JournalOutbox.open(
         config.outbox_dir, bounds=bounds, clock=clock, moments=SystemMoments(), flush_ms=queue.flush_ms
     )
+
+
+def _has_accepted(trust_dir: Path) -> bool:
+    """Whether metadata was accepted here before: beside the root, which comes with the enrolment, there is more."""
+    return trust_dir.is_dir() and any(path.name != "root.json" for path in trust_dir.iterdir())
 
 
 def hosts_dir(config: AgentConfig) -> Path:

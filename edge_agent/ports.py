@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from edge_agent.core.lessons import Lesson
+from edge_agent.core.spending import Spending
 from shared.federated import Array
 from shared.inference import TensorHead
 from shared.model import Manifest, Variant
@@ -54,12 +55,12 @@ class Ledger(Protocol):
         """Slot states by family, as saved."""
         ...
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Save one slot's state, replacing the one before."""
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Save the states of these slots, replacing those before, in one transaction: all of them or none."""
         ...
 
     async def load_floors(self) -> Floors:
-        """The floors; zeros on the first start."""
+        """The floors; zeros on the first start. Raises StorageError `storage.floors_lost` when there were some once."""
         ...
 
     async def raise_floors(self, floors: Floors) -> Floors:
@@ -79,6 +80,14 @@ class Ledger(Protocol):
 
     async def save_verified(self, verified: VerifiedAssignment) -> None:
         """Save the accepted assignment and raise the floors to its floors, in one transaction."""
+        ...
+
+    async def load_spending(self) -> Spending:
+        """What was fetched, as saved; an empty record on the first start."""
+        ...
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Save it, replacing the one before."""
         ...
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge_agent.core.cascade import Policy
+from edge_agent.core.ways import PatchPolicy
 from shared.errors import ConfigError
 from shared.limits import MIB
 from shared.profile import DeviceProfile
@@ -127,6 +128,22 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
 
 
+class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How releases are fetched.
+
+    Attributes:
+        daily_bytes: model files and patches fetched in any 24 hours; 0 for no budget.
+        policy: `prefer_patch` takes a patch where it is shorter, `patch_only` fetches nothing whole (a first release
+            neither), `full` takes no patches.
+        mirror: an HTTPS address that is asked for files before the hub is, with a certificate of the hub's CA; empty
+            for none. What it serves is held against what was signed, as everything is.
+    """
+
+    daily_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
+    policy: PatchPolicy = "prefer_patch"
+    mirror: str = ""
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be configured.
 
@@ -147,6 +164,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     training: TrainingConfig = TrainingConfig()
     queue: QueueConfig = QueueConfig()
+    updates: UpdatesConfig = UpdatesConfig()
 
     @property
     def door_path(self) -> Path:

@@ -49,16 +49,23 @@ class Shelf(Protocol):
         """Remove every file that is not to be kept and return how many bytes that freed."""
         ...
 
+    def free_bytes(self) -> int:
+        """What the file system has left for files."""
+        ...
+
 
 class Fetcher(Protocol):
-    """HTTPS to the hub with the device's certificate."""
+    """Brings the hub's files; how (HTTPS, another transport, several sources) is the adapter's affair."""
 
     async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
         """A metadata file, None where the hub has none of that name; raises TransferError."""
         ...
 
-    async def blob(self, file: FileRef, shelf: Shelf) -> None:
-        """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it."""
+    async def blob(self, file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
+        """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it.
+
+        With `up_to`, no more of it than up to this byte: it is published only when that is its end.
+        """
         ...
 
     async def upload(self, path: str, data: bytes) -> None:

@@ -68,7 +68,8 @@ class TrustError(OutriderError):
     The code names the attack that the refusal stops, in the words of the TUF specification, section 1.5.2, and of
     Uptane: `trust.signature`, `trust.digest` and `trust.unknown_target` (arbitrary software), `trust.rollback`,
     `trust.freeze`, `trust.mix_and_match`, `trust.endless_data`, `trust.malformed`, `trust.wrong_device`,
-    `trust.wrong_hardware`. docs/updates.md says what each means to an operator.
+    `trust.wrong_hardware`; below `trust.time` what is wrong with an attested time. docs/updates.md and docs/time.md
+    say what each means to an operator.
     """
 
     code = "trust"

@@ -168,7 +168,12 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 
 
 class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A model as the door describes it; `signature` is None while nothing serves."""
+    """A model as the door describes it.
+
+    Attributes:
+        together: the other families that its candidate changes with, or that its release came with; empty when alone.
+        signature: None while nothing serves.
+    """
 
     family: str
     phase: str
@@ -180,6 +185,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str = ""
     signature: Signature | None = None
     labels: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="description", tag_field="type"):
@@ -210,6 +216,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         time_detail: why the hub's last answer brought no time.
         clock_error_ms: how far the system clock is ahead of the trusted time (behind, when negative).
         assignment_waits: why an assignment waits for the time; empty when none does.
+        updates: bytes fetched for releases in the last 24 hours (`day_bytes`) and ever, what is left of a budget
+            (`daily_bytes`, `left_bytes`, only where there is one), and what became of patches.
         results_lost: results since the start that were never recorded, because the disk was too slow or refused.
     """
 
@@ -243,6 +251,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     time_detail: str = ""
     clock_error_ms: int = 0
     assignment_waits: str = ""
+    updates: dict[str, int] = {}
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

@@ -17,7 +17,7 @@ class AssignedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Patch(msgspec.Struct, frozen=True, kw_only=True):
-    """A way from one file to another that is shorter than the other (shared/patch.py).
+    """A way from one file to another that is shorter than the other (shared/patch).
 
     Attributes:
         base, result: SHA-256 of the file that it starts from and of the one that it makes.

@@ -87,6 +87,16 @@ def _device(commands: _Leaves[Parser]) -> None:
     leaf = _leaf(leaves, "label", "set and remove labels", run="fleet:label")
     leaf.add_argument("name", metavar="NAME")
     leaf.add_argument("changes", nargs="+", metavar="KEY=VALUE|KEY-", help="set a label, or remove it")
+    leaf = _leaf(leaves, "revoke", "end a device's session and let it in nowhere any more", run="standing:revoke")
+    leaf.add_argument("name", metavar="NAME")
+    leaf.add_argument("--reason", default="", metavar="TEXT", help="kept with the device and audited")
+    leaf = _leaf(
+        leaves, "quarantine", "give a device nothing and take nothing of it for now", run="standing:quarantine"
+    )
+    leaf.add_argument("name", metavar="NAME")
+    how = leaf.add_mutually_exclusive_group()
+    how.add_argument("--reason", default="", metavar="TEXT", help="kept with the device and audited")
+    how.add_argument("--lift", action="store_true", help="end the quarantine")
 
 
 def _model(commands: _Leaves[Parser]) -> None:

@@ -99,6 +99,7 @@ def _show_device(document: Document) -> None:
         ("device", device.id),
         ("profile", device.profile),
         ("online", "yes" if device.online else "no"),
+        *([("standing", _standing(device))] if device.standing else []),
         ("last seen", screen.ago(device.last_seen_ms, now_ms=SystemClock().wall_ms())),
         ("boot", str(device.boot)),
         ("agent", device.agent_version or "-"),
@@ -108,6 +109,10 @@ def _show_device(document: Document) -> None:
     ]
     pairs += [("model", running(model)) for model in reported.models]
     print(screen.fields(pairs))
+
+
+def _standing(device: Device) -> str:
+    return f"{device.standing}: {device.standing_reason}" if device.standing_reason else device.standing
 
 
 def _short(detail: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     reported_ms: int | None = None
     reported: Reported | None = None
+    standing: str = ""
+    standing_reason: str = ""
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +132,7 @@ def _device_row(item: Document, now_ms: int) -> list[str]:
     return [
         device.id,
         device.profile,
-        "online" if device.online else "offline",
+        device.standing or ("online" if device.online else "offline"),
         screen.ago(device.last_seen_ms, now_ms=now_ms),
         ", ".join(running(model) for model in reported.models) or "-",
         _queue(device, reported, now_ms),

@@ -23,7 +23,7 @@ from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
-from cloud_hub.ground import audit, broker, migrate, transport
+from cloud_hub.ground import audit, broker, migrate, revocation, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
@@ -35,7 +35,9 @@ from shared.errors import ConfigError, OutriderError
 from shared.limits import MIB
 
 _LEAST_FREE_BYTES = 512 * MIB
-_DAY_MS = 24 * 3600 * 1000
+_HOUR_MS = 3600 * 1000
+_DAY_MS = 24 * _HOUR_MS
+_OLD_HOURS = 72
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("audit", _audit),
         ("ca", _ca),
         ("certificates", _certificates),
+        ("revocation", _revocation),
         ("keys", _keys),
         ("broker", _broker),
         ("https port", _https_port),
@@ -147,6 +150,26 @@ def _certificates(config: HubConfig) -> str:
             f"broker/hub.pem is for {found!r}, not for {wanted!r}", code="config.certificate", hint="restart the hub"
         )
     return "in time, with the configured names"
+
+
+def _revocation(config: HubConfig) -> str:
+    state, now_ms = revocation.read_state(config.folder.broker / revocation.LIST_NAME), SystemClock().wall_ms()
+    hint = "start the hub, which makes the list anew; if it runs, its log says why it cannot"
+    if state is None:
+        raise ConfigError("there is no revocation list", code="config.revocation", hint=hint)
+    if not state.began_ms <= now_ms < state.expires_ms:
+        raise ConfigError(
+            "the revocation list does not hold now: the broker lets nobody in", code="config.revocation", hint=hint
+        )
+    hours = (now_ms - state.made_ms) // _HOUR_MS
+    if hours > _OLD_HOURS:
+        raise ConfigError(
+            f"the revocation list is {hours} hours old, and is not made anew; when it ends, nobody gets in",
+            code="config.revocation",
+            hint=hint,
+        )
+    days = (state.expires_ms - now_ms) // _DAY_MS
+    return f"{state.certificates} certificates, {hours} hours old, {days} days left"
 
 
 def _keys(config: HubConfig) -> str:

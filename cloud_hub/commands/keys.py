@@ -54,12 +54,11 @@ def init(arguments: argparse.Namespace) -> int:
 def sign(arguments: argparse.Namespace) -> int:
     """Sign what a draft still needs with the keys of one directory."""
     path, keyring = Path(arguments.draft), Keyring(Path(arguments.keys))
-    draft = read_draft(path)
+    draft, signers = read_draft(path), keyring.signers()
     now_ms = SystemClock().wall_ms()
     drafts.check_draft(draft, now_ms=now_ms)
     _require_known(draft, keyring)
     screen.note("\n".join(drafts.describe(draft)))
-    signers = keyring.signers()
     signed, added = drafts.add_signatures(draft, signers)
     if not added:
         asked = {keyid for quorum in drafts.quorums(draft) for keyid in quorum.keyids}
@@ -232,10 +231,13 @@ def _require_known(draft: Draft, keyring: Keyring) -> None:
         return
     if draft.roots[-1:] != (draft.basis.get(ROOT),):
         raise InvalidValue("the draft's roots do not end in its basis", code="invalid.draft", hint="make it again")
-    if known is not None:
-        drafts.follow(known, [text.encode() for text in draft.roots])
-    else:
-        screen.note("These keys sign for this hub for the first time: compare all identifiers with the others' first.")
+    if known is None:
+        raise TrustError(
+            f"without {TRUSTED_ROOT} in {keyring.directory}, nothing here tells this hub's root from a stranger's",
+            code="trust.root",
+            hint=f"take {TRUSTED_ROOT} over from a colleague who has signed for this hub",
+        )
+    drafts.follow(known, [text.encode() for text in draft.roots])
 
 
 def _remember(draft: Draft, keyring: Keyring) -> None:

@@ -10,6 +10,7 @@ from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
+from cloud_hub.ground.revocation import AccessLists
 from cloud_hub.releases.desk import KeySource
 from shared.clock import Clock
 
@@ -26,3 +27,4 @@ class Foundation:
     bus: Bus
     link: Link
     keys: KeySource
+    lists: AccessLists

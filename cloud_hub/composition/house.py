@@ -11,8 +11,9 @@ from cloud_hub.composition import controllers, ingest, web
 from cloud_hub.composition.foundation import Foundation
 from cloud_hub.devices import desk as devices_room
 from cloud_hub.devices import routes as device_routes
-from cloud_hub.devices import token_routes
+from cloud_hub.devices import standing_routes, token_routes
 from cloud_hub.ground import routes as ground_routes
+from cloud_hub.ground.access import BrokerAccess
 from cloud_hub.ground.auth import Gate
 from cloud_hub.ground.post import Post, Publish
 from cloud_hub.ground.switchboard import Switchboard
@@ -34,20 +35,24 @@ class House:
     loops: tuple[Callable[[], Awaitable[None]], ...]
 
 
-def compose(foundation: Foundation, *, publish: Publish, parts: Callable[[], Mapping[str, bool]]) -> House:
+def compose(
+    foundation: Foundation, *, publish: Publish, parts: Callable[[], Mapping[str, bool]], access: BrokerAccess
+) -> House:
     """Build the rooms and the application around them.
 
     Args:
         foundation: what every room is given.
         publish: sends a message to a topic.
         parts: tells which parts of the hub are up.
+        access: keeps devices out of the broker.
     """
-    post = Post(publish=publish, clock=foundation.clock)
+    standings = ingest.standings(foundation, access)
+    post = Post(publish=publish, clock=foundation.clock, is_welcome=standings.is_welcome)
 
     async def root() -> str:
         return await releases.root()
 
-    devices = ingest.devices(foundation, root=root)
+    devices = ingest.devices(foundation, root=root, standings=standings)
     releases = controllers.releases(foundation, devices=devices, post=post)
     telemetry = ingest.telemetry(foundation, post)
     rollouts = controllers.rollouts(foundation, devices=devices, releases=releases, telemetry=telemetry)
@@ -61,6 +66,7 @@ def compose(foundation: Foundation, *, publish: Publish, parts: Callable[[], Map
             ground_routes.router,
             device_routes.router,
             token_routes.router,
+            standing_routes.router,
             release_routes.router(releases),
             telemetry_routes.router,
             rollout_routes.router(rollouts),
@@ -73,5 +79,5 @@ def compose(foundation: Foundation, *, publish: Publish, parts: Callable[[], Map
         switchboard=ingest.switchboard(foundation, devices=devices, telemetry=telemetry, rounds=rounds),
         devices=devices,
         releases=releases,
-        loops=(releases.run, offload.run, rollouts.run, rounds.run),
+        loops=(releases.run, offload.run, rollouts.run, rounds.run, standings.run),
     )

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from cloud_hub.composition.foundation import Foundation
 from cloud_hub.devices import desk as devices_room
+from cloud_hub.ground.access import BrokerAccess
 from cloud_hub.ground.post import Post
 from cloud_hub.ground.switchboard import Rooms, Switchboard
 from cloud_hub.rounds import desk as rounds_room
@@ -14,7 +15,23 @@ from shared.ids import DeviceId
 from shared.wire.messages import Ack
 
 
-def devices(foundation: Foundation, *, root: Callable[[], Awaitable[str]]) -> devices_room.Desk:
+def standings(foundation: Foundation, access: BrokerAccess) -> devices_room.Standings:
+    """Who is welcome, and the broker's door that is closed to the others."""
+    return devices_room.Standings(
+        database=foundation.database,
+        clock=foundation.clock,
+        access=access,
+        lists=foundation.lists,
+        bus=foundation.bus,
+        metrics=foundation.metrics,
+        # A managed broker begins without sessions; one that is not ours may have kept those of revoked devices.
+        kicks_at_start=foundation.config.broker.mode == "external",
+    )
+
+
+def devices(
+    foundation: Foundation, *, root: Callable[[], Awaitable[str]], standings: devices_room.Standings
+) -> devices_room.Desk:
     """The devices room; `root` tells the metadata that new devices begin to trust with."""
     config = foundation.config
     return devices_room.Desk(
@@ -29,6 +46,7 @@ def devices(foundation: Foundation, *, root: Callable[[], Awaitable[str]]) -> de
             certificate_days=config.certificates.device_days,
         ),
         root=root,
+        standings=standings,
     )
 
 
@@ -57,4 +75,5 @@ def switchboard(
             round_reply=rounds.replied,
         ),
         metrics=foundation.metrics,
+        takes=devices.standings.takes,
     )

@@ -1,4 +1,4 @@
-"""The devices room's one public face: joining, certificates, presence, reports, labels.
+"""The devices room's one public face: joining, certificates, presence, reports, labels; who is welcome is `standings`'.
 
 Every mutation that a person or a device asks for has its audit row in the same transaction. Presence and reports have
 none: they are the device's own word, many a minute, and kept in its row.
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from sqlalchemy.engine import Connection
 
 from cloud_hub.devices import rules, tables
+from cloud_hub.devices.rules import Standing
+from cloud_hub.devices.standing import Changed, Standings, write_lists
 from cloud_hub.devices.tables import Device
 from cloud_hub.ground import audit
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
@@ -31,7 +33,18 @@ from shared.ids import DeviceId, parse_device_id
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Birth, Death, Reported
 
-__all__ = ["BrokerAddress", "Desk", "Device", "EnrolSettings", "Enrolled", "make_join_token"]
+__all__ = [
+    "BrokerAddress",
+    "Changed",
+    "Desk",
+    "Device",
+    "EnrolSettings",
+    "Enrolled",
+    "Standing",
+    "Standings",
+    "make_join_token",
+    "write_lists",
+]
 
 _MAX_COUNTER = 2**53
 
@@ -55,7 +68,10 @@ class EnrolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """A device that has joined; `root` is the TUF root that it shall begin its trust with, JSON text."""
+    """A device that has joined; `root` is the TUF root that it shall begin its trust with, JSON text.
+
+    `is_again` says that the name had a certificate before.
+    """
 
     device: DeviceId
     certificate_pem: str
@@ -63,6 +79,7 @@ class Enrolled:
     hub_url: str
     broker: BrokerAddress
     root: str
+    is_again: bool = False
 
 
 class Desk:
@@ -76,6 +93,7 @@ class Desk:
         metrics: counts who is online and who tried to join.
         settings: what new devices are told.
         root: the newest TUF root as JSON text (the releases room).
+        standings: who is welcome.
     """
 
     def __init__(
@@ -88,7 +106,9 @@ class Desk:
         metrics: Metrics,
         settings: EnrolSettings,
         root: Callable[[], Awaitable[str]],
+        standings: Standings,
     ) -> None:
+        self.standings = standings
         self._database = database
         self._clock = clock
         self._authority = authority
@@ -142,6 +162,9 @@ class Desk:
             await self._note_refusal(error, name=name, address=address)
             raise
         self._enrolments.labels("ok").inc()
+        if enrolled.is_again:
+            # Before the answer: a session that ends later would be that of the new certificate.
+            await self.standings.reenrolled(enrolled.device)
         return enrolled
 
     def _enroll(
@@ -162,6 +185,8 @@ class Desk:
         is_known = tables.device_exists(conn, device)
         if is_known and grant.device is None:
             raise rules.name_taken(device)
+        if is_known and tables.is_revoked(conn, device) and tables.has_unlistable(conn, device, now_ms=now_ms):
+            raise rules.unlistable(device)
         if not tables.spend_grant(conn, secret_sha256, now_ms=now_ms):
             raise rules.spent()
         if is_known:
@@ -172,7 +197,13 @@ class Desk:
             csr_pem, device=device, now_ms=now_ms, days=self._settings.certificate_days
         )
         tables.add_certificate(
-            conn, device, fingerprint=certificate.fingerprint, at_ms=now_ms, expires_ms=certificate.expires_ms
+            conn,
+            device,
+            fingerprint=certificate.fingerprint,
+            serial=certificate.serial,
+            authority=certificate.authority,
+            at_ms=now_ms,
+            expires_ms=certificate.expires_ms,
         )
         audit.record(
             conn,
@@ -189,6 +220,7 @@ class Desk:
             hub_url=self._settings.hub_url,
             broker=self._settings.broker,
             root=root,
+            is_again=is_known,
         )
 
     async def _note_refusal(self, error: OutriderError, *, name: str | None, address: str) -> None:
@@ -215,28 +247,35 @@ class Desk:
         if peer is not None:
             fingerprint = peer.fingerprint
             owner = await self._database.read(lambda conn: tables.certificate_owner(conn, fingerprint))
-        if peer is None or owner is None or owner[0] != peer.name:
+        if peer is None or owner is None or owner.device != peer.name:
             raise NotAllowed(
                 "the client certificate is not one of this hub's devices, or has expired",
                 code="auth.unknown_certificate",
                 hint="enrol the device again with a new join token",
             )
-        if owner[1]:
+        if owner.is_revoked or owner.standing is Standing.REVOKED:
             raise NotAllowed(
                 "the client certificate was revoked",
                 code="auth.revoked_certificate",
-                hint="the device was enrolled again since; use its new certificate",
+                hint="the device was revoked, or enrolled again since; if that is right, use its new certificate",
             )
-        return owner[0]
+        if owner.standing is Standing.QUARANTINED:
+            raise NotAllowed(
+                f"the device is in quarantine: {owner.reason or 'no reason given'}",
+                code="auth.quarantined",
+                hint=f"look at it, then `outrider device quarantine {owner.device} --lift`",
+            )
+        return owner.device
 
     # Presence and reports
 
     async def start(self) -> None:
-        """Forget who was online before this start: births tell."""
+        """Forget who was online before this start: births tell. Read who is not welcome."""
         await self._database.write(tables.forget_presence)
+        await self.standings.start()
         self._metrics.devices_online.set(0)
 
-    async def born(self, device: DeviceId, _envelope: Envelope, birth: Birth) -> None:
+    async def born(self, device: DeviceId, envelope: Envelope, birth: Birth) -> None:
         """Note a birth and tell the other rooms, unless a newer one is known."""
         _check_counters(birth.boot, birth.session, birth.assignment_version)
         now_ms = self._clock.wall_ms()
@@ -249,7 +288,8 @@ class Desk:
             self._metrics.devices_online.set(tables.online_count(conn))
             return True
 
-        if await self._database.write(work):
+        is_news = await self._database.write(work)
+        if await self.standings.born(device, envelope, birth) and is_news:
             await self._bus.publish(
                 DeviceBorn(device=device, assignment_version=birth.assignment_version, boot=birth.boot)
             )
@@ -284,7 +324,7 @@ class Desk:
             self._metrics.devices_online.set(tables.online_count(conn))
             return True
 
-        if await self._database.write(work):
+        if await self._database.write(work) and self.standings.is_welcome(device):
             await self._bus.publish(
                 DeviceReported(device=device, assignment_version=report.assignment_version, models=report.models)
             )

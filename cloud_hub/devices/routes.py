@@ -66,6 +66,9 @@ class DeviceOut(BaseModel):
     assignment_version: int
     reported_ms: int | None
     reported: dict[str, Any]
+    standing: str
+    standing_reason: str
+    standing_ms: int | None
 
 
 class DevicesOut(BaseModel):
@@ -161,4 +164,7 @@ def _out(device: Device) -> DeviceOut:
         assignment_version=device.assignment_version,
         reported_ms=device.reported_ms,
         reported=dict(device.reported),
+        standing=device.standing.value,
+        standing_reason=device.standing_reason,
+        standing_ms=device.standing_ms,
     )

@@ -1,4 +1,4 @@
-"""Decisions of the devices room, over plain values: who may join under which name, and which news is newer.
+"""Decisions of the devices room, over plain values: who may join under which name, who is welcome, what is newer.
 
 Presence is ordered by (epoch, boot, session), because messages may arrive late or twice. The epoch changes when the
 device's disk is replaced or emptied; its counters then begin anew, so an unknown epoch is always taken as newer.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from cloud_hub.ground.refusals import NotAllowed
@@ -18,6 +19,16 @@ MAX_LABELS: Final = 32
 MAX_LABEL_CHARS: Final = 63
 MAX_USES: Final = 10_000
 MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
+MAX_REASON_CHARS: Final = 200
+PRESENCE: Final = frozenset({"birth", "death", "reported"})
+
+
+class Standing(StrEnum):
+    """Whether a device is welcome: QUARANTINED ones keep their certificate and get nothing, REVOKED ones have none."""
+
+    GOOD = ""
+    QUARANTINED = "quarantined"
+    REVOKED = "revoked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,15 @@ def name_taken(name: DeviceId) -> OutriderError:
     )
 
 
+def unlistable(name: DeviceId) -> OutriderError:
+    """The error for a name whose old certificate could not be kept out of the broker."""
+    return Conflict(
+        f"{name!r} has a certificate of an earlier version of the hub, which cannot be put onto the revocation list",
+        code="enrol.old_certificate",
+        hint="choose another name, or wait until that certificate has ended (a month at most)",
+    )
+
+
 def is_newer_birth(known: Presence, *, epoch: str, boot: int, session: int) -> bool:
     """Whether a birth is not older than what is known; the same one again counts, and does no harm."""
     return epoch != known.epoch or (boot, session) >= (known.boot, known.session)
@@ -126,6 +146,31 @@ def is_current_death(known: Presence, *, boot: int, session: int) -> bool:
 def is_newer_report(known: ReportMark, *, boot: int, revision: int) -> bool:
     """Whether a report is newer than the stored one."""
     return (boot, revision) > (known.boot, known.revision)
+
+
+def takes(standing: Standing, leaf: str) -> bool:
+    """Whether the hub takes what a device sends on a topic's leaf; of one in quarantine only that it is there."""
+    return standing is Standing.GOOD or (standing is Standing.QUARANTINED and leaf in PRESENCE)
+
+
+def check_reason(reason: str) -> str:
+    """The reason that a person gives, fit for one line of a log; raises InvalidValue."""
+    if len(reason) > MAX_REASON_CHARS or (reason and not reason.isprintable()):
+        raise InvalidValue(
+            f"a reason is one line of at most {MAX_REASON_CHARS} printable characters", code="invalid.reason"
+        )
+    return reason
+
+
+def next_standing(now: Standing, wanted: Standing, *, device: str) -> bool:
+    """Whether a device's standing changes to what is wanted; raises Conflict for what would undo a revocation."""
+    if now is Standing.REVOKED and wanted is not Standing.REVOKED:
+        raise Conflict(
+            f"{device!r} is revoked",
+            code="conflict.revoked",
+            hint=f"enrol it again: outrider-hub token create --kind join --device {device}",
+        )
+    return now is not wanted
 
 
 def merge_labels(labels: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -13,7 +13,8 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from cloud_hub.devices.rules import JoinGrant, Presence, ReportMark
+from cloud_hub.devices.rules import JoinGrant, Presence, ReportMark, Standing
+from cloud_hub.ground.revocation import RevokedCertificate
 from cloud_hub.ground.schema import metadata
 from shared.ids import DeviceId
 from shared.wire.messages import Birth, Reported
@@ -50,6 +51,9 @@ devices = sa.Table(
     sa.Column("reported_revision", sa.BigInteger, nullable=False),
     sa.Column("reported_ms", sa.BigInteger, nullable=True),
     sa.Column("reported", sa.Text, nullable=False),
+    sa.Column("standing", sa.String(16), nullable=False, server_default="", index=True),
+    sa.Column("standing_reason", sa.Text, nullable=False, server_default=""),
+    sa.Column("standing_ms", sa.BigInteger, nullable=True),
 )
 
 device_labels = sa.Table(
@@ -69,6 +73,8 @@ device_certificates = sa.Table(
     sa.Column("issued_ms", sa.BigInteger, nullable=False),
     sa.Column("expires_ms", sa.BigInteger, nullable=False),
     sa.Column("revoked_ms", sa.BigInteger, nullable=True),
+    sa.Column("serial", sa.String(40), nullable=False, server_default=""),
+    sa.Column("authority", sa.String(64), nullable=False, server_default=""),
 )
 
 
@@ -83,6 +89,7 @@ class Device:
         assignment_version: the newest assignment that it says it has accepted.
         reported: the newest state it reported, JSON object (`shared.wire.messages.Reported`), empty before the first.
         reported_ms: hub's clock when that came.
+        standing: whether it is welcome; `standing_reason` says why not, `standing_ms` since when.
     """
 
     id: DeviceId
@@ -96,6 +103,19 @@ class Device:
     assignment_version: int
     reported_ms: int | None
     reported: Mapping[str, Any]
+    standing: Standing = Standing.GOOD
+    standing_reason: str = ""
+    standing_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whom a certificate was issued to, whether it is void, and whether its device is welcome."""
+
+    device: DeviceId
+    is_revoked: bool
+    standing: Standing
+    reason: str
 
 
 def add_grant(conn: Connection, *, secret_sha256: str, grant: JoinGrant, at_ms: int, created_by: str) -> None:
@@ -150,8 +170,59 @@ def add_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) 
 
 
 def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) -> None:
-    """Let a device begin anew under its name: it was enrolled again, its former certificates are void."""
+    """Let a device begin anew under its name: it was enrolled again, its former certificates are void.
+
+    A revocation ends with this, for the certificates that follow; a quarantine does not.
+    """
     conn.execute(devices.update().where(devices.c.id == device).values(profile=profile, enrolled_ms=at_ms, **_UNSEEN))
+    conn.execute(
+        devices.update()
+        .where(devices.c.id == device, devices.c.standing == Standing.REVOKED.value)
+        .values(standing=Standing.GOOD.value, standing_reason="", standing_ms=at_ms)
+    )
+    revoke_certificates(conn, device, at_ms=at_ms)
+
+
+def add_certificate(
+    conn: Connection, device: DeviceId, *, fingerprint: str, serial: int, authority: str, at_ms: int, expires_ms: int
+) -> None:
+    """Note a certificate that was issued: `authority` is the fingerprint of the CA that signed it."""
+    conn.execute(
+        device_certificates.insert().values(
+            fingerprint=fingerprint,
+            device=device,
+            issued_ms=at_ms,
+            expires_ms=expires_ms,
+            serial=f"{serial:x}",
+            authority=authority,
+        )
+    )
+
+
+def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
+    """Whose certificate this is; None for one that was never issued to a device."""
+    row = conn.execute(
+        sa.select(
+            device_certificates.c.device,
+            device_certificates.c.revoked_ms,
+            devices.c.standing,
+            devices.c.standing_reason,
+        )
+        .join(devices, devices.c.id == device_certificates.c.device)
+        .where(device_certificates.c.fingerprint == fingerprint)
+    ).one_or_none()
+    if row is None:
+        return None
+    return Owner(
+        device=DeviceId(row.device),
+        is_revoked=row.revoked_ms is not None,
+        standing=Standing(row.standing),
+        reason=row.standing_reason,
+    )
+
+
+def revoke_certificates(conn: Connection, device: DeviceId, *, at_ms: int) -> None:
+    """Make every certificate void that was issued to this name so far."""
     conn.execute(
         device_certificates.update()
         .where(device_certificates.c.device == device, device_certificates.c.revoked_ms.is_(None))
@@ -159,23 +230,62 @@ def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int
     )
 
 
-def add_certificate(conn: Connection, device: DeviceId, *, fingerprint: str, at_ms: int, expires_ms: int) -> None:
-    """Note a certificate that was issued."""
-    conn.execute(
-        device_certificates.insert().values(
-            fingerprint=fingerprint, device=device, issued_ms=at_ms, expires_ms=expires_ms
-        )
+def revoked_certificates(conn: Connection, *, now_ms: int) -> tuple[RevokedCertificate, ...]:
+    """What belongs onto revocation lists now: void, with a known serial, and not at its end anyway."""
+    query = sa.select(device_certificates).where(
+        device_certificates.c.revoked_ms.is_not(None),
+        device_certificates.c.expires_ms > now_ms,
+        device_certificates.c.serial != "",
+    )
+    return tuple(
+        RevokedCertificate(authority=row.authority, serial=int(row.serial, 16), revoked_ms=row.revoked_ms)
+        for row in conn.execute(query.order_by(device_certificates.c.revoked_ms, device_certificates.c.serial))
     )
 
 
-def certificate_owner(conn: Connection, fingerprint: str) -> tuple[DeviceId, bool] | None:
-    """Whose certificate this is, and whether it was revoked; None for one that was never issued to a device."""
-    row = conn.execute(
-        sa.select(device_certificates.c.device, device_certificates.c.revoked_ms).where(
-            device_certificates.c.fingerprint == fingerprint
+def live_serials(conn: Connection, device: DeviceId, *, now_ms: int) -> tuple[int, ...]:
+    """Serials of the device's certificates that are neither void nor at their end."""
+    rows = conn.execute(
+        sa.select(device_certificates.c.serial)
+        .where(
+            device_certificates.c.device == device,
+            device_certificates.c.revoked_ms.is_(None),
+            device_certificates.c.expires_ms > now_ms,
+            device_certificates.c.serial != "",
         )
-    ).one_or_none()
-    return None if row is None else (DeviceId(row.device), row.revoked_ms is not None)
+        .order_by(device_certificates.c.issued_ms)
+    )
+    return tuple(int(row.serial, 16) for row in rows)
+
+
+def has_unlistable(conn: Connection, device: DeviceId, *, now_ms: int) -> bool:
+    """Whether the name has a certificate in its time whose serial was not noted when it was issued."""
+    query = sa.select(device_certificates.c.fingerprint).where(
+        device_certificates.c.device == device,
+        device_certificates.c.expires_ms > now_ms,
+        device_certificates.c.serial == "",
+    )
+    return conn.execute(query.limit(1)).one_or_none() is not None
+
+
+def standings(conn: Connection) -> dict[DeviceId, Standing]:
+    """Every device that is not in good standing."""
+    query = sa.select(devices.c.id, devices.c.standing).where(devices.c.standing != Standing.GOOD.value)
+    return {DeviceId(row.id): Standing(row.standing) for row in conn.execute(query)}
+
+
+def is_revoked(conn: Connection, device: DeviceId) -> bool:
+    """Whether a device is revoked."""
+    row = conn.execute(sa.select(devices.c.standing).where(devices.c.id == device)).one_or_none()
+    return row is not None and row.standing == Standing.REVOKED.value
+
+
+def set_standing(conn: Connection, device: DeviceId, standing: Standing, *, reason: str, at_ms: int) -> None:
+    """Note whether a device is welcome from now on; who is revoked is not connected any more."""
+    values: dict[str, Any] = {"standing": standing.value, "standing_reason": reason, "standing_ms": at_ms}
+    if standing is Standing.REVOKED:
+        values["online"] = False
+    conn.execute(devices.update().where(devices.c.id == device).values(**values))
 
 
 def presence(conn: Connection, device: DeviceId) -> Presence | None:
@@ -302,6 +412,9 @@ def _with_labels(conn: Connection, rows: Sequence[Row[Any]]) -> tuple[Device, ..
             assignment_version=row.assignment_version,
             reported_ms=row.reported_ms,
             reported=msgspec.json.decode(row.reported),
+            standing=Standing(row.standing),
+            standing_reason=row.standing_reason,
+            standing_ms=row.standing_ms,
         )
         for row in rows
     )

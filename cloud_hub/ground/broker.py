@@ -6,6 +6,7 @@ What the configuration is made to hold (each fact was tried, see docs):
   delivery, and a forbidden publish.
 - `set_tcp_nodelay` is off by default and costs thirty times in throughput. mosquitto started by root drops its rights
   before it reads keys, unless `user` says otherwise.
+- Who is on the revocation list cannot come in; reading the list again ends no session (access.py does).
 - Nothing rests on the broker keeping anything: no persistence.
 """
 
@@ -23,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-from cloud_hub.ground import leash
+from cloud_hub.ground import leash, revocation
 from cloud_hub.ground.folder import local_user
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.tlsport import port_error
 from shared import limits
 from shared.clock import Clock
 from shared.errors import ConfigError, StorageError
-from shared.wire import topics
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +68,13 @@ def configuration(settings: BrokerSettings, *, user: str | None) -> str:
             f"cafile {folder / 'ca.pem'}",
             f"certfile {folder / 'server.pem'}",
             f"keyfile {folder / 'server.key'}",
+            f"crlfile {folder / revocation.LIST_NAME}",
             "tls_version tlsv1.3",
             "require_certificate true",
             "use_identity_as_username true",
             "use_username_as_clientid true",
             "allow_anonymous false",
-            f"acl_file {folder / 'acl'}",
+            f"acl_file {folder / revocation.ACCESS_NAME}",
             "set_tcp_nodelay true",
             f"max_packet_size {limits.MAX_MQTT_PACKET_BYTES}",
             "max_inflight_messages 1000",
@@ -89,23 +90,22 @@ def configuration(settings: BrokerSettings, *, user: str | None) -> str:
     )
 
 
-def access_list(hub_name: str) -> str:
-    """The text of the ACL file: the hub has the tree, a device its own two branches."""
-    write, read = topics.acl_patterns()
-    return f"user {hub_name}\ntopic readwrite {topics.ROOT}/#\n\npattern write {write}\npattern read {read}\n"
-
-
 def write_files(settings: BrokerSettings) -> None:
-    """Write mosquitto.conf and the ACL; mosquitto wants neither to be writable by others."""
-    for name, text in (
-        ("mosquitto.conf", configuration(settings, user=local_user())),
-        ("acl", access_list(settings.hub_name)),
-    ):
-        path = settings.folder / name
-        draft = path.with_name(f".{name}.new")
-        draft.touch(mode=0o600, exist_ok=True)
-        draft.write_text(text)
-        draft.replace(path)
+    """Write mosquitto.conf, and an access list where there is none; mosquitto wants neither to be writable by others.
+
+    Which devices are denied is for the hub to write (revocation.py), before each start.
+    """
+    _replace(settings.folder / "mosquitto.conf", configuration(settings, user=local_user()))
+    access = settings.folder / revocation.ACCESS_NAME
+    if not access.is_file():
+        _replace(access, revocation.access_list(settings.hub_name))
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    draft.touch(mode=0o600, exist_ok=True)
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def find_binary(name: str) -> str:

@@ -44,9 +44,17 @@ class DeviceReported:
     models: tuple[RunningModel, ...]
 
 
-Event = DeviceBorn | DeviceDied | DeviceReported
+@dataclass(frozen=True, slots=True)
+class DeviceStandingChanged:
+    """A device was put into quarantine (`quarantined`), let out again (empty) or `revoked`."""
 
-E = TypeVar("E", DeviceBorn, DeviceDied, DeviceReported)
+    device: DeviceId
+    standing: str
+
+
+Event = DeviceBorn | DeviceDied | DeviceReported | DeviceStandingChanged
+
+E = TypeVar("E", DeviceBorn, DeviceDied, DeviceReported, DeviceStandingChanged)
 
 
 class Bus:

@@ -47,11 +47,13 @@ class IssuedPair:
 
 @dataclass(frozen=True, slots=True)
 class DeviceCertificate:
-    """A certificate for a device's key; `fingerprint` is SHA-256 of its DER, hex."""
+    """A certificate for a device's key; `fingerprint` is SHA-256 of its DER, hex; `authority` that of its issuer."""
 
     pem: str
     fingerprint: str
     expires_ms: int
+    serial: int
+    authority: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,8 @@ class Authority:
         )
         return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
-    def issue_client(self, name: str, *, now_ms: int, days: int) -> IssuedPair:
-        """A client certificate with a key of our making: the hub's own link to the broker."""
+    def issue_client(self, name: str, *, now_ms: int, days: float) -> IssuedPair:
+        """A client certificate with a key of our making: the hub's own link to the broker, or a short takeover."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(
             key.public_key(), name=name, now_ms=now_ms, days=days, usage=ExtendedKeyUsageOID.CLIENT_AUTH
@@ -129,7 +131,15 @@ class Authority:
             pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
             fingerprint=fingerprint(certificate),
             expires_ms=_to_ms(certificate.not_valid_after_utc),
+            serial=certificate.serial_number,
+            authority=self.fingerprint,
         )
+
+    def sign_list(self, builder: x509.CertificateRevocationListBuilder) -> bytes:
+        """A revocation list of this CA's (revocation.py makes it), PEM."""
+        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        named = builder.issuer_name(self._certificate.subject).add_extension(identifier, critical=False)
+        return named.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:
         """What a client certificate says, or None when this CA did not sign it, or not for a client, or not for now."""
@@ -152,7 +162,7 @@ class Authority:
         *,
         name: str,
         now_ms: int,
-        days: int,
+        days: float,
         usage: x509.ObjectIdentifier,
         alternatives: Sequence[x509.GeneralName] = (),
     ) -> x509.Certificate:

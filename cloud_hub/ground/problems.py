@@ -44,6 +44,7 @@ STATUS: Final[Mapping[str, int]] = {
     "enrol": 403,
     "enrol.csr": 422,
     "enrol.name_taken": 409,
+    "enrol.old_certificate": 409,
     "enrol.token_unknown": 401,
     "enrol.token_spent": 409,
     "enrol.token_expired": 410,

@@ -6,7 +6,8 @@ Rules:
    different devices do not wait for each other. Batches of records need no order; all that have come are handed over
    together, unopened, so that a busy hub opens and stores many in one step.
 3. Whatever is not understood or not wanted is counted by leaf and outcome, and never dropped in silence.
-4. A message is settled with the broker whatever came of it: what the hub failed to store is not answered, and the
+4. Of who is not welcome nothing is taken that `takes` does not allow; it is counted as `barred`, and not answered.
+5. A message is settled with the broker whatever came of it: what the hub failed to store is not answered, and the
    device sends it again. A batch is settled after it was stored, so that a slow database slows the senders.
 """
 
@@ -78,6 +79,15 @@ class Rooms:
     round_reply: Callable[[DeviceId, Envelope, RoundReply], Awaitable[None]]
 
 
+Takes = Callable[[str, str], bool]
+"""Whether anything is taken of this device on this leaf; devices and leaves are as the topic says."""
+
+
+def everything(_device: str, _leaf: str) -> bool:
+    """Take everything of everybody."""
+    return True
+
+
 class Sealed:
     """A batch as it came in; opened by whoever stores it, in a thread of theirs."""
 
@@ -111,8 +121,9 @@ class Sealed:
 class Switchboard:
     """Lanes of messages, the batches beside them, and the workers that empty both."""
 
-    def __init__(self, *, rooms: Rooms, metrics: Metrics) -> None:
+    def __init__(self, *, rooms: Rooms, metrics: Metrics, takes: Takes = everything) -> None:
         self._rooms = rooms
+        self._takes = takes
         self._metrics = metrics
         self._lanes: tuple[asyncio.Queue[Delivery], ...] = tuple(asyncio.Queue(LANE_DEPTH) for _ in range(LANES))
         self._batches: deque[Sealed] = deque()
@@ -124,6 +135,10 @@ class Switchboard:
         """Take messages; called on the loop. Counts and settles at once what is more than may wait."""
         for delivery in deliveries:
             device, leaf = _sender(delivery.topic)
+            if not self._takes(device, leaf):
+                self._count(leaf, "barred", device=device, detail="the device is in quarantine or revoked")
+                delivery.settle()
+                continue
             if leaf in _BATCHES:
                 is_taken = len(self._batches) < MAX_WAITING
                 if is_taken:

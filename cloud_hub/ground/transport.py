@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.ca import Authority, IssuedPair, common_name, needs_renewal
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.revocation import ensure_list
 
 
 def load_authority(folder: DataFolder) -> Authority:
@@ -77,6 +78,7 @@ def ensure(
     ca = folder.broker / "ca.pem"
     if not ca.is_file() or ca.read_bytes() != authority.pem.encode():
         files.write(ca, authority.pem.encode())
+    ensure_list(folder.broker, authority, now_ms=now_ms)
     return tuple(issued)
 
 

@@ -28,7 +28,7 @@ from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import rules, tables
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.online import KeySource
-from cloud_hub.releases.rules import Candidate, Selector, Skipped
+from cloud_hub.releases.rules import Candidate, Named, Selector, Skipped
 from cloud_hub.releases.tables import AssignmentRow, MetadataRow
 from shared import limits
 from shared.clock import Clock
@@ -48,6 +48,8 @@ RESEND_AFTER_MS: Final = 5_000
 """The least time between two sendings of the same assignment to a device."""
 DEVICES_PER_WRITE: Final = 250
 """Signed in one transaction; between two of them others get to write."""
+READABLE_ASSIGNMENTS: Final = 8
+"""So many of a device's newest assignments say which files it may read."""
 ACTOR: Final = "hub"
 
 
@@ -115,21 +117,23 @@ class Assigning:
         bus.subscribe(DeviceReported, self._on_report)
 
     async def assign(self, selector: Selector, *, actor: str) -> Outcome:
-        """Set one family of the devices' desired state; a device that has it already keeps its assignment.
+        """Set what a selector names of the devices' desired state; a device that has it already keeps its assignment.
 
         Raises:
             NotFound: there is no such release.
             Conflict: it is not published, or lies below the family's security floor.
-            InvalidValue: the selector names no devices, or names them in two ways.
+            InvalidValue: the selector names no devices, or names them in two ways, or a family twice.
         """
-        wanted = await self._database.read(lambda conn: _published(conn, selector))
+        releases = rules.named(selector)
+        wanted = await self._database.read(lambda conn: tuple(_published(conn, release) for release in releases))
+        together = None if selector.together is None else len(wanted) > 1
         candidates = await self._candidates()
         chosen, skipped = rules.select(candidates, selector)
         by_name = {candidate.device: candidate for candidate in candidates}
         assigned: list[Assigned] = []
         for start in range(0, len(chosen), DEVICES_PER_WRITE):
             batch = [by_name[device] for device in chosen[start : start + DEVICES_PER_WRITE]]
-            rows, full = await self._sign(batch, wanted, actor=actor, force=selector.force)
+            rows, full = await self._sign(batch, wanted, actor=actor, force=selector.force, together=together)
             skipped += tuple(Skipped(device, "too_many_models") for device in full)
             for row in rows:
                 assigned.append(Assigned(row.assignment.device, row.assignment.version))
@@ -141,6 +145,20 @@ class Assigning:
     async def page(self, *, after: str, limit: int) -> Sequence[AssignmentRow]:
         """The newest assignment of each device, by device."""
         return await self._database.read(lambda conn: tables.current_assignments(conn, after=after, limit=limit))
+
+    async def may_read(self, device: DeviceId, digest: str) -> bool:
+        """Whether a device may have this file: one of a release only if an assignment of it names that release.
+
+        Assignments right before the newest count too, because the device may still be at it. What belongs to no
+        release (tasks of federated runs) is read by whoever was told its digest.
+        """
+
+        def work(conn: Connection) -> bool:
+            if not tables.is_release_file(conn, digest):
+                return True
+            return digest in tables.assigned_digests(conn, device, newest=READABLE_ASSIGNMENTS)
+
+        return await self._database.read(work)
 
     async def run(self) -> None:
         """Renew and send what is due, until cancelled."""
@@ -154,7 +172,7 @@ class Assigning:
 
     async def look(self) -> None:
         """Renew what has lived half its life or lags behind its device; send what a device that is here lacks."""
-        candidates = {candidate.device: candidate for candidate in await self._candidates()}
+        candidates = {found.device: found for found in await self._candidates() if not found.standing}
         rows = await self._database.read(tables.current_assignments)
         root = await self._database.read(_root)
         orphans: frozenset[DeviceId] = frozenset()
@@ -169,7 +187,7 @@ class Assigning:
             and (device in orphans or self._is_stale(row, candidates[device], now_ms))
         ]
         for start in range(0, len(stale), DEVICES_PER_WRITE):
-            await self._sign(stale[start : start + DEVICES_PER_WRITE], None, actor=ACTOR, force=False)
+            await self._sign(stale[start : start + DEVICES_PER_WRITE], (), actor=ACTOR, force=False)
         self._followed_root = root.version
         for row in await self._database.read(tables.current_assignments) if stale else rows:
             candidate = candidates.get(row.assignment.device)
@@ -183,11 +201,17 @@ class Assigning:
         )
 
     async def _sign(
-        self, batch: Sequence[Candidate], wanted: AssignedModel | None, *, actor: str, force: bool
+        self,
+        batch: Sequence[Candidate],
+        wanted: tuple[AssignedModel, ...],
+        *,
+        actor: str,
+        force: bool,
+        together: bool | None = None,
     ) -> tuple[list[AssignmentRow], list[DeviceId]]:
         """Sign for these devices in one transaction; returns what they shall have, and those that hold too much."""
         now_ms = self._clock.wall_ms()
-        cause: Literal["assigned", "renewed"] = "renewed" if wanted is None else "assigned"
+        cause: Literal["assigned", "renewed"] = "assigned" if wanted else "renewed"
 
         def work(conn: Connection) -> tuple[list[AssignmentRow], list[DeviceId]]:
             rows: list[AssignmentRow] = []
@@ -195,7 +219,7 @@ class Assigning:
             signer = self._keys(_root(conn).document).assignment
             for candidate in batch:
                 row = tables.current_assignment(conn, candidate.device)
-                has_it = row is not None and wanted in row.assignment.models and not force
+                has_it = row is not None and not force and _has(row, wanted, together=together)
                 if row is not None and has_it and not self._is_stale(row, candidate, now_ms):
                     rows.append(row)
                     continue
@@ -205,6 +229,7 @@ class Assigning:
                     device=candidate.device,
                     seen=candidate.assignment_version,
                     force=force,
+                    together=together,
                     now_ms=now_ms,
                     ttl_ms=self._ttl_ms,
                 )
@@ -225,6 +250,7 @@ class Assigning:
                         "version": following.version,
                         "models": {model.family: model.version for model in following.models},
                         "force": list(following.force),
+                        "together": [list(families) for families in following.together],
                     },
                 )
                 rows.append(new)
@@ -283,6 +309,7 @@ class Assigning:
                     online=device.online,
                     assignment_version=device.assignment_version,
                     running=rules.running_files(device.reported),
+                    standing=device.standing.value,
                 )
                 for device in page
             ]
@@ -317,10 +344,17 @@ def _fitting(assignment: Assignment) -> Assignment | None:
         return None
 
 
-def _published(conn: Connection, selector: Selector) -> AssignedModel:
-    row = tables.find_model(conn, selector.family, selector.version)
+def _has(row: AssignmentRow, wanted: tuple[AssignedModel, ...], *, together: bool | None) -> bool:
+    """Whether the device has been assigned all this already; to be renewed, it never has."""
+    sets, families = row.assignment.together, [model.family for model in wanted]
+    same = rules.sets_after(sets, families, together=together) == sets
+    return bool(wanted) and same and all(model in row.assignment.models for model in wanted)
+
+
+def _published(conn: Connection, release: Named) -> AssignedModel:
+    row = tables.find_model(conn, release.family, release.version)
     if row is None:
-        raise NotFound(f"there is no release {selector.family}/{selector.version}", hint="`outrider release ls`")
+        raise NotFound(f"there is no release {release.family}/{release.version}", hint="`outrider release ls`")
     if row.published_ms is None or row.release_counter is None:
         raise Conflict(
             f"{row.family}/{row.version} is not published",

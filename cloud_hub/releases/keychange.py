@@ -100,24 +100,27 @@ def change_keys(conn: Connection, parts: Mapping[str, bytes], *, keys: KeySource
 
 
 def _is_stored(conn: Connection, role: str, document: bytes) -> bool:
+    """Whether exactly this was published; signatures that came later do not make it another."""
     if role not in ceremony.OFFLINE_ROLES and not role.startswith(ceremony.FAMILIES):
         return False
-    row = tables.find_metadata(conn, role, _version(role, document)[0])
-    return row is not None and row.document == document
+    version, _, content = _read(role, document)
+    row = tables.find_metadata(conn, role, version)
+    return row is not None and _read(role, row.document)[2] == content
 
 
 def _versions(parts: Mapping[str, bytes]) -> dict[str, int]:
-    return {role: _version(role, document)[0] for role, document in parts.items()}
+    return {role: _read(role, document)[0] for role, document in parts.items()}
 
 
 def _row(role: str, document: bytes, now_ms: int) -> MetadataRow:
-    version, expires = _version(role, document)
+    version, expires, _ = _read(role, document)
     return MetadataRow(role, version, document, now_ms, expires)
 
 
-def _version(role: str, document: bytes) -> tuple[int, int]:
+def _read(role: str, document: bytes) -> tuple[int, int, bytes]:
+    """Version, expiry in milliseconds since 1970, and what is signed."""
     if role == ROOT:
         root = ceremony.read_draft_root(document)
-        return root.signed.version, expires_ms(root.signed)
+        return root.signed.version, expires_ms(root.signed), root.signed_bytes
     targets = repository.read_targets(document, role=role)
-    return targets.signed.version, expires_ms(targets.signed)
+    return targets.signed.version, expires_ms(targets.signed), targets.signed_bytes

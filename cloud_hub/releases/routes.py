@@ -19,7 +19,7 @@ from fastapi.responses import FileResponse
 from cloud_hub.ground import bodies
 from cloud_hub.ground.auth import Principal, Role, require, require_any
 from cloud_hub.ground.bodies import JSON_TYPE, json_answer, read_json, takes
-from cloud_hub.ground.problems import NotFound, Throttled
+from cloud_hub.ground.problems import NotAllowed, NotFound, Throttled
 from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.releases.desk import Desk, Push, Selector
 from cloud_hub.releases.tables import AssignmentRow, ModelRow
@@ -132,9 +132,14 @@ class _Blobs:
             self._desk.counts.blob_bytes.inc(length)
         return json_answer({"digest": name, "length": length}, status=201 if is_new else 200)
 
-    async def get(self, request: Request, digest: str, _principal: Anyone) -> Response:
-        """A file by its SHA-256, whole or in ranges (RFC 9110, section 14); its ETag is its digest."""
+    async def get(self, request: Request, digest: str, principal: Anyone) -> Response:
+        """A file by its SHA-256, whole or in ranges (RFC 9110, section 14); its ETag is its digest.
+
+        A device reads files of the releases that are assigned to it, and of no others.
+        """
         name = parse_digest(digest)
+        if principal.device is not None and not await self._desk.assigning.may_read(principal.device, name):
+            raise NotAllowed("this file belongs to a release that is not assigned to this device", code="auth.blob")
         blob = await asyncio.to_thread(self._desk.blobs.find, name)
         if blob is None:
             raise NotFound(f"there is no file {name}", code="not_found.blob")

@@ -12,7 +12,7 @@ Not here: signatures and thresholds of metadata (shared/trust/repository.py), me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -137,6 +137,7 @@ class Candidate:
     Attributes:
         assignment_version: the newest assignment that the device says it has.
         running: digests of the model files that it says it serves, by family.
+        standing: `quarantined` or `revoked` where it shall have none; empty else.
     """
 
     device: DeviceId
@@ -144,6 +145,7 @@ class Candidate:
     online: bool
     assignment_version: int
     running: Mapping[str, Digest] = field(default_factory=dict)
+    standing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +174,25 @@ class Skipped:
     reason: str
 
 
-class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which release goes to which devices: exactly one of `devices`, `labels` and `all` is given."""
+class Named(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A release by its name."""
 
     family: FamilyName
     version: ModelVersion
+
+
+class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which release goes to which devices: exactly one of `devices`, `labels` and `all` is given.
+
+    Attributes:
+        together: further releases that devices change to in one step with this one, or not at all; their families are
+            a set from then on. None leaves the family in the set that it is in, an empty list takes it out of it.
+        force: also where the device has quarantined one of these releases.
+    """
+
+    family: FamilyName
+    version: ModelVersion
+    together: tuple[Named, ...] | None = None
     devices: tuple[str, ...] | None = None
     labels: dict[str, str] | None = None
     all: bool = False
@@ -277,14 +293,44 @@ def select(candidates: Sequence[Candidate], selector: Selector) -> tuple[tuple[D
     else:
         wanted = (selector.labels or {}).items()
         meant = [candidate for candidate in candidates if wanted <= candidate.labels.items()]
-    return tuple(candidate.device for candidate in meant), tuple(skipped)
+    skipped += [Skipped(candidate.device, candidate.standing) for candidate in meant if candidate.standing]
+    return tuple(candidate.device for candidate in meant if not candidate.standing), tuple(skipped)
+
+
+def named(selector: Selector) -> tuple[Named, ...]:
+    """Every release that a selector names; raises InvalidValue when it names a family twice or too many."""
+    releases = (Named(family=selector.family, version=selector.version), *(selector.together or ()))
+    if not len({one.family for one in releases}) == len(releases) <= limits.MAX_MODELS_PER_DEVICE:
+        raise InvalidValue(
+            f"together with {selector.family} name other families, each once, at most "
+            f"{limits.MAX_MODELS_PER_DEVICE} in all",
+            code="invalid.together",
+        )
+    return releases
+
+
+def sets_after(
+    sets: Sequence[Sequence[FamilyName]], families: Collection[FamilyName], *, together: bool | None
+) -> tuple[tuple[FamilyName, ...], ...]:
+    """The sets of families that change together, once these were assigned.
+
+    Args:
+        sets: as they were.
+        together: whether these families are a set from now on, or each in none; None leaves all as they were.
+    """
+    if together is None:
+        return tuple(tuple(families) for families in sets)
+    left = [tuple(family for family in members if family not in families) for members in sets]
+    if together:
+        left.append(tuple(sorted(families)))
+    return tuple(sorted(members for members in left if len(members) > 1))
 
 
 def next_assignment(
-    current: Assignment | None, wanted: AssignedModel | None, *, device: DeviceId, seen: int, force: bool, now_ms: int,
-    ttl_ms: int,
+    current: Assignment | None, wanted: Sequence[AssignedModel], *, device: DeviceId, seen: int, force: bool,
+    now_ms: int, ttl_ms: int, together: bool | None = None,
 ) -> Assignment | None:  # fmt: skip
-    """The device's next assignment: its full desired state with one family set; or the same again, renewed.
+    """The device's next assignment: its full desired state with some families set; or the same again, renewed.
 
     Its version follows both the last one signed and the newest that the device says it has, so that a hub restored
     from a backup catches up. A renewal drops what was forced once the device has seen it, because forcing again would
@@ -292,7 +338,8 @@ def next_assignment(
 
     Args:
         current: the newest one signed, None for a new device.
-        wanted: the release to set; None renews what is there.
+        wanted: the releases to set; none renews what is there.
+        together: whether they change as one from now on; None leaves the sets as they are.
         seen: the newest version that the device says it has; one that no hub can have signed (`is_ahead`) is ignored.
 
     Returns:
@@ -300,11 +347,11 @@ def next_assignment(
     """
     models = {model.family: model for model in current.models} if current else {}
     forced = set(current.force) if current and seen < current.version else set()
-    if wanted is not None:
-        models[wanted.family] = wanted
-        forced.discard(wanted.family)
+    for model in wanted:
+        models[model.family] = model
+        forced.discard(model.family)
         if force:
-            forced.add(wanted.family)
+            forced.add(model.family)
     if not 1 <= len(models) <= limits.MAX_MODELS_PER_DEVICE:
         return None
     last = current.version if current else 0
@@ -317,6 +364,7 @@ def next_assignment(
         expires_ms=now_ms + ttl_ms,
         models=tuple(models[family] for family in sorted(models)),
         force=tuple(sorted(forced)),
+        together=sets_after(current.together if current else (), [model.family for model in wanted], together=together),
     )
 
 

@@ -161,6 +161,32 @@ def find_model(conn: Connection, family: str, version: str) -> ModelRow | None:
     return None if row is None else _model(conn, row)
 
 
+def is_release_file(conn: Connection, digest: str) -> bool:
+    """Whether this digest is that of a release's file, or of one that was pushed to be built."""
+    built = sa.select(release_files.c.digest).where(release_files.c.digest == digest).limit(1)
+    pushed = sa.select(models.c.family).where(models.c.push.contains(digest, autoescape=True)).limit(1)
+    return conn.execute(built).first() is not None or conn.execute(pushed).first() is not None
+
+
+def assigned_digests(conn: Connection, device: str, *, newest: int) -> frozenset[str]:
+    """Digests of all files and patches that the newest so many assignments of a device name."""
+    query = sa.select(assignments.c.assignment).where(assignments.c.device == device)
+    rows = conn.execute(query.order_by(assignments.c.version.desc()).limit(newest))
+    named = [msgspec.json.decode(row.assignment, type=Assignment) for row in rows]
+    releases = {(model.family, model.version) for assignment in named for model in assignment.models}
+    files = sa.select(release_files.c.digest).where(
+        sa.or_(
+            sa.false(),
+            *(
+                sa.and_(release_files.c.family == family, release_files.c.version == version)
+                for family, version in sorted(releases)
+            ),
+        )
+    )
+    patches = {str(patch.digest) for assignment in named for patch in assignment.patches}
+    return frozenset({*patches, *(row.digest for row in conn.execute(files))})
+
+
 def list_models(
     conn: Connection, *, family: str | None, after: tuple[str, str], limit: int, published: bool
 ) -> list[ModelRow]:

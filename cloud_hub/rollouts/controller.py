@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 
 from cloud_hub.devices.desk import Device
 from cloud_hub.ground import audit
-from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
+from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported, DeviceStandingChanged
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotFound
@@ -97,6 +97,7 @@ class Controller:
         bus.subscribe(DeviceBorn, self._on_news)
         bus.subscribe(DeviceDied, self._on_news)
         bus.subscribe(DeviceReported, self._on_news)
+        bus.subscribe(DeviceStandingChanged, self._on_news)
 
     def wake(self) -> None:
         """Look as soon as possible."""
@@ -218,7 +219,7 @@ class Controller:
         reasons = {one.device: one.reason for one in outcome.skipped}
         return assigned, {name: reasons.get(name, "not assigned") for name in names if name not in assigned}
 
-    async def _on_news(self, event: DeviceBorn | DeviceDied | DeviceReported) -> None:
+    async def _on_news(self, event: DeviceBorn | DeviceDied | DeviceReported | DeviceStandingChanged) -> None:
         if event.device in self._watched:
             self.wake()
 

@@ -211,4 +211,5 @@ def sighting_of(device: Device, family: str) -> Sighting:
         error_code=slot.get("error_code", ""),
         error=slot.get("error", ""),
         failed=slot.get("failed", ""),
+        standing=device.standing.value,
     )

@@ -50,7 +50,9 @@ def choose(fleet: Mapping[DeviceId, Sighting], spec: Spec, *, manifest: str, tak
             continue
         if not select.labels.items() <= sighting.labels.items():
             continue
-        if device in taken:
+        if sighting.standing:
+            skipped.append(SkippedView(device=device, reason=sighting.standing))
+        elif device in taken:
             skipped.append(SkippedView(device=device, reason=f"in rollout {taken[device]}"))
         elif sighting.manifest == manifest and sighting.phase == COMMITTED:
             skipped.append(SkippedView(device=device, reason="runs it already"))

@@ -22,13 +22,13 @@ from msgspec.structs import replace
 from cloud_hub.rollouts.answers import Answers
 from cloud_hub.rollouts.values import Member, Rollout, Sighting, Stage
 from shared.machine import Decision, Row, Table
+from shared.results import Blame, blame
 from shared.rollout import Condition, StagePhase
 
 COMMITTED: Final = "committed"
 SETTLED_PHASES: Final = frozenset({"", "idle", COMMITTED})
 """Phases of a device's slot in which nothing is on its way in or out."""
 ENDED_PHASES: Final = frozenset({"idle", COMMITTED, "rolling_back"})
-NOT_ITS_FAULT: Final = ("transfer.", "storage.")
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -101,7 +101,9 @@ STAGE: Final[Table[StagePhase, Stage, StageEvent, None]] = Table(
 
 def can_be_offered(sighting: Sighting | None) -> bool:
     """Whether a device is here, nothing is on its way in or out of the slot, and what it runs can be told."""
-    if sighting is None or not sighting.online or sighting.candidate or sighting.phase not in SETTLED_PHASES:
+    if sighting is None or not sighting.online or sighting.standing:
+        return False
+    if sighting.candidate or sighting.phase not in SETTLED_PHASES:
         return False
     return sighting.phase != COMMITTED or bool(sighting.version)
 
@@ -114,6 +116,8 @@ def judge(
         return member
     if sighting is None:
         return _become(member, Condition.HARMED, "it is no longer in the fleet", at_ms=at_ms)
+    if sighting.standing:
+        return _become(member, Condition.HARMED, f"it was {sighting.standing}", at_ms=at_ms)
     has_it = sighting.assignment_version >= member.assignment_version
     if has_it and (failure := _failure(sighting, rollout.manifest)):
         return _become(member, Condition.HARMED, failure, at_ms=at_ms)
@@ -156,7 +160,7 @@ def _failure(sighting: Sighting, manifest: str) -> str:
     code = sighting.error_code
     if sighting.failed not in ("", manifest):
         return ""
-    if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or code.startswith(NOT_ITS_FAULT):
+    if not code or sighting.candidate or sighting.phase not in ENDED_PHASES or blame(code) is Blame.ELSEWHERE:
         return ""
     return f"{code}: {sighting.error[:200]}" if sighting.error else code
 

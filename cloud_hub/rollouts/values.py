@@ -120,6 +120,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
         candidate: what is on its way in.
         error_code: why the last attempt ended; `failed` is the manifest that it was for, empty from a device that does
             not say.
+        standing: `quarantined` or `revoked` where it shall have nothing; empty else.
     """
 
     device: DeviceId
@@ -135,6 +136,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
     error_code: str = ""
     error: str = ""
     failed: str = ""
+    standing: str = ""
 
 
 class Seen(msgspec.Struct, frozen=True):

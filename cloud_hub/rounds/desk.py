@@ -27,7 +27,7 @@ from sqlalchemy.engine import Connection
 
 from cloud_hub.devices.desk import Desk as Devices
 from cloud_hub.ground import audit
-from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
+from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported, DeviceStandingChanged
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.post import Post
@@ -105,6 +105,7 @@ class Desk:
         bus.subscribe(DeviceBorn, self._born)
         bus.subscribe(DeviceReported, self._stirred)
         bus.subscribe(DeviceDied, self._stirred)
+        bus.subscribe(DeviceStandingChanged, self._stirred)
 
     async def start(self, spec: Spec, *, actor: str) -> Run:
         """Begin a run.
@@ -258,7 +259,13 @@ class Desk:
             found += [
                 device.id
                 for device in page
-                if rules.takes_part(spec, labels=device.labels, online=device.online, reported=device.reported)
+                if rules.takes_part(
+                    spec,
+                    labels=device.labels,
+                    online=device.online,
+                    reported=device.reported,
+                    standing=device.standing.value,
+                )
             ]
             if len(page) < limits.MAX_PAGE_ITEMS:
                 break
@@ -268,7 +275,7 @@ class Desk:
     async def _born(self, event: DeviceBorn) -> None:
         self._course.born(event.device)
 
-    async def _stirred(self, _event: DeviceReported | DeviceDied) -> None:
+    async def _stirred(self, _event: DeviceReported | DeviceDied | DeviceStandingChanged) -> None:
         self._course.stir()
 
 

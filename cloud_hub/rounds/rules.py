@@ -183,9 +183,11 @@ def group_of(number: int, *, phase: Phase, attempt: int) -> str:
     return f"{number}{phase[0]}{attempt}"
 
 
-def takes_part(spec: Spec, *, labels: Mapping[str, str], online: bool, reported: Mapping[str, Any]) -> bool:
-    """Whether a device can be asked now: it is here, it carries the labels, and it serves the base."""
-    if not online or not spec.selector.items() <= labels.items():
+def takes_part(
+    spec: Spec, *, labels: Mapping[str, str], online: bool, reported: Mapping[str, Any], standing: str = ""
+) -> bool:
+    """Whether a device can be asked now: it is here and welcome, it carries the labels, and it serves the base."""
+    if standing or not online or not spec.selector.items() <= labels.items():
         return False
     return any(
         model.get("family") == spec.family and model.get("version") == spec.base for model in reported.get("models", ())

@@ -5,7 +5,8 @@ Rules of this file:
 2. Group commit: all work that waits when the thread comes round shares one transaction and one sync. `write`
    returns only after that commit, so what it returned is on disk (WAL, synchronous=FULL).
 3. A file that SQLite finds damaged is moved aside with its name and reason told, never deleted; the next start
-   begins with an empty file, into which the floors were carried over when they could still be read.
+   begins with an empty file, into which the floors were carried over when they could still be read. When they could
+   not, they are marked as lost: they are never zero because a disk failed.
 
 Not here: what the tables mean (`ledger.py`, `samples.py`; `records`, `batches` and `heads`: `old_records.py`).
 """
@@ -31,6 +32,10 @@ T = TypeVar("T")
 DATABASE_NAME: Final = "agent.db"
 MAX_GROUP: Final = 256
 """Work per transaction: enough that the sync costs next to nothing each, few enough that nobody waits long."""
+
+FLOORS_KEY: Final = "floors"
+LOST: Final = b""
+"""What stands for floors that there were and that nobody can read any more; no encoding is empty."""
 
 _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
@@ -259,27 +264,45 @@ def _quarantine(path: Path, *, reason: str, clock: Clock) -> StorageError:
     for suffix in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-    kept = "the trust floors could not be read from it"
     if floors is not None:
         fresh = _connect(path)
         _migrate(fresh, path)
-        fresh.execute("INSERT INTO meta (key, value) VALUES ('floors', ?)", (floors,))
+        fresh.execute("INSERT INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, floors))
         fresh.close()
-        kept = "the trust floors were carried over"
+    kept = "could not be read from it, so nothing new is installed" if floors == LOST else "were carried over"
     return StorageError(
-        f"{path} is damaged ({reason}) and was moved to {aside}; {kept}",
+        f"{path} is damaged ({reason}) and was moved to {aside}; the trust floors {kept}",
         code="storage.corrupt",
         hint="start the agent again: it fetches its models anew, and its queue is not touched; keep the moved file",
     )
 
 
 def _salvage_floors(path: Path) -> bytes | None:
+    """The floors as stored, None where there never were any, LOST where that cannot be told."""
     with contextlib.suppress(sqlite3.Error):
         # As a URI, because a path may hold characters that mean something in one (`?`, `#`, `%`).
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         try:
-            row = connection.execute("SELECT value FROM meta WHERE key = 'floors'").fetchone()
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (FLOORS_KEY,)).fetchone()
             return bytes(row[0]) if row is not None else None
         finally:
             connection.close()
-    return None
+    return LOST
+
+
+def forget_floors(path: Path, *, when: Callable[[bytes], bool]) -> None:
+    """Let the floors in this file begin at zero, if what is stored of them is so; nobody else has the file open.
+
+    Raises:
+        StorageError: the file cannot be read or written.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", (FLOORS_KEY,)).fetchone()
+            if row is not None and when(bytes(row[0])):
+                connection.execute("DELETE FROM meta WHERE key = ?", (FLOORS_KEY,))
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise _translated(error, path) from error

@@ -2,9 +2,9 @@
 
 Rules of this file:
 1. Only the hub's own CA is trusted; nothing is redirected, decompressed or sent through a proxy.
-2. Every wait ends: connecting and each read have a deadline, and a transfer that brings less than `MIN_PROGRESS`
-   bytes in a stall period is given up, so that a server that drips cannot hold the agent (slow retrieval). What
-   arrived stays on the shelf and the next try resumes there.
+2. Every wait ends: connecting and each read have a deadline, a transfer that brings less than `MIN_PROGRESS` bytes in
+   a stall period is given up, and so is one that is slower on the whole than `SLOWEST_BYTES_S`: a server that drips
+   cannot hold the agent (slow retrieval). What arrived stays on the shelf and the next try resumes there.
 3. No more is read than was promised (endless data). What is sent goes in small pieces, each with that deadline.
 4. One transfer of a file at a time: one that was given up may still be at the shelf when the next one begins.
 
@@ -35,6 +35,9 @@ from shared.model import FileRef
 STALL_MS: Final = 15_000
 MIN_PROGRESS: Final = 1 * KIB
 CHUNK_BYTES: Final = 256 * KIB
+SLOWEST_BYTES_S: Final = 2 * KIB
+"""With `GRACE_STALLS` stall periods on top: the deadline of a whole transfer, which grows with what is to come."""
+GRACE_STALLS: Final = 4
 SENT_PIECE_BYTES: Final = 16 * KIB
 SLOWEST_UPLOAD_BYTES_S: Final = 16 * KIB
 """An upload that is slower on the whole is given up."""
@@ -47,12 +50,20 @@ class HubFetcher:
     """`Fetcher` on `http.client`; one connection per call."""
 
     def __init__(
-        self, *, hub_url: str, context: ssl.SSLContext, clock: Clock, stall_ms: int = STALL_MS, agent: str = "outrider"
+        self,
+        *,
+        hub_url: str,
+        context: ssl.SSLContext,
+        clock: Clock,
+        stall_ms: int = STALL_MS,
+        slowest_bytes_s: int = SLOWEST_BYTES_S,
+        agent: str = "outrider",
     ) -> None:
         self._host, self._port = check_hub_url(hub_url)
         self._context = context
         self._clock = clock
         self._stall_ms = stall_ms
+        self._slowest_bytes_s = slowest_bytes_s
         self._agent = agent
         self._transfers = _Transfers()
 
@@ -77,11 +88,14 @@ class HubFetcher:
 
         return await self._in_thread(work)
 
-    async def blob(self, file: FileRef, shelf: Shelf) -> None:
+    async def blob(self, file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
         """Bring a file onto the shelf, resuming where an earlier try stopped, and publish it.
 
+        With `up_to`, no more of it than up to this byte: it is published only when that is its end, and one that is
+        corrupt then is not fetched anew, because that would be more than was allowed.
+
         Raises:
-            Unreachable: the connection broke or stalled; what arrived is kept for the next try.
+            Unreachable: the connection broke, stalled or is too slow; what arrived is kept for the next try.
             TransferRefused: the hub said no, or has no such file.
             TransferCorrupt: what arrived is not the file; it is dropped.
             StorageError, StorageFull: the disk refused.
@@ -90,7 +104,10 @@ class HubFetcher:
         def work(call: _Call) -> None:
             with self._transfers.one_of(file, within_ms=self._stall_ms):
                 if not shelf.has(file.digest):
-                    _fetch_blob(call, file, shelf)
+                    if up_to is None:
+                        _fetch_blob(call, file, shelf)
+                    else:
+                        _fetch_rest(call, file, shelf, end=min(up_to, file.length))
 
         if not shelf.has(file.digest):
             await self._in_thread(work)
@@ -131,6 +148,7 @@ class HubFetcher:
             http.client.HTTPSConnection(self._host, self._port, context=self._context, timeout=self._stall_ms / 1000),
             clock=self._clock,
             stall_ms=self._stall_ms,
+            slowest_bytes_s=self._slowest_bytes_s,
             agent=self._agent,
         )
         # Headers that drip in byte by byte would pass every single read's deadline; the sum of them has its own.
@@ -170,10 +188,19 @@ class _Transfers:
 class _Call:
     """One request on one connection, with the deadlines of this file."""
 
-    def __init__(self, connection: http.client.HTTPSConnection, *, clock: Clock, stall_ms: int, agent: str) -> None:
+    def __init__(
+        self,
+        connection: http.client.HTTPSConnection,
+        *,
+        clock: Clock,
+        stall_ms: int,
+        slowest_bytes_s: int,
+        agent: str,
+    ) -> None:
         self._connection = connection
         self._clock = clock
         self._stall_ms = stall_ms
+        self._slowest_bytes_s = slowest_bytes_s
         self._agent = agent
         self._lock = threading.Lock()
         # Kept here too: a response to be followed by a close takes the socket out of the connection.
@@ -231,12 +258,13 @@ class _Call:
         raise TransferRefused(f"the hub at {self.peer} answered {status}", hint=hint)
 
     def chunks(self, response: http.client.HTTPResponse, *, limit: int) -> Iterator[bytes]:
-        """The body, at most `limit` bytes of it and never slower than the stall rule allows."""
+        """The body, at most `limit` bytes of it and never slower than rule 2 allows."""
         promised = response.length
         if promised is None and not response.chunked:
             # A connection that broke among the headers looks like a response without a length.
             raise Unreachable(f"the hub at {self.peer} answered without saying how much")
         received, window_bytes, window_start = 0, 0, self._clock.mono_ms()
+        last_ms = window_start + GRACE_STALLS * self._stall_ms + limit * 1000 // self._slowest_bytes_s
         while chunk := response.read1(min(CHUNK_BYTES, limit - received + 1)):
             received += len(chunk)
             window_bytes += len(chunk)
@@ -253,6 +281,10 @@ class _Call:
                         code="transfer.stalled",
                     )
                 window_bytes, window_start = 0, now
+            if now > last_ms and received < limit:
+                raise Unreachable(
+                    f"the hub at {self.peer} sends too slowly: {received} of {limit} bytes came", code="transfer.slow"
+                )
         if promised is not None and received < promised:
             raise Unreachable(f"the connection to {self.peer} broke after {received} of {promised} bytes")
 
@@ -294,45 +326,60 @@ def _pieces(data: bytes) -> Iterator[memoryview]:
 def _fetch_blob(call: _Call, file: FileRef, shelf: Shelf) -> None:
     has_part = shelf.resume_at(file.digest) > 0
     try:
-        _fetch_rest(call, file, shelf)
+        _fetch_rest(call, file, shelf, end=file.length)
     except TransferCorrupt:
         if not has_part:
             raise
         # The part from an earlier try was damaged, by a power cut for instance: that is no fault of what is signed.
         shelf.append(file.digest, b"", offset=0)
-        _fetch_rest(call, file, shelf)
+        _fetch_rest(call, file, shelf, end=file.length)
 
 
-def _fetch_rest(call: _Call, file: FileRef, shelf: Shelf) -> None:
-    path, etag = f"/v1/blobs/{file.digest}", f'"{file.digest}"'
+def _fetch_rest(call: _Call, file: FileRef, shelf: Shelf, *, end: int) -> None:
+    """Fetch up to this byte, and publish if that is the file's end."""
     offset = shelf.resume_at(file.digest)
     if offset == file.length:
         shelf.publish(file)
         return
     if offset > file.length:
         offset = 0
-    headers = {"Range": f"bytes={offset}-", "If-Range": etag} if offset else {}
+    if offset < end:
+        offset = _fetch_range(call, file, shelf, offset=offset, end=end)
+    if offset < end:
+        shelf.append(file.digest, b"", offset=0)
+        raise TransferCorrupt(f"the hub at {call.peer} has {offset} bytes of {file.path}, {file.length} are signed")
+    if end == file.length:
+        shelf.publish(file)
+
+
+def _fetch_range(call: _Call, file: FileRef, shelf: Shelf, *, offset: int, end: int) -> int:
+    """Fetch from here to there onto the shelf; returns how far that came."""
+    path, is_part = f"/v1/blobs/{file.digest}", end < file.length
+    headers = {"Range": f"bytes={offset}-{end - 1 if is_part else ''}"} if offset or is_part else {}
+    if offset:
+        headers["If-Range"] = f'"{file.digest}"'
     response = call.get(path, headers)
     if response.status == 416:
-        response.read()
+        response.read(MAX_ANSWER_BYTES)
         offset = 0
         response = call.get(path, {})
     call.expect(response, 200, 206)
     if response.status == 200:
-        offset = 0
-    elif not _continues(response, offset=offset, length=file.length):
+        offset, sent = 0, file.length
+    elif _continues(response, offset=offset, end=end, length=file.length):
+        sent = end
+    else:
         raise TransferCorrupt(f"the hub at {call.peer} sent another range of {file.path} than was asked for")
-    for chunk in call.chunks(response, limit=file.length - offset):
-        shelf.append(file.digest, chunk, offset=offset)
-        offset += len(chunk)
-    if offset < file.length:
-        shelf.append(file.digest, b"", offset=0)
-        raise TransferCorrupt(f"the hub at {call.peer} has {offset} bytes of {file.path}, {file.length} are signed")
-    shelf.publish(file)
+    for chunk in call.chunks(response, limit=sent - offset):
+        shelf.append(file.digest, chunk[: end - offset], offset=offset)
+        offset = min(end, offset + len(chunk))
+        if offset == end < sent:
+            break  # a server without ranges sends all of it; the rest was not allowed
+    return offset
 
 
-def _continues(response: http.client.HTTPResponse, *, offset: int, length: int) -> bool:
-    return response.getheader("Content-Range", "").replace(" ", "") == f"bytes{offset}-{length - 1}/{length}"
+def _continues(response: http.client.HTTPResponse, *, offset: int, end: int, length: int) -> bool:
+    return response.getheader("Content-Range", "").replace(" ", "") == f"bytes{offset}-{end - 1}/{length}"
 
 
 def _guarded(work: Callable[[_Call], T], call: _Call) -> T:

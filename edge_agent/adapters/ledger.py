@@ -6,20 +6,26 @@ Not here: what the states mean, and the thread and transaction behind every call
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from edge_agent.adapters.database import Connection, Database
+from edge_agent.adapters.database import FLOORS_KEY, LOST, Connection, Database, forget_floors
+from edge_agent.core.spending import Spending
 from shared.errors import StorageError
 from shared.release import Floors, VerifiedAssignment
 
-_FLOORS: Final = "floors"
 _VERIFIED: Final = "verified"
 _BOOT: Final = "boot"
+_SPENDING: Final = "spending"
 
-_S = TypeVar("_S", Floors, VerifiedAssignment, int)
+logger = logging.getLogger(__name__)
+
+_S = TypeVar("_S", Floors, VerifiedAssignment, Spending, int)
 
 
 class SqliteLedger:
@@ -46,17 +52,26 @@ class SqliteLedger:
 
         return await self._database.write(work)
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Save one slot's state, replacing the one before."""
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Save the states of these slots, replacing those before, in one transaction: all of them or none."""
+        rows = list(states.items())
 
         def work(connection: Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO slots (family, state) VALUES (?, ?)", (family, state))
+            connection.executemany("INSERT OR REPLACE INTO slots (family, state) VALUES (?, ?)", rows)
 
         await self._database.write(work)
 
     async def load_floors(self) -> Floors:
-        """The floors; zeros on the first start."""
-        return await self._database.write(lambda connection: _get(connection, _FLOORS, Floors) or Floors())
+        """The floors; zeros on the first start. Raises StorageError `storage.floors_lost` when there were some once."""
+        return await self._database.write(_floors)
+
+    async def lose_floors(self) -> None:
+        """Mark the floors as lost: this ledger is new, and the device had another one before."""
+        await self._database.write(
+            lambda connection: connection.execute(
+                "INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, LOST)
+            )
+        )
 
     async def raise_floors(self, floors: Floors) -> Floors:
         """Raise each floor to the higher of saved and given, in one transaction; roles not given are dropped."""
@@ -66,14 +81,22 @@ class SqliteLedger:
         """Save what the hub attested, in place of what it attested before."""
 
         def work(connection: Connection) -> None:
-            saved = _get(connection, _FLOORS, Floors) or Floors()
-            _set(connection, _FLOORS, replace(saved, attested_ms=time_ms))
+            saved = _get(connection, FLOORS_KEY, Floors) or Floors()
+            _set(connection, FLOORS_KEY, replace(saved, attested_ms=time_ms))
 
         await self._database.write(work)
 
     async def load_verified(self) -> VerifiedAssignment | None:
-        """The newest assignment that was accepted."""
-        return await self._database.write(lambda connection: _get(connection, _VERIFIED, VerifiedAssignment))
+        """The newest assignment that was accepted; None too for one that cannot be read: the hub sends it again."""
+
+        def work(connection: Connection) -> VerifiedAssignment | None:
+            try:
+                return _get(connection, _VERIFIED, VerifiedAssignment)
+            except StorageError as error:
+                logger.error("the accepted assignment is damaged", extra={"why": error.message})
+                return None
+
+        return await self._database.write(work)
 
     async def save_verified(self, verified: VerifiedAssignment) -> None:
         """Save the accepted assignment and raise the floors to its floors, in one transaction."""
@@ -83,6 +106,14 @@ class SqliteLedger:
             _raise(connection, verified.floors)
 
         await self._database.write(work)
+
+    async def load_spending(self) -> Spending:
+        """What was fetched, as saved; an empty record on the first start."""
+        return await self._database.write(lambda connection: _get(connection, _SPENDING, Spending) or Spending())
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Save it, replacing the one before."""
+        await self._database.write(lambda connection: _set(connection, _SPENDING, spending))
 
 
 def merged_floors(saved: Floors, given: Floors) -> Floors:
@@ -100,9 +131,37 @@ def merged_floors(saved: Floors, given: Floors) -> Floors:
 
 
 def _raise(connection: Connection, floors: Floors) -> Floors:
-    merged = merged_floors(_get(connection, _FLOORS, Floors) or Floors(), floors)
-    _set(connection, _FLOORS, merged)
+    merged = merged_floors(_floors(connection), floors)
+    _set(connection, FLOORS_KEY, merged)
     return merged
+
+
+def _floors(connection: Connection) -> Floors:
+    try:
+        return _get(connection, FLOORS_KEY, Floors) or Floors()
+    except StorageError as error:
+        raise StorageError(
+            "the trust floors of this device are lost: what it accepted before is not known any more",
+            code="storage.floors_lost",
+            hint="what is installed runs on; to install again, enrol the device anew: outrider-agent enroll --force",
+        ) from error
+
+
+def forget_lost_floors(path: Path) -> None:
+    """Let lost floors begin at zero, because a person enrols the device anew; floors that can be read stay.
+
+    Raises:
+        StorageError: the file cannot be read or written.
+    """
+    forget_floors(path, when=_is_lost)
+
+
+def _is_lost(data: bytes) -> bool:
+    try:
+        msgspec.msgpack.decode(data, type=Floors)
+    except (msgspec.MsgspecError, RecursionError):
+        return True
+    return False
 
 
 def _get(connection: Connection, key: str, kind: type[_S]) -> _S | None:
@@ -119,5 +178,5 @@ def _get(connection: Connection, key: str, kind: type[_S]) -> _S | None:
         ) from error
 
 
-def _set(connection: Connection, key: str, value: Floors | VerifiedAssignment | int) -> None:
+def _set(connection: Connection, key: str, value: Floors | VerifiedAssignment | Spending | int) -> None:
     connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, msgspec.msgpack.encode(value)))

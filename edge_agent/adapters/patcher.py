@@ -37,7 +37,7 @@ _REAP_S: Final = 5.0
 _HINT: Final = "the whole file is fetched instead"
 
 
-class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What the child says (edge_agent/patcher.py, Outcome)."""
 
     code: str = ""
@@ -90,7 +90,7 @@ class LivePatcher:
             "patch applied", extra={"digest": result.digest, "bytes": patch.length, "peak_bytes": outcome.peak_bytes}
         )
 
-    async def _run(self, patch: Patch, *, base: FileRef, result: FileRef) -> _Outcome:
+    async def _run(self, patch: Patch, *, base: FileRef, result: FileRef) -> Outcome:
         file = FileRef(path=f"patch {patch.digest[:12]}", length=patch.length, digest=patch.digest)
         with contextlib.ExitStack() as opened:
             try:
@@ -107,7 +107,7 @@ class LivePatcher:
                 raise _failed(error.message, "source") from error
             return await self._attend(_order(patch, base, result), descriptors)
 
-    async def _attend(self, order: bytes, descriptors: list[int]) -> _Outcome:
+    async def _attend(self, order: bytes, descriptors: list[int]) -> Outcome:
         # Started from the loop's own thread: the parent-death signal is bound to the thread that starts the child.
         process, said_at = self._start(order, descriptors)
         with _closing(said_at):
@@ -120,7 +120,7 @@ class LivePatcher:
                 process.kill()
                 status = await asyncio.to_thread(_wait, process)
         try:
-            return msgspec.json.decode(said, type=_Outcome)
+            return msgspec.json.decode(said, type=Outcome)
         except msgspec.MsgspecError as error:
             raise _failed(f"the patcher ended without a word (exit status {status})", "lost") from error
 
@@ -160,7 +160,7 @@ def _order(patch: Patch, base: FileRef, result: FileRef) -> bytes:
     return msgspec.json.encode({"terms": terms, "patch_length": patch.length})
 
 
-def _check(outcome: _Outcome) -> None:
+def _check(outcome: Outcome) -> None:
     if not outcome.code:
         return
     kind, _, number = outcome.code.partition(".")

@@ -29,6 +29,7 @@ from shared.limits import MIB
 from shared.model import FileRef
 
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW
+_UNKNOWN_BYTES: Final = 2**62
 
 
 class FileShelf:
@@ -82,6 +83,7 @@ class FileShelf:
                 _verify(fd, file)
                 os.fchmod(fd, 0o444)
                 part.rename(path)
+                _require_same(fd, path, file)
                 _sync_directory(self._root)
         except TransferCorrupt:
             part.unlink(missing_ok=True)
@@ -126,6 +128,12 @@ class FileShelf:
                 freed += info.st_size
         return freed
 
+    def free_bytes(self) -> int:
+        """What the file system has left for this user; without end where it does not say (some FUSE ones)."""
+        with _translated(self._root):
+            state = os.statvfs(self._root)
+        return state.f_bavail * state.f_frsize if state.f_blocks else _UNKNOWN_BYTES
+
     def _path(self, digest: Digest) -> Path:
         return self._root / parse_digest(digest)
 
@@ -145,6 +153,14 @@ def _verify(fd: int, file: FileRef) -> None:
         offset += len(chunk)
     if digest.hexdigest() != file.digest:
         raise TransferCorrupt(f"{file.path} has SHA-256 {digest.hexdigest()}, {file.digest} is signed")
+
+
+def _require_same(fd: int, path: Path, file: FileRef) -> None:
+    """What has the name now must be what was hashed; raises TransferCorrupt, with the name taken away again."""
+    hashed, named = os.fstat(fd), path.lstat()
+    if (hashed.st_dev, hashed.st_ino) != (named.st_dev, named.st_ino):
+        path.unlink(missing_ok=True)
+        raise TransferCorrupt(f"{file.path} was exchanged while it was verified")
 
 
 def _sync_directory(path: Path) -> None:

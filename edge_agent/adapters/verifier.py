@@ -120,6 +120,10 @@ class PassingShelf:
         self._data.clear()
         return freed
 
+    def free_bytes(self) -> int:
+        """As much as the file may have."""
+        return self._file.length
+
 
 class LiveVerifier:
     """`Verifier`: one child process for each verification, one verification at a time."""

@@ -12,6 +12,7 @@ from edge_agent.commands.exits import Exit
 from edge_agent.config import LoadedConfig
 from edge_agent.core.trusted_time import WRONG_CLOCK_MS
 from shared.inference import AgentState, ModelState
+from shared.limits import MIB
 
 
 def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
                 ("queue", waiting),
                 ("assignment", _assignment(state)),
                 ("time", time_words(state)),
+                ("updates", updates_line(state.updates)),
                 ("requests", f"{state.answered} answered, {state.refused} refused"),
             ]
         )
@@ -80,6 +82,21 @@ def model_document(model: ModelState) -> dict[str, object]:
     return {name: msgspec.to_builtins(getattr(model, name)) for name in model.__struct_fields__}
 
 
+def updates_line(updates: dict[str, int]) -> str:
+    """What was fetched in a day and what may still be: `2.0 MiB in 24 h, 8.0 of 10.0 MiB left; 3 patches, 1 failed`."""
+    line = f"{_mib(updates.get('day_bytes', 0))} MiB fetched in 24 h"
+    if "daily_bytes" in updates:
+        line += f", {_mib(updates['left_bytes'])} of {_mib(updates['daily_bytes'])} MiB left"
+    patched, failed = updates.get("patched", 0), updates.get("patch_failed", 0)
+    if patched or failed:
+        line += f"; {patched} files patched ({_mib(updates['saved_bytes'])} MiB saved), {failed} patches failed"
+    return line
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:.1f}"
+
+
 def models_table(models: tuple[ModelState, ...]) -> str:
     """Models as a table."""
     rows = [
@@ -90,11 +107,14 @@ def models_table(models: tuple[ModelState, ...]) -> str:
             model.variant or "-",
             model.digest[:12] or "-",
             model.candidate or "-",
+            ", ".join(model.together) or "-",
             f"{model.error_code}: {model.error}" if model.error_code else "",
         )
         for model in models
     ]
-    return screen.table(("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "LAST ERROR"), rows)
+    return screen.table(
+        ("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "TOGETHER WITH", "LAST ERROR"), rows
+    )
 
 
 def duration(ms: int) -> str:

@@ -37,6 +37,7 @@ def model_state(slot: Slot, route: str | None) -> ModelState:
             candidate=_candidate(slot),
             error_code=slot.error_code,
             error=slot.error,
+            together=_together(slot),
         )
     return ModelState(
         family=slot.family,
@@ -49,6 +50,7 @@ def model_state(slot: Slot, route: str | None) -> ModelState:
         error=slot.error,
         signature=release.manifest.signature,
         labels=release.manifest.labels,
+        together=_together(slot),
     )
 
 
@@ -56,6 +58,12 @@ def _answering(slot: Slot, route: str | None) -> Installed | None:
     """The release that the route names, if the slot knows it."""
     known = (slot.candidate, slot.active)
     return next((release for release in known if release is not None and release.key == route), None)
+
+
+def _together(slot: Slot) -> tuple[str, ...]:
+    """The other families of the set that is on its way, else of the one that was committed."""
+    families = [member.family for member in slot.together] or slot.changed_with
+    return tuple(sorted(family for family in families if family != slot.family))
 
 
 def _candidate(slot: Slot) -> str:

@@ -1,6 +1,7 @@
 """The slot machine's steps: one function for each event, `(state, event) -> Decision`.
 
 The rules are those of edge_agent/core/slots.py, which holds the table that says in which phase each step is taken.
+What steps have in common is in slot_moves.py.
 """
 
 from __future__ import annotations
@@ -9,23 +10,43 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from edge_agent.core.backoff import drawn_ms
+from edge_agent.core.slot_moves import (
+    Step,
+    abandon,
+    ask_for_room,
+    await_others,
+    blame,
+    candidate_of,
+    commit,
+    ended,
+    enter,
+    fetch_of,
+    give_up,
+    leave,
+    note,
+    on_trial,
+    serve,
+    uncommit,
+    without_candidate,
+    without_error,
+)
 from edge_agent.core.slot_values import (
     CRASH_LOOP,
     EXTENSION_MS,
-    MAX_ERROR_CHARS,
     MAX_EXTENSIONS,
     MAX_FETCH_DELAY_MS,
     MAX_LOADS,
-    MAX_QUARANTINED,
+    MAX_REFETCHES,
     MAX_RESTART_DELAY_MS,
     MAX_ROLLBACK_STARTS,
     MAX_TRANSITIONS,
+    MIN_FETCH_DELAY_MS,
     AnswerBad,
     AnswerGood,
     CancelWork,
     CollectGarbage,
     Effect,
-    Fetch,
     FetchDue,
     FetchFailed,
     FilesBad,
@@ -34,13 +55,13 @@ from edge_agent.core.slot_values import (
     HostFailed,
     HostReady,
     Installed,
+    Member,
     Note,
     Offered,
     OperatorRollback,
     Phase,
     ProbationTimedOut,
     Probe,
-    RequestWarmUp,
     RestartDue,
     Restarted,
     Slot,
@@ -57,12 +78,11 @@ from edge_agent.core.slot_values import (
     Withdrawn,
     backoff_ms,
 )
-from shared.ids import Digest
 from shared.machine import Decision
 
-Step = Decision[Slot, Effect]
-
 CRASH_LOOP_CODE: Final = "model.crash_loop"
+DAMAGED_CODE: Final = "storage.damaged"
+_FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
 # Offers
@@ -75,25 +95,40 @@ def offered(state: Slot, event: Offered) -> Step:
         manifest_digest=event.model.manifest_digest,
         variant=event.variant,
         assignment_version=event.assignment_version,
+        patches=event.patches,
     )
     known = [release for release in (state.active, state.candidate) if release is not None]
     if any(release.assignment_version > offer.assignment_version for release in known):
-        return Decision(state, (_note("release.stale", offer),))
+        return Decision(state, (note("release.stale", offer),))
     if event.force and offer.manifest_digest in state.quarantine:
         rest = tuple(digest for digest in state.quarantine if digest != offer.manifest_digest)
         state = replace(state, quarantine=rest, refused=0)
-    if offer.manifest_digest in state.quarantine:
-        return _refused(state, offer)
     candidate, active = state.candidate, state.active
+    if offer.manifest_digest in state.quarantine:
+        return _refused(state, offer, "release.quarantined", "this release failed here before")
+    if event.refusal_code and (active is None or active.key != offer.key):
+        return _refused(state, offer, event.refusal_code, event.refusal)
     if candidate is not None and candidate.key == offer.key and state.phase is not Phase.ROLLING_BACK:
-        return _named_again(state, candidate=replace(candidate, assignment_version=offer.assignment_version))
+        named = replace(candidate, assignment_version=offer.assignment_version, patches=offer.patches)
+        if event.together != state.together:
+            return _set_changed(replace(state, candidate=named), event.together)
+        return _named_again(state, candidate=named)
     if active is not None and active.key == offer.key:
         again = replace(active, assignment_version=offer.assignment_version)
         if candidate is None or state.phase is Phase.ROLLING_BACK:
             return _named_again(state, active=again)
-        after = replace(_without_candidate(state), active=again)
-        return Decision(after, (_note("release.superseded", candidate), *_leave(state), CollectGarbage()))
-    return _begin(state, offer)
+        after = replace(without_candidate(state), active=again)
+        return Decision(after, (note("release.superseded", candidate), *leave(state), CollectGarbage()))
+    return _begin(state, offer, together=event.together)
+
+
+def _set_changed(state: Slot, together: tuple[Member, ...]) -> Step:
+    """The candidate is to change with others than before: what was tried without them counts for nothing."""
+    after = replace(state, together=together, is_gathered=False)
+    if state.phase in (Phase.FETCHING, Phase.VERIFYING):
+        return Decision(after)
+    after = replace(after, phase=Phase.STAGED, tries=0, trial=Trial())
+    return Decision(after, (*leave(state), *ask_for_room(after)))
 
 
 def _named_again(state: Slot, *, active: Installed | None = None, candidate: Installed | None = None) -> Step:
@@ -102,32 +137,36 @@ def _named_again(state: Slot, *, active: Installed | None = None, candidate: Ins
     return Decision(state if after == state else after)
 
 
-def _refused(state: Slot, offer: Installed) -> Step:
+def _refused(state: Slot, offer: Installed, code: str, why: str) -> Step:
+    """Not taken in: said once for each assignment."""
     if state.refused >= offer.assignment_version:
         return Decision(state)
-    note = _note("release.refused", offer, code="release.quarantined", message=state.error)
     after = replace(state, refused=offer.assignment_version)
-    if not state.error_code or state.failed != offer.manifest_digest:
-        after = _blame(after, offer, "release.quarantined", "this release failed here before")
-    return Decision(after, (note,))
+    # Why it failed is kept where that is known already: the refusal only follows from it.
+    if code not in _FOLLOWS or not state.error_code or state.failed != offer.manifest_digest:
+        after = blame(after, offer, code, why)
+    return Decision(after, (note("release.refused", offer, code=code, message=after.error),))
 
 
-def _begin(state: Slot, offer: Installed) -> Step:
+def _begin(state: Slot, offer: Installed, *, together: tuple[Member, ...] = ()) -> Step:
     after = replace(
         state,
         phase=Phase.FETCHING,
         candidate=offer,
+        together=together,
+        is_gathered=False,
         tries=0,
         fetch_tries=0,
+        refetches=0,
         transitions=1,
         trial=Trial(),
     )
     leaving: tuple[Effect, ...] = ()
     if state.phase is Phase.ROLLING_BACK:
-        leaving = (_ended("release.rolled_back", state),)
+        leaving = (ended("release.rolled_back", state),)
     elif state.candidate is not None:
-        leaving = (_note("release.superseded", state.candidate), *_leave(state))
-    return Decision(after, (*leaving, Fetch(offer.key, offer.files)))
+        leaving = (note("release.superseded", state.candidate), *leave(state))
+    return Decision(after, (*leaving, fetch_of(offer)))
 
 
 def withdrawn(state: Slot, _: Withdrawn) -> Step:
@@ -137,9 +176,9 @@ def withdrawn(state: Slot, _: Withdrawn) -> Step:
     effects: list[Effect] = []
     for release in (state.active, state.candidate):
         if release is not None:
-            effects += [_note("release.withdrawn", release), CancelWork(release.key), StopHost(release.key)]
-    after = replace(_without_candidate(state), phase=Phase.IDLE, active=None, previous=None)
-    after = _without_error(after)
+            effects += [note("release.withdrawn", release), CancelWork(release.key), StopHost(release.key)]
+    after = replace(without_candidate(state), phase=Phase.IDLE, active=None, previous=None, changed_with=())
+    after = without_error(after)
     stops = tuple(StopTimer(timer) for timer in Timer)
     return Decision(after, (SwitchTo(None), *effects, *stops, CollectGarbage()))
 
@@ -149,39 +188,41 @@ def withdrawn(state: Slot, _: Withdrawn) -> Step:
 
 def files_here(state: Slot, event: FilesHere) -> Step:
     """The files are on the shelf: verify them."""
-    candidate = _candidate(state)
+    candidate = candidate_of(state)
     if event.key != candidate.key:
         return Decision(state)
-    after = _enter(state, Phase.VERIFYING)
+    after = enter(state, Phase.VERIFYING)
     return Decision(after, (StopTimer(Timer.FETCH), VerifyFiles(candidate.key, candidate.files)))
 
 
 def fetch_failed(state: Slot, event: FetchFailed) -> Step:
     """Wait and try again, or end the attempt without blaming the release."""
-    if event.key != _candidate(state).key:
+    if event.key != candidate_of(state).key:
         return Decision(state)
     if not event.retry:
-        return _abandon(state, event.code, event.message, quarantine=state.quarantine)
+        return abandon(state, event.code, event.message, quarantine=state.quarantine)
     tries = state.fetch_tries + 1
-    after = _blame(replace(state, fetch_tries=tries), _candidate(state), event.code, event.message)
-    return Decision(after, (StartTimer(Timer.FETCH, backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS)),))
+    after = blame(replace(state, fetch_tries=tries), candidate_of(state), event.code, event.message)
+    window_ms = backoff_ms(tries, most_ms=MAX_FETCH_DELAY_MS)
+    delay_ms = drawn_ms(window_ms, jitter=event.jitter, shortest_ms=MIN_FETCH_DELAY_MS)
+    return Decision(after, (StartTimer(Timer.FETCH, delay_ms),))
 
 
 def fetch_due(state: Slot, _: FetchDue) -> Step:
     """Fetch again; what is on the shelf already is not fetched twice."""
-    candidate = _candidate(state)
-    return Decision(state, (StopTimer(Timer.FETCH), Fetch(candidate.key, candidate.files)))
+    return Decision(state, (StopTimer(Timer.FETCH), fetch_of(candidate_of(state))))
 
 
 def files_verified(state: Slot, event: FilesVerified) -> Step:
     """Staged: ask for room."""
-    if event.key != _candidate(state).key:
+    if event.key != candidate_of(state).key:
         return Decision(state)
-    return Decision(_enter(state, Phase.STAGED), (RequestWarmUp(event.key),))
+    after = enter(state, Phase.STAGED)
+    return Decision(after, ask_for_room(after))
 
 
 def files_bad(state: Slot, event: FilesBad) -> Step:
-    """A file is not what was signed: the release's fault at verification, the disk's later."""
+    """The disk changed a file that was right when it was published: brought in anew, so often; no release is blamed."""
     candidate = state.candidate
     if state.active is not None and event.key == state.active.key:
         if event.retry:
@@ -190,24 +231,23 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
     if candidate is None or event.key != candidate.key:
         return Decision(state)
     if event.retry and state.phase in (Phase.VERIFYING, Phase.WARMUP):
-        return _abandon(state, event.code, event.message, quarantine=state.quarantine)
-    if state.phase is Phase.VERIFYING or (state.phase is Phase.WARMUP and state.transitions >= MAX_TRANSITIONS):
-        return _give_up(state, event.code, event.message)
-    if state.phase is Phase.WARMUP:
-        # They were verified a moment ago: the disk has changed them, which is no fault of the release.
-        after = replace(_enter(state, Phase.FETCHING), fetch_tries=0)
-        return Decision(after, (*_leave(state), Fetch(candidate.key, candidate.files)))
-    return Decision(state)
+        return abandon(state, event.code, event.message, quarantine=state.quarantine)
+    if state.phase not in (Phase.VERIFYING, Phase.WARMUP):
+        return Decision(state)
+    if state.refetches >= MAX_REFETCHES or state.transitions >= MAX_TRANSITIONS:
+        return abandon(state, DAMAGED_CODE, event.message, quarantine=state.quarantine)
+    after = replace(enter(state, Phase.FETCHING), fetch_tries=0, refetches=state.refetches + 1)
+    return Decision(after, (*leave(state), fetch_of(candidate)))
 
 
 def _active_damaged(state: Slot, damaged: Installed) -> Step:
     """The disk has lost the active release's files: it is no longer installed, so it is brought in anew."""
-    after = replace(state, active=state.previous, previous=None, crashes=0)
+    after = replace(state, active=state.previous, previous=None, changed_with=(), crashes=0)
     effects: tuple[Effect, ...] = (
-        _note("release.damaged", damaged),
+        note("release.damaged", damaged),
         StopTimer(Timer.RESTART),
         StopHost(damaged.key),
-        *(() if state.phase is Phase.PROBATION else _serve(after)),
+        *(() if state.phase is Phase.PROBATION else serve(after)),
     )
     if state.phase not in (Phase.COMMITTED, Phase.ROLLING_BACK):
         return Decision(after, effects)
@@ -220,18 +260,18 @@ def _active_damaged(state: Slot, damaged: Installed) -> Step:
 
 def warm_up_allowed(state: Slot, event: WarmUpAllowed) -> Step:
     """Load the candidate, counted before it happens."""
-    candidate = _candidate(state)
-    if event.key != candidate.key:
+    candidate = candidate_of(state)
+    if event.key != candidate.key or (state.together and not state.is_gathered):
         return Decision(state)
     if state.tries >= MAX_LOADS or state.transitions >= MAX_TRANSITIONS:
-        return _give_up(state, "release.loads", f"not committed after {state.tries} loads")
-    after = replace(_enter(state, Phase.WARMUP), tries=state.tries + 1)
+        return give_up(state, "release.loads", f"not committed after {state.tries} loads")
+    after = replace(enter(state, Phase.WARMUP), tries=state.tries + 1)
     return Decision(after, (StopTimer(Timer.WARM_UP), StartHost(candidate)))
 
 
 def warm_up_due(state: Slot, _: WarmUpDue) -> Step:
     """Ask for room again."""
-    return Decision(state, (RequestWarmUp(_candidate(state).key),))
+    return Decision(state, ask_for_room(state))
 
 
 def host_ready(state: Slot, event: HostReady) -> Step:
@@ -239,21 +279,12 @@ def host_ready(state: Slot, event: HostReady) -> Step:
     active, candidate = state.active, state.candidate
     if candidate is not None and event.key == candidate.key:
         if state.phase is Phase.WARMUP:
-            return _on_trial(state, candidate)
-        if state.phase is Phase.PROBATION:
+            return await_others(state) if state.together else on_trial(state)
+        if state.phase in (Phase.READY, Phase.PROBATION):
             return Decision(state)
     if active is not None and event.key == active.key and state.phase is not Phase.PROBATION:
         return _rolled_back(state) if state.phase is Phase.ROLLING_BACK else Decision(state)
     return Decision(state, (StopHost(event.key),))
-
-
-def _on_trial(state: Slot, candidate: Installed) -> Step:
-    trial = replace(state.trial, good=0, extensions=0, started=state.trial.started + 1)
-    effects: list[Effect] = [SwitchTo(candidate.key), StopTimer(Timer.RESTART)]
-    if state.active is not None:
-        effects.append(StopHost(state.active.key))
-    effects += [StartTimer(Timer.PROBATION, state.probation.duration_ms), _note("release.started", candidate)]
-    return Decision(replace(_enter(state, Phase.PROBATION), trial=trial, crashes=0), tuple(effects))
 
 
 def host_failed(state: Slot, event: HostFailed) -> Step:
@@ -262,6 +293,8 @@ def host_failed(state: Slot, event: HostFailed) -> Step:
     if candidate is not None and event.key == candidate.key:
         if state.phase is Phase.WARMUP:
             return _warm_up_failed(state, event)
+        if state.phase is Phase.READY:
+            return _warm_up_failed(replace(state, tries=state.tries + 1), event)
         if state.phase is Phase.PROBATION:
             return _lost_on_trial(state, event)
     if active is not None and event.key == active.key and state.phase is not Phase.PROBATION:
@@ -271,19 +304,19 @@ def host_failed(state: Slot, event: HostFailed) -> Step:
 
 def _warm_up_failed(state: Slot, event: HostFailed) -> Step:
     if not event.retry or state.tries >= MAX_LOADS:
-        return _give_up(state, event.code, event.message)
-    after = _blame(_enter(state, Phase.STAGED), _candidate(state), event.code, event.message)
+        return give_up(state, event.code, event.message)
+    after = blame(enter(state, Phase.STAGED), candidate_of(state), event.code, event.message)
     delay_ms = backoff_ms(state.tries, most_ms=MAX_RESTART_DELAY_MS)
-    return Decision(after, (StopHost(event.key), StartTimer(Timer.WARM_UP, delay_ms)))
+    return Decision(after, (StopHost(event.key), StopTimer(Timer.WAIT), StartTimer(Timer.WARM_UP, delay_ms)))
 
 
 def _lost_on_trial(state: Slot, event: HostFailed) -> Step:
     failed = state.trial.failed + 1
     if failed >= max(1, state.probation.max_failures) or state.tries >= MAX_LOADS:
-        return _give_up(state, event.code, event.message)
-    after = replace(_enter(state, Phase.STAGED), trial=replace(state.trial, failed=failed, good=0))
-    after = _blame(after, _candidate(state), event.code, event.message)
-    return Decision(after, (*_leave(state), RequestWarmUp(event.key)))
+        return give_up(state, event.code, event.message)
+    after = replace(enter(state, Phase.STAGED), trial=replace(state.trial, failed=failed, good=0))
+    after = blame(after, candidate_of(state), event.code, event.message)
+    return Decision(after, (*leave(state), *ask_for_room(after)))
 
 
 def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
@@ -293,9 +326,9 @@ def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
     effects: list[Effect] = []
     if crashes in (1, CRASH_LOOP):
         name = "host.lost" if crashes == 1 else "host.crash_loop"
-        effects.append(_note(name, active, code=event.code, message=event.message))
+        effects.append(note(name, active, code=event.code, message=event.message))
     if crashes >= CRASH_LOOP and state.candidate is None:
-        after = _blame(after, active, CRASH_LOOP_CODE, event.message)
+        after = blame(after, active, CRASH_LOOP_CODE, event.message)
     if crashes == 1:
         effects.append(StartHost(active))
     else:
@@ -318,104 +351,56 @@ def restart_due(state: Slot, _: RestartDue) -> Step:
 def answer_good(state: Slot, event: AnswerGood) -> Step:
     """Counts for the candidate on trial; ends the counting of crashes for the active release."""
     if state.phase is Phase.PROBATION:
-        if event.key != _candidate(state).key or state.trial.good >= state.probation.good_answers:
+        if event.key != candidate_of(state).key or state.trial.good >= state.probation.good_answers:
             return Decision(state)
         return Decision(replace(state, trial=replace(state.trial, good=state.trial.good + 1)))
     if state.crashes == 0 or state.active is None or event.key != state.active.key:
         return Decision(state)
     after = replace(state, crashes=0)
     if state.error_code == CRASH_LOOP_CODE:
-        after = _without_error(after)
+        after = without_error(after)
     return Decision(after)
 
 
 def answer_bad(state: Slot, event: AnswerBad) -> Step:
     """Counts against the candidate on trial."""
-    if event.key != _candidate(state).key:
+    if event.key != candidate_of(state).key:
         return Decision(state)
     failed = state.trial.failed + 1
     if failed >= max(1, state.probation.max_failures):
-        return _give_up(state, event.code, event.message)
+        return give_up(state, event.code, event.message)
     return Decision(replace(state, trial=replace(state.trial, failed=failed)))
 
 
 def probation_timed_out(state: Slot, _: ProbationTimedOut) -> Step:
-    """Commit, or ask for the answers that are missing."""
+    """Commit, or wait for the other members of the set, or ask for the answers that are missing."""
     missing = state.probation.good_answers - state.trial.good
+    if missing <= 0 and state.together:
+        return Decision(replace(state, trial=replace(state.trial, passed=True)))
     if missing <= 0:
-        return _commit(state)
+        return commit(state)
     if state.trial.extensions >= MAX_EXTENSIONS:
-        return _give_up(
-            state, "release.silent", f"{missing} good answers short after {MAX_EXTENSIONS} rounds of probes"
-        )
+        return give_up(state, "release.silent", f"{missing} good answers short after {MAX_EXTENSIONS} rounds of probes")
     after = replace(state, trial=replace(state.trial, extensions=state.trial.extensions + 1))
-    return Decision(after, (Probe(_candidate(state).key, missing), StartTimer(Timer.PROBATION, EXTENSION_MS)))
-
-
-def _commit(state: Slot) -> Step:
-    new = _candidate(state)
-    before = state.active or state.previous
-    if before is not None and (
-        before.manifest.release_counter < new.manifest.min_release_counter or before.key == new.key
-    ):
-        before = None
-    after = replace(_without_candidate(state), phase=Phase.COMMITTED, active=new, previous=before, crashes=0)
-    after = _without_error(after)
-    return Decision(after, (StopTimer(Timer.PROBATION), _note("release.committed", new), CollectGarbage()))
-
-
-def _give_up(state: Slot, code: str, message: str) -> Step:
-    """The candidate failed by its own fault: never again on this device, and back to what was before."""
-    candidate, active = _candidate(state), state.active
-    quarantine = (*(d for d in state.quarantine if d != candidate.manifest_digest), candidate.manifest_digest)
-    quarantine = quarantine[-MAX_QUARANTINED:]
-    if state.phase is not Phase.PROBATION or active is None:
-        return _abandon(state, code, message, quarantine=quarantine)
-    after = replace(_enter(state, Phase.ROLLING_BACK), quarantine=quarantine, crashes=0)
-    return Decision(_blame(after, candidate, code, message), _leave(state))
-
-
-def _abandon(state: Slot, code: str, message: str, *, quarantine: tuple[Digest, ...]) -> Step:
-    """The candidate goes and the active release, if there is one, is what serves already."""
-    failed = _blame(replace(state, quarantine=quarantine), _candidate(state), code, message)
-    name = "release.rolled_back" if state.trial.started else "release.failed"
-    return Decision(_without_candidate(failed), (_ended(name, failed), *_leave(state), CollectGarbage()))
+    return Decision(after, (Probe(candidate_of(state).key, missing), StartTimer(Timer.PROBATION, EXTENSION_MS)))
 
 
 def _rolled_back(state: Slot) -> Step:
-    after = replace(_without_candidate(state), crashes=0)
-    return Decision(after, (_ended("release.rolled_back", state), CollectGarbage()))
-
-
-def _blame(state: Slot, release: Installed, code: str, message: str) -> Slot:
-    """Keep why an attempt ended and of which release it was."""
-    return replace(state, error_code=code, error=message[:MAX_ERROR_CHARS], failed=release.manifest_digest)
-
-
-def _without_error(state: Slot) -> Slot:
-    return replace(state, error_code="", error="", failed="")
+    after = replace(without_candidate(state), crashes=0)
+    return Decision(after, (ended("release.rolled_back", state), CollectGarbage()))
 
 
 def operator_rollback(state: Slot, _: OperatorRollback) -> Step:
     """Back to the release before, by hand."""
     code, message = "operator.rollback", "rolled back by the operator of the device"
     if state.phase is not Phase.COMMITTED and state.candidate is not None:
-        return _give_up(state, code, message)
+        return give_up(state, code, message)
     active, previous = state.active, state.previous
     if active is None or previous is None:
         return Decision(
             state, (Note("release.rollback_refused", {"family": state.family, "code": "release.no_previous"}),)
         )
-    leaving = replace(
-        state,
-        phase=Phase.PROBATION,
-        active=previous,
-        previous=None,
-        candidate=active,
-        transitions=0,
-        trial=Trial(started=1),
-    )
-    return _give_up(leaving, code, message)
+    return give_up(uncommit(state, active, previous), code, message)
 
 
 # Starting again
@@ -424,62 +409,20 @@ def operator_rollback(state: Slot, _: OperatorRollback) -> Step:
 def restarted(state: Slot, event: Restarted) -> Step:
     """Resume: the active release serves, and the candidate goes on from its last safe step."""
     state = replace(state, probation=event.probation, crashes=0)
-    serve = _serve(state) if state.active is not None else ()
+    serving = serve(state) if state.active is not None else ()
     candidate = state.candidate
     if candidate is None or state.phase is Phase.ROLLING_BACK:
-        return Decision(state, serve)
+        return Decision(state, serving)
     if state.phase is Phase.FETCHING:
-        return Decision(replace(state, fetch_tries=0), (*serve, Fetch(candidate.key, candidate.files)))
-    if state.transitions >= MAX_TRANSITIONS:
-        given_up = _give_up(state, "release.loops", f"not committed after {state.transitions} steps")
-        return Decision(given_up.state, (*serve, *given_up.effects))
+        return Decision(replace(state, fetch_tries=0), (*serving, fetch_of(candidate)))
+    # Whoever waits for the others of a set does not run in a circle, however often the device starts meanwhile.
+    waits = state.phase is Phase.STAGED and state.together and not state.is_gathered
+    if state.transitions >= MAX_TRANSITIONS and not waits:
+        given_up = give_up(state, "release.loops", f"not committed after {state.transitions} steps")
+        return Decision(given_up.state, (*serving, *given_up.effects))
     if state.phase is Phase.VERIFYING:
-        return Decision(_enter(state, Phase.VERIFYING), (*serve, VerifyFiles(candidate.key, candidate.files)))
+        return Decision(enter(state, Phase.VERIFYING), (*serving, VerifyFiles(candidate.key, candidate.files)))
     # The golden check belongs to this life: the active release serves until the candidate has passed it again.
-    after = replace(_enter(state, Phase.STAGED), trial=replace(state.trial, good=0, extensions=0))
-    return Decision(after, (*serve, RequestWarmUp(candidate.key)))
-
-
-# Small parts
-
-
-def _candidate(state: Slot) -> Installed:
-    assert state.candidate is not None, f"{state.phase} without a candidate"
-    return state.candidate
-
-
-def _enter(state: Slot, phase: Phase) -> Slot:
-    return replace(state, phase=phase, transitions=state.transitions + 1)
-
-
-def _without_candidate(state: Slot) -> Slot:
-    phase = Phase.COMMITTED if state.active is not None else Phase.IDLE
-    return replace(state, phase=phase, candidate=None, tries=0, fetch_tries=0, transitions=0, trial=Trial())
-
-
-def _serve(state: Slot) -> tuple[Effect, ...]:
-    """Requests go to the active release, or nowhere."""
-    if state.active is None:
-        return (SwitchTo(None),)
-    return SwitchTo(state.active.key), StartHost(state.active)
-
-
-def _leave(state: Slot) -> tuple[Effect, ...]:
-    """Undo whatever may be under way for the candidate; after PROBATION requests go back to the active release."""
-    key = _candidate(state).key
-    back = _serve(state) if state.phase is Phase.PROBATION else ()
-    stops = (StopTimer(Timer.FETCH), StopTimer(Timer.WARM_UP), StopTimer(Timer.PROBATION))
-    return (*back, CancelWork(key), *stops, StopHost(key))
-
-
-def _note(name: str, release: Installed, *, code: str = "", message: str = "") -> Note:
-    manifest = release.manifest
-    detail = {"family": str(manifest.family), "version": str(manifest.version), "variant": release.variant}
-    detail["manifest"] = release.manifest_digest
-    if code:
-        detail |= {"code": code, "message": message[:MAX_ERROR_CHARS]}
-    return Note(name, detail)
-
-
-def _ended(name: str, state: Slot) -> Note:
-    return _note(name, _candidate(state), code=state.error_code, message=state.error)
+    trial = replace(state.trial, good=0, extensions=0, passed=False)
+    after = replace(state if waits else enter(state, Phase.STAGED), is_gathered=False, trial=trial)
+    return Decision(after, (*serving, *ask_for_room(after)))

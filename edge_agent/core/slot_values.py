@@ -20,7 +20,7 @@ from shared.errors import StorageError
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import Probation
-from shared.release import VerifiedModel
+from shared.release import Patch, VerifiedModel
 
 STATE_SCHEMA: Final = 1
 MAX_LOADS: Final = 4
@@ -28,13 +28,20 @@ MAX_LOADS: Final = 4
 MAX_TRANSITIONS: Final = 28
 """Steps a candidate may take in all; what needs more runs in a circle."""
 MAX_QUARANTINED: Final = 64
+MAX_REFETCHES: Final = 2
+"""How often files are brought in anew because the disk changed them before they were loaded."""
 MAX_EXTENSIONS: Final = 10
 """How often probation is prolonged for want of answers before the release is given up."""
 EXTENSION_MS: Final = 2_000
 MAX_ROLLBACK_STARTS: Final = 3
+MAX_GATHERING_MS: Final = 7 * 24 * 3_600_000
+"""How long verified files wait for those of the other members of their set, in one life of the process."""
+MAX_READY_MS: Final = 1_800_000
+"""How long a host that is up waits for those of the other members of its set."""
 CRASH_LOOP: Final = 5
 """Crashes of the active host without a good answer in between from which on the model counts as degraded."""
 FIRST_DELAY_MS: Final = 1_000
+MIN_FETCH_DELAY_MS: Final = 100
 MAX_FETCH_DELAY_MS: Final = 300_000
 MAX_RESTART_DELAY_MS: Final = 60_000
 MAX_ERROR_CHARS: Final = 400
@@ -48,18 +55,20 @@ class Phase(Enum):
     VERIFYING = "verifying"
     STAGED = "staged"
     WARMUP = "warmup"
+    READY = "ready"
     PROBATION = "probation"
     COMMITTED = "committed"
     ROLLING_BACK = "rolling_back"
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified release and the variant of it that this device runs."""
+    """A verified release, the variant of it that this device runs, and shorter ways to its files."""
 
     manifest: Manifest
     manifest_digest: Digest
     variant: str
     assignment_version: int
+    patches: tuple[Patch, ...] = ()
 
     @property
     def key(self) -> str:
@@ -77,6 +86,13 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
         return self.served.file, self.manifest.golden.file
 
 
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the releases that change together: of which family, and the digest of its manifest."""
+
+    family: FamilyName
+    manifest: Digest
+
+
 class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Counters of a probation.
 
@@ -84,12 +100,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         good, failed: answers; `good` stops counting once there are enough.
         started: how often the candidate was switched to.
         extensions: how often the time was prolonged for want of answers.
+        passed: the probation is over and went well; the other members of the set are waited for.
     """
 
     good: int = 0
     failed: int = 0
     started: int = 0
     extensions: int = 0
+    passed: bool = False
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,8 +118,13 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         active: the committed release that serves, or that is gone back to.
         previous: the committed release before it, kept for the operator; None when the signed floor forbids it.
         candidate: the release on its way in; in ROLLING_BACK the one on its way out.
-        tries: loads of the candidate, counted before each.
+        together: every member of the set that the candidate belongs to, itself included; empty when it changes alone.
+        is_gathered: every member of that set had its verified files, in this life of the process.
+        changed_with: the families whose releases were committed in one step with `active`, its own included; empty
+            when it came alone. They are gone back from as one too.
+        tries: loads of the candidate, counted before each; what stood the test and waits is not counted.
         fetch_tries: failed fetches in a row.
+        refetches: how often the disk changed the candidate's files before they were loaded.
         transitions: steps that the candidate took.
         crashes: losses of the active host since its last good answer.
         quarantine: manifest digests that this device will not run again, oldest first.
@@ -116,8 +139,12 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     active: Installed | None = None
     previous: Installed | None = None
     candidate: Installed | None = None
+    together: tuple[Member, ...] = ()
+    is_gathered: bool = False
+    changed_with: tuple[FamilyName, ...] = ()
     tries: int = 0
     fetch_tries: int = 0
+    refetches: int = 0
     transitions: int = 0
     crashes: int = 0
     trial: Trial = Trial()
@@ -134,12 +161,24 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offered(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified assignment names this release. `force` lifts its quarantine."""
+    """A verified assignment names this release.
+
+    Attributes:
+        force: lifts its quarantine.
+        patches: shorter ways to its files.
+        together: the set that it changes with, itself included; empty when it changes alone.
+        refusal_code, refusal: why it is not to be taken in although it may be trusted; empty when nothing stands
+            against it.
+    """
 
     model: VerifiedModel
     variant: str
     assignment_version: int
     force: bool = False
+    patches: tuple[Patch, ...] = ()
+    together: tuple[Member, ...] = ()
+    refusal_code: str = ""
+    refusal: str = ""
 
 
 class Withdrawn(msgspec.Struct, frozen=True):
@@ -153,12 +192,17 @@ class FilesHere(msgspec.Struct, frozen=True):
 
 
 class FetchFailed(msgspec.Struct, frozen=True, kw_only=True):
-    """The fetch ended without the files; `retry` is the error's: whether the same can succeed later."""
+    """The fetch ended without the files.
+
+    `retry` is the error's: whether the same can succeed later. `jitter` is drawn from 0 to 1, so that devices that
+    fail together do not try again together.
+    """
 
     key: str
     code: str
     message: str
     retry: bool
+    jitter: float = 1.0
 
 
 class FetchDue(msgspec.Struct, frozen=True):
@@ -172,7 +216,7 @@ class FilesVerified(msgspec.Struct, frozen=True):
 
 
 class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
-    """The files on the shelf are not what was signed: at verification, or when a host was to be started on them.
+    """The disk changed files that were right when they were published: seen at verification, or at a host's start.
 
     With `retry` it is the disk that refused to show them, and they may be all right.
     """
@@ -240,9 +284,69 @@ class OperatorRollback(msgspec.Struct, frozen=True):
     """Someone at the device wants the release before."""
 
 
+class NoLongerTrusted(msgspec.Struct, frozen=True, kw_only=True):
+    """A release that was accepted does not hold any more: it stops serving, and is not quarantined."""
+
+    key: str
+    code: str
+    message: str
+
+
+# Events of a set (edge_agent/core/sets.py says them; each is ignored where it comes late)
+
+
+class Gathered(msgspec.Struct, frozen=True):
+    """Every member of the candidate's set has its verified files: their hosts may be loaded."""
+
+    key: str
+
+
+class SwitchAllowed(msgspec.Struct, frozen=True):
+    """Every member's host is ready: requests go to the candidate from now on, on trial."""
+
+    key: str
+
+
+class SteppedBack(msgspec.Struct, frozen=True):
+    """Another member on trial has lost its host: the release before serves until all are ready again."""
+
+    key: str
+
+
+class CommitAllowed(msgspec.Struct, frozen=True, kw_only=True):
+    """Every member has passed its probation; `changed` are the families that change in this step."""
+
+    key: str
+    changed: tuple[FamilyName, ...]
+
+
+class SetFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """Another member has failed: the candidate goes, without blame.
+
+    `by_count` says that the other one was given up for the number of its loads, without a failure that was seen.
+    """
+
+    key: str
+    code: str
+    message: str
+    by_count: bool = False
+
+
+class WaitOver(msgspec.Struct, frozen=True):
+    """The other members of the set were waited for long enough."""
+
+
+class SetRolledBack(msgspec.Struct, frozen=True, kw_only=True):
+    """What was committed in one step with `active` is gone back from, so that `active` is too."""
+
+    code: str
+    message: str
+
+
 Event = (
     Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | WarmUpAllowed | WarmUpDue
     | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted | OperatorRollback
+    | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver | SetRolledBack
 )  # fmt: skip
 
 
@@ -256,13 +360,18 @@ class Timer(Enum):
     WARM_UP = "warm_up"
     PROBATION = "probation"
     RESTART = "restart"
+    WAIT = "wait"
 
 
 class Fetch(msgspec.Struct, frozen=True):
-    """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch."""
+    """Bring these files onto the shelf; answered by FilesHere or FetchFailed. Replaces this slot's earlier fetch.
+
+    `patches` are shorter ways to some of them.
+    """
 
     key: str
     files: tuple[FileRef, ...]
+    patches: tuple[Patch, ...] = ()
 
 
 class VerifyFiles(msgspec.Struct, frozen=True):
@@ -357,6 +466,8 @@ def timer_event(timer: Timer) -> Event:
             return ProbationTimedOut()
         case Timer.RESTART:
             return RestartDue()
+        case Timer.WAIT:
+            return WaitOver()
 
 
 def backoff_ms(tries: int, *, most_ms: int) -> int:

@@ -20,16 +20,18 @@ The drawing in docs/slots.md is made from the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from msgspec.structs import replace
 
+from edge_agent.core import set_steps
 from edge_agent.core import slot_steps as steps
-from edge_agent.core.slot_steps import Step
+from edge_agent.core.slot_moves import Step
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
+    CommitAllowed,
     Effect,
     Event,
     FetchDue,
@@ -37,9 +39,11 @@ from edge_agent.core.slot_values import (
     FilesBad,
     FilesHere,
     FilesVerified,
+    Gathered,
     HostFailed,
     HostReady,
     Installed,
+    NoLongerTrusted,
     Offered,
     OperatorRollback,
     Phase,
@@ -47,13 +51,19 @@ from edge_agent.core.slot_values import (
     Report,
     RestartDue,
     Restarted,
+    SetFailed,
+    SetRolledBack,
     Slot,
+    SteppedBack,
+    SwitchAllowed,
+    WaitOver,
     WarmUpAllowed,
     WarmUpDue,
     Withdrawn,
 )
 from shared.ids import Digest, FamilyName
 from shared.machine import Decision, Row, Table
+from shared.model import FileRef
 from shared.profile import Probation
 
 Rows = dict[tuple[Phase, type[Event]], Row[Phase, Slot, Effect]]
@@ -78,15 +88,22 @@ def serving(state: Slot) -> Installed | None:
     return state.candidate if state.phase is Phase.PROBATION else state.active
 
 
-def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
-    """Digests of every file that some slot runs, may go back to, or is bringing in."""
-    return frozenset(
-        file.digest
+def kept_files(states: Iterable[Slot]) -> dict[Digest, FileRef]:
+    """Every file that some slot runs, may go back to, or is bringing in."""
+    return {
+        file.digest: file
         for state in states
         for release in (state.active, state.previous, state.candidate)
         if release is not None
         for file in release.files
-    )
+    }
+
+
+def files_to_keep(states: Iterable[Slot]) -> frozenset[Digest]:
+    """Digests of those files, and of the patches to them that are on their way and what these start from."""
+    states = list(states)
+    patches = [patch for state in states if state.candidate is not None for patch in state.candidate.patches]
+    return frozenset({*kept_files(states), *(patch.base for patch in patches), *(patch.digest for patch in patches)})
 
 
 def counts_answers(state: Slot) -> bool:
@@ -112,13 +129,14 @@ def _shown(state: Slot) -> tuple[object, ...]:
 # The table
 
 _IDLE, _FETCHING, _VERIFYING, _STAGED = Phase.IDLE, Phase.FETCHING, Phase.VERIFYING, Phase.STAGED
-_WARMUP, _PROBATION, _COMMITTED, _BACK = Phase.WARMUP, Phase.PROBATION, Phase.COMMITTED, Phase.ROLLING_BACK
+_WARMUP, _READY, _PROBATION = Phase.WARMUP, Phase.READY, Phase.PROBATION
+_COMMITTED, _BACK = Phase.COMMITTED, Phase.ROLLING_BACK
 _ENDS: Final = (_IDLE, _COMMITTED)
-_ON_THE_WAY: Final = (_FETCHING, _VERIFYING, _STAGED, _WARMUP, _PROBATION)
+_ON_THE_WAY: Final = (_FETCHING, _VERIFYING, _STAGED, _WARMUP, _READY, _PROBATION)
 
 
 def _rows(
-    kind: type[Event], step: Callable[[Slot, Any], Step], leads: dict[Phase, tuple[Phase, ...]], *, stays: str = ""
+    kind: type[Event], step: Callable[[Slot, Any], Step], leads: Mapping[Phase, tuple[Phase, ...]], *, stays: str = ""
 ) -> Rows:
     """The row of one event in every phase: `leads` says where it moves; elsewhere it stays, for the reason given."""
     staying = [phase for phase in Phase if phase not in leads]
@@ -136,6 +154,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         Offered,
         steps.offered,
         {phase: (phase, _FETCHING, _COMMITTED) for phase in _ON_THE_WAY}
+        | {phase: (phase, _FETCHING, _COMMITTED, _STAGED) for phase in (_STAGED, _WARMUP, _READY, _PROBATION)}
         | {_IDLE: (_IDLE, _FETCHING), _COMMITTED: (_COMMITTED, _FETCHING), _BACK: (_BACK, _FETCHING)},
     ),
     _rows(Withdrawn, steps.withdrawn, dict.fromkeys(Phase, (_IDLE,))),
@@ -148,9 +167,10 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         steps.files_bad,
         {
             _FETCHING: (_FETCHING,),
-            _VERIFYING: (_VERIFYING, *_ENDS),
+            _VERIFYING: (_FETCHING, *_ENDS),
             _STAGED: (_STAGED,),
             _WARMUP: (_WARMUP, _FETCHING, *_ENDS),
+            _READY: (_READY,),
             _PROBATION: (_PROBATION,),
             _COMMITTED: (_COMMITTED, _FETCHING),
             _BACK: (_BACK, _FETCHING, _COMMITTED),
@@ -162,7 +182,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
     _rows(
         HostReady,
         steps.host_ready,
-        {phase: (phase,) for phase in Phase} | {_WARMUP: (_WARMUP, _PROBATION), _BACK: (_BACK, _COMMITTED)},
+        {phase: (phase,) for phase in Phase} | {_WARMUP: (_WARMUP, _READY, _PROBATION), _BACK: (_BACK, _COMMITTED)},
     ),
     _rows(
         HostFailed,
@@ -170,6 +190,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         {phase: (phase,) for phase in Phase}
         | {
             _WARMUP: (_WARMUP, _STAGED, *_ENDS),
+            _READY: (_READY, _STAGED, *_ENDS),
             _PROBATION: (_PROBATION, _STAGED, _BACK, _IDLE),
             _BACK: (_BACK, _COMMITTED),
         },
@@ -202,6 +223,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
             _VERIFYING: (_VERIFYING, *_ENDS),
             _STAGED: (_STAGED, *_ENDS),
             _WARMUP: (_STAGED, *_ENDS),
+            _READY: (_STAGED, *_ENDS),
             _PROBATION: (_STAGED, _BACK, _IDLE),
             _COMMITTED: (_COMMITTED,),
             _BACK: (_BACK,),
@@ -213,6 +235,40 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         dict.fromkeys(_ON_THE_WAY, _ENDS)
         | {_PROBATION: (_BACK, _IDLE), _COMMITTED: (_COMMITTED, _BACK), _IDLE: (_IDLE,)},
         stays="a rollback is under way",
+    ),
+    _rows(
+        NoLongerTrusted,
+        set_steps.no_longer_trusted,
+        {phase: (phase, *_ENDS) for phase in _ON_THE_WAY}
+        | {_PROBATION: (_PROBATION, _BACK, _IDLE), _COMMITTED: (_COMMITTED, _BACK, _IDLE), _BACK: (_BACK, _IDLE)},
+        stays="nothing is installed",
+    ),
+    _rows(Gathered, set_steps.gathered, {_STAGED: (_STAGED,)}, stays="late"),
+    _rows(SwitchAllowed, set_steps.switch_allowed, {_READY: (_READY, _PROBATION)}, stays="late"),
+    _rows(SteppedBack, set_steps.stepped_back, {_PROBATION: (_PROBATION, _READY)}, stays="late"),
+    _rows(
+        CommitAllowed,
+        set_steps.commit_allowed,
+        {_PROBATION: (_PROBATION, _COMMITTED), _COMMITTED: (_COMMITTED,)},
+        stays="late",
+    ),
+    _rows(
+        SetFailed,
+        set_steps.set_failed,
+        {phase: (phase, *_ENDS) for phase in _ON_THE_WAY} | {_PROBATION: (_PROBATION, _BACK, _IDLE)},
+        stays="late: it has left the set",
+    ),
+    _rows(
+        WaitOver,
+        set_steps.wait_over,
+        {_STAGED: (_STAGED, *_ENDS), _READY: _ENDS},
+        stays="late: it waits no longer",
+    ),
+    _rows(
+        SetRolledBack,
+        set_steps.set_rolled_back,
+        {_COMMITTED: (_COMMITTED, _BACK)},
+        stays="late: what was committed is not here any more",
     ),
 )
 

@@ -29,9 +29,6 @@ LONGEST_PAUSE_MS: Final = 300_000
 WRONG_CLOCK_MS: Final = 300_000
 """How far the system clock may be off before it is worth a word."""
 
-UNATTESTED: Final = "trust.time.unattested"
-"""The code with which the trust rules say that an assignment waits for an attestation (shared/trust/time.py)."""
-
 WRONG_DATES: Final = "transfer.certificate_dates"
 """The code of a server certificate that is not valid at the trusted time: one of the two is wrong."""
 

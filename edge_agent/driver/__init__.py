@@ -2,7 +2,9 @@
 
     loop.py      the inbox, the tasks and the timers; what starts and stops
     models.py    slots: saves their state, carries out their effects, and says which host answers
-    files.py     the files of releases: fetched and hashed once more
+    files.py     the files of releases: has them brought in and hashed once more
+    bringing.py  how they come: room, budget, patches, once more when they came wrong
+    metering.py  the day's bytes, charged on the disk before they are asked for
     hosting.py   model hosts: brings them up, notices when one is lost, probes, stops
     records.py   the near end of the outbox: what happened becomes records, each with its grade
     uplink.py    the link, the outbox's far end (the pump), birth, reports and assignments

@@ -22,13 +22,13 @@ from edge_agent.core.intake import (
     Untimed,
 )
 from edge_agent.core.slot_values import FetchDue, Installed
-from edge_agent.core.trusted_time import UNATTESTED
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
     ForLink,
     ForPump,
     ForSlot,
+    ForSlots,
     ForTraining,
     HeartbeatDue,
     InstalledJudged,
@@ -53,7 +53,7 @@ from edge_agent.update_ports import Verifier
 from shared.errors import OutriderError, StorageError, TrustError
 from shared.release import VerifiedAssignment
 from shared.telemetry import DeviceEvent, Grade, Reading
-from shared.wire.verification import Judged, StoredRelease
+from shared.wire.verification import UNATTESTED, Judged, StoredRelease
 from shared.wire.verification import Refused as StoredRefusal
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,19 @@ class Agent:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         await self._timekeeping.start()
+        await self._tell_of_lost_floors()
         self._rounds.start()
         self._works.start("judge-installed", self._judge())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
+
+    async def _tell_of_lost_floors(self) -> None:
+        try:
+            await self._ledger.load_floors()
+        except StorageError as error:
+            logger.error("nothing new is installed", extra={"code": error.code, "why": error.message})
+            self._inbox.post(Noted("floors.lost", {"code": error.code, "message": error.message}))
 
     async def run(self) -> str:
         """Handle events until Stop; returns its reason."""
@@ -141,6 +149,8 @@ class Agent:
         match event:
             case ForSlot(family, slot_event):
                 await self._models.handle(family, slot_event)
+            case ForSlots(slot_events):
+                await self._models.handle_all(slot_events)
             case ForLink(link_event):
                 await self._on_link(link_event)
             case ForPump(pump_event):

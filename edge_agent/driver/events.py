@@ -18,6 +18,12 @@ class ForSlot(msgspec.Struct, frozen=True):
     event: Event
 
 
+class ForSlots(msgspec.Struct, frozen=True):
+    """Events of the slot machine that happened at once and are decided on as one."""
+
+    events: tuple[tuple[FamilyName, Event], ...]
+
+
 class ForLink(msgspec.Struct, frozen=True):
     """An event of the link machine."""
 
@@ -97,6 +103,7 @@ class Stop(msgspec.Struct, frozen=True):
 
 Inward = (
     ForSlot
+    | ForSlots
     | ForLink
     | ForPump
     | ForIntake

@@ -1,45 +1,51 @@
-"""The files of releases at work: brings them onto the shelf and hashes them once more.
+"""The files of releases at work: has them brought onto the shelf and hashes them once more.
 
 Rules of this file:
 1. One transfer for each family, and few of them at a time; one that runs is not begun anew.
 2. Every answer carries the key of the release that it is about.
+3. What waits (budget, room) is told to the hub once for each release and reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 from typing import Final
 
-from edge_agent.core.slot_values import FetchFailed, FilesBad, FilesHere, FilesVerified
+from edge_agent.core.slot_values import Fetch, FetchFailed, FilesBad, FilesHere, FilesVerified
+from edge_agent.driver.bringing import Bringing, Note
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
-from edge_agent.update_ports import Fetcher, Shelf
-from shared.errors import StorageError, TransferCorrupt, TransferError
+from edge_agent.update_ports import Shelf
+from shared.errors import OutriderError, StorageError, TransferCorrupt
 from shared.ids import FamilyName
 from shared.model import FileRef
 
 FETCHES_AT_ONCE: Final = 2
 """Each holds a thread for as long as the hub takes: more of them could keep the link and the hosts from theirs."""
+WAITING_CODES: Final = frozenset({"transfer.budget", "storage.room"})
+"""Why a release may wait for long without anything being wrong with it."""
 
 
 class Files:
     """Fetches and verifies, for every slot."""
 
-    def __init__(self, *, loop: Loop, shelf: Shelf, fetcher: Fetcher) -> None:
+    def __init__(self, *, loop: Loop, bringing: Bringing, note: Note) -> None:
         self._inbox, self._works = loop.inbox, loop.works
-        self._shelf = shelf
-        self._fetcher = fetcher
+        self._bringing = bringing
+        self._note = note
         self._fetching: dict[FamilyName, str] = {}
+        self._told: dict[FamilyName, tuple[str, str]] = {}
         self._turns = asyncio.Semaphore(FETCHES_AT_ONCE)
 
-    def fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
+    def fetch(self, family: FamilyName, wanted: Fetch) -> None:
         """Bring the files onto the shelf; answered by FilesHere or FetchFailed."""
         # A link that came back asks for it again; a transfer that runs on is not begun anew for that.
-        if self._fetching.get(family) == key:
+        if self._fetching.get(family) == wanted.key:
             return
-        self._fetching[family] = key
-        self._works.start(("fetch", family), self._fetch(family, key, files))
+        self._fetching[family] = wanted.key
+        self._works.start(("fetch", family), self._fetch(family, wanted))
 
     def verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
         """Hash the files on the shelf once more; answered by FilesVerified or FilesBad."""
@@ -51,23 +57,32 @@ class Files:
         self._works.cancel(("fetch", family))
         self._works.cancel(("verify", family))
 
-    async def _fetch(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
+    async def _fetch(self, family: FamilyName, wanted: Fetch) -> None:
+        def note(name: str, detail: dict[str, str]) -> None:
+            self._note(name, {"family": family, **detail})
+
+        key = wanted.key
         try:
             async with self._turns:
-                for file in files:
-                    if not self._shelf.has(file.digest):
-                        await self._fetcher.blob(file, self._shelf)
-        except (TransferError, StorageError) as error:
+                await self._bringing.bring(wanted.files, wanted.patches, note=note)
+        except OutriderError as error:
             self._fetching.pop(family, None)
-            failed = FetchFailed(key=key, code=error.code, message=error.message, retry=error.retry)
+            if error.code in WAITING_CODES and self._told.get(family) != (key, error.code):
+                self._told[family] = key, error.code
+                note("release.waits", {"manifest": key, "code": error.code, "message": error.message})
+            failed = FetchFailed(
+                key=key, code=error.code, message=error.message, retry=error.retry, jitter=random.random()
+            )
             self._inbox.post(ForSlot(family, failed))
         else:
             self._fetching.pop(family, None)
+            self._told.pop(family, None)
             self._inbox.post(ForSlot(family, FilesHere(key)))
 
     async def _verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
         try:
-            await asyncio.to_thread(_check_files, self._shelf, files)
+            for file in files:
+                await self._bringing.check(file)
         except (TransferCorrupt, StorageError) as error:
             is_disk = isinstance(error, StorageError)
             bad = FilesBad(key=key, code=error.code, message=error.message, retry=is_disk)
@@ -89,8 +104,3 @@ async def open_verified(shelf: Shelf, file: FileRef) -> int:
 def _close(opening: asyncio.Future[int]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         os.close(opening.result())
-
-
-def _check_files(shelf: Shelf, files: tuple[FileRef, ...]) -> None:
-    for file in files:
-        os.close(shelf.open(file))

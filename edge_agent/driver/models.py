@@ -1,7 +1,8 @@
 """The slots at work: saves what the slot machine decided, then has it fetched, verified, started, switched, stopped.
 
 Rules of this file:
-1. A slot's state is on disk before the first of its effects is carried out.
+1. What was decided is on disk, for all slots that it changes in one transaction, before the first effect is carried
+   out; effects of one decision are carried out without a pause, so that nobody is answered by half a set.
 2. Every effect that takes time runs as a task and answers with an event that carries the release's key, so that an
    answer to work that was given up is recognised by the machine.
 3. The routing table (which host answers for which family) is changed by the machine's SwitchTo and by nothing else.
@@ -9,10 +10,12 @@ Rules of this file:
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from edge_agent.core import health, slots
+from edge_agent.core import health, sets, slots
+from edge_agent.core.offering import offers
 from edge_agent.core.serving import Route
 from edge_agent.core.slot_values import (
     AnswerBad,
@@ -23,8 +26,8 @@ from edge_agent.core.slot_values import (
     Event,
     Fetch,
     Installed,
+    NoLongerTrusted,
     Note,
-    Offered,
     Phase,
     Probe,
     Report,
@@ -38,20 +41,20 @@ from edge_agent.core.slot_values import (
     SwitchTo,
     VerifyFiles,
     WarmUpAllowed,
-    Withdrawn,
     decode_state,
     encode_state,
     timer_event,
 )
 from edge_agent.core.variants import Misfit, choose
-from edge_agent.driver.events import ForSlot
+from edge_agent.driver.bringing import Supplies
+from edge_agent.driver.events import ForSlot, ForSlots
 from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.withheld import Withheld
 from edge_agent.ports import Hosts, Ledger
-from edge_agent.update_ports import Fetcher, Shelf
-from shared.errors import OutriderError
+from edge_agent.update_ports import Shelf
+from shared.errors import OutriderError, StorageError
 from shared.ids import FamilyName
 from shared.inference import ModelState
 from shared.profile import DeviceProfile
@@ -72,7 +75,7 @@ class Models:
         loop: Loop,
         ledger: Ledger,
         shelf: Shelf,
-        fetcher: Fetcher,
+        supplies: Supplies,
         hosts: Hosts,
         note: Callable[[str, dict[str, str]], None],
         report: Callable[[], None],
@@ -82,7 +85,13 @@ class Models:
         self._inbox, self._works, self._timers = loop.inbox, loop.works, loop.timers
         self._ledger = ledger
         self._shelf = shelf
-        self._files = Files(loop=loop, shelf=shelf, fetcher=fetcher)
+        bringing = supplies.bringing(
+            shelf=shelf,
+            models_bytes=profile.disk.models_bytes,
+            kept=lambda: slots.kept_files(self._slots.values()),
+            make_room=self._collect,
+        )
+        self._files = Files(loop=loop, bringing=bringing, note=note)
         self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
         self._note = note
         self._report = report
@@ -108,6 +117,10 @@ class Models:
         """The slot of this family, if the device has one."""
         return self._slots.get(FamilyName(family))
 
+    def can_roll_back(self, family: FamilyName) -> bool:
+        """Whether going back by hand would change anything; of a set that changed as one, whether all of it can."""
+        return sets.can_roll_back(self._slots, family)
+
     def running(self) -> tuple[RunningModel, ...]:
         """Every slot as the hub is told of it."""
         return tuple(health.running_model(slot, self._answering(slot)) for _, slot in sorted(self._slots.items()))
@@ -125,30 +138,47 @@ class Models:
 
     async def restore(self) -> None:
         """Read every slot from disk and let each say how it goes on."""
+        whole = True
         for family, data in (await self._ledger.load_slots()).items():
-            self._slots[FamilyName(family)] = decode_state(data)
-        for family in list(self._slots):
-            self._inbox.post(ForSlot(family, Restarted(self._profile.probation)))
+            try:
+                self._slots[FamilyName(family)] = decode_state(data)
+            except StorageError as error:
+                if error.code != "storage.slot":
+                    raise  # of a newer agent, which shall find it as it left it
+                # Damaged: the accepted assignment is offered to an empty slot, through every check.
+                logger.error("slot cannot be read, begins empty", extra={"family": family, "why": error.message})
+                whole = False
+                self._note("slot.unreadable", {"family": family, "message": error.message})
+        if whole and self._slots:
+            # A power cut may have come between an end and its collection. Where a slot was lost nothing is removed:
+            # what it ran may be offered to it again.
+            with contextlib.suppress(StorageError):
+                self._collect()
+        if self._slots:
+            restarted = Restarted(self._profile.probation)
+            self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
 
     async def offer(self, verified: VerifiedAssignment) -> None:
         """Offer each model of an accepted assignment to its slot, and withdraw the families that it leaves out."""
-        named = set()
+        chosen = {
+            model.manifest.family: choose(model.manifest, profile=self._profile, runtimes=self._runtimes)
+            for model in verified.models
+        }
         for model in verified.models:
-            family = model.manifest.family
-            named.add(family)
-            chosen = choose(model.manifest, profile=self._profile, runtimes=self._runtimes)
-            if isinstance(chosen, Misfit):
-                self._note_misfit(model, chosen)
-                continue
-            offered = Offered(
-                model=model,
-                variant=chosen.name,
-                assignment_version=verified.assignment.version,
-                force=family in verified.assignment.force,
-            )
-            await self.handle(family, offered)
-        for family in set(self._slots) - named:
-            await self.handle(family, Withdrawn())
+            misfit = chosen[model.manifest.family]
+            if isinstance(misfit, Misfit):
+                self._note_misfit(model, misfit)
+        await self.handle_all(offers(verified, chosen, self._slots, self._profile.memory))
+
+    async def distrust(self, releases: Sequence[tuple[FamilyName, NoLongerTrusted]]) -> None:
+        """Stop serving these releases, without quarantine; what was before each serves again, if it still holds.
+
+        To be said of all that do not hold at once: then none of them is gone back to.
+        """
+        known = [(family, event) for family, event in releases if family in self._slots]
+        # What is gone back to is judged before what is left.
+        known.sort(key=lambda one: (active := self._slots[one[0]].active) is not None and active.key == one[1].key)
+        await self.handle_all(known)
 
     def _note_misfit(self, model: VerifiedModel, misfit: Misfit) -> None:
         """Say it once for each release, although its assignment is offered again and again."""
@@ -161,19 +191,28 @@ class Models:
         self._note("release.misfit", detail)
 
     async def handle(self, family: FamilyName, event: Event) -> None:
-        """Let the slot decide, save its state, carry out its effects."""
-        before = self._slots.get(family) or slots.new_slot(family, probation=self._profile.probation)
-        decision = slots.decide(before, event)
-        if decision.state is not before:
-            await self._ledger.save_slot(family, encode_state(decision.state))
-        if isinstance(event, WarmUpAllowed):
+        """Decide what this event comes to, save it, carry it out."""
+        await self.handle_all([(family, event)])
+
+    async def handle_all(self, events: Sequence[tuple[FamilyName, Event]]) -> None:
+        """Decide what these events, which happened at once, come to; save it in one transaction; carry it out."""
+        before = dict(self._slots)
+        for family, _ in events:
+            if family not in before:
+                before[family] = slots.new_slot(family, probation=self._profile.probation)
+        change = sets.decide(before, events)
+        if change.slots:
+            await self._ledger.save_slots({family: encode_state(slot) for family, slot in change.slots.items()})
+        if any(isinstance(event, WarmUpAllowed) for _, event in events):
             self._warm_up_allowed = None
-        self._slots[family] = decision.state
-        self._route(family)
-        if decision.state.phase is not before.phase:
-            logger.info("slot moved", extra={"family": family, "phase": decision.state.phase.value})
-        for effect in decision.effects:
+        self._slots = before | change.slots
+        for family, slot in change.slots.items():
+            if slot.phase is not before[family].phase:
+                logger.info("slot moved", extra={"family": family, "phase": slot.phase.value})
+        for family, effect in change.effects:
             self._carry_out(family, effect)
+        for family in {*change.slots, *(family for family, _ in events)}:
+            self._route(family)
         self._admit_warm_up()
 
     async def stop(self) -> None:
@@ -185,8 +224,8 @@ class Models:
 
     def _carry_out(self, family: FamilyName, effect: Effect) -> None:
         match effect:
-            case Fetch(key, files):
-                self._files.fetch(family, key, files)
+            case Fetch():
+                self._files.fetch(family, effect)
             case VerifyFiles(key, files):
                 self._files.verify(family, key, files)
             case RequestWarmUp(key):
@@ -221,9 +260,13 @@ class Models:
     def _admit_warm_up(self) -> None:
         if self._warm_up_allowed is not None or not self._warm_up_queue:
             return  # an allowance counts from when it was given, not from when its slot hears of it
-        if all(slot.phase is not Phase.WARMUP for slot in self._slots.values()):
-            family, key = self._warm_up_allowed = self._warm_up_queue.pop(0)
-            self._inbox.post(ForSlot(family, WarmUpAllowed(key)))
+        if any(slot.phase is Phase.WARMUP for slot in self._slots.values()):
+            return
+        # Those that others of their set wait for come first, so that no two sets wait for each other's memory.
+        admitted = (entry for entry in self._warm_up_queue if sets.may_warm_up(self._slots, entry[0]))
+        entry = self._warm_up_allowed = next(admitted, self._warm_up_queue[0])
+        self._warm_up_queue.remove(entry)
+        self._inbox.post(ForSlot(entry[0], WarmUpAllowed(entry[1])))
 
     def _route(self, family: FamilyName) -> None:
         """Recompute one route; cheap for requests to read, so it is kept rather than derived for each of them."""

@@ -16,10 +16,10 @@ from typing import assert_never
 from edge_agent import __version__
 from edge_agent.core import link
 from edge_agent.core.slot_values import OperatorRollback
-from edge_agent.core.slots import can_roll_back
 from edge_agent.driver.answering import Answering, Buffer, Response
 from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds
@@ -63,6 +63,7 @@ class Service:
         answering: Answering,
         rounds: Rounds,
         timekeeping: Timekeeping,
+        meter: Meter,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -73,6 +74,7 @@ class Service:
         self._answering = answering
         self._rounds = rounds
         self._timekeeping = timekeeping
+        self._meter = meter
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
@@ -157,6 +159,7 @@ class Service:
             time_detail=self._timekeeping.detail,
             clock_error_ms=self._timekeeping.clock_error_ms(),
             assignment_waits=self._timekeeping.waits,
+            updates=self._meter.figures(),
             results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 
@@ -182,7 +185,7 @@ class Service:
         slot = self._models.slot(request.argument)
         if slot is None:
             return _unknown_model(request.id, request.argument)
-        if not can_roll_back(slot):
+        if not self._models.can_roll_back(slot.family):
             return Refusal(
                 id=request.id,
                 code="release.no_previous",

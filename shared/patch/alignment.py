@@ -27,7 +27,8 @@ WINDOW: Final = 1 * MIB
 MAX_BORDER_BYTES: Final = 4 * MIB
 """How far a border between two runs is searched; beyond it, the middle does."""
 MIN_TENSOR_BYTES: Final = 64
-_FILTER_BITS: Final = 22
+_FILTER_BITS: Final = 25
+"""32 MiB of answers to "is it worth looking": one in fifty pieces that are not there is looked up all the same."""
 _FACTOR: Final = 0x9E3779B97F4A7C15
 
 Bytes = NDArray[np.uint8]

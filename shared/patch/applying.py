@@ -46,7 +46,7 @@ def apply(*, patch: ReadAt, patch_length: int, base: ReadAt, write: Callable[[An
         PatchFailed: `transfer.patch.malformed`, `.terms` (it is for other files), `.base` (the base is shorter than
             it was), `.result` (what came out is not what was promised). What was written is then worth nothing.
     """
-    head = form.decode_head(patch(0, form.HEADER_BYTES), patch_length=patch_length)
+    head = form.decode_head(patch(0, min(form.HEADER_BYTES, patch_length)), patch_length=patch_length)
     if head.terms != terms:
         raise PatchFailed("the patch is for other files", code="transfer.patch.terms", hint=FETCH_WHOLE)
     streams = _open_streams(patch, head)
@@ -68,7 +68,7 @@ def apply(*, patch: ReadAt, patch_length: int, base: ReadAt, write: Callable[[An
 
 
 def _open_streams(patch: ReadAt, head: Head) -> list[_Stream]:
-    streams, at, dictionaries = [], form.HEADER_BYTES, 0
+    streams, at, dictionaries = [], head.size, 0
     for stream in head.streams:
         if stream.method == form.LZMA:
             dictionaries += form.dictionary_bytes(patch(at, min(stream.packed, form.LZMA_HEADER_BYTES)))

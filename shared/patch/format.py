@@ -1,8 +1,9 @@
-"""The bytes of a patch: a header of fixed size, then nine streams, one after the other.
+"""The bytes of a patch: a header, then up to nine streams, one after the other.
 
     magic "OTRP", version 1
     base: SHA-256, length       result: SHA-256, length          lengths are unsigned, little-endian, of 8 bytes
-    nine times: method (0 as it is, 1 .lzma), length when unpacked, length here
+    which of the nine streams there are, a bit each, in 2 bytes; the others are empty
+    for each of them: method (0 as it is, 1 .lzma), length when unpacked, length here, of 4 bytes
     the streams' bytes
 
 The streams: steps, literals, differences of single bytes, of 16-bit numbers in 2 byte planes, of 32-bit numbers in 4.
@@ -55,9 +56,10 @@ LZMA_HEADER_BYTES: Final = 13
 STREAM_MEMORY_BYTES: Final = MAX_DICTIONARY_BYTES + 512 * KIB
 """What one decoder may take; liblzma refuses a stream that asks for more."""
 
-_HEADER: Final = struct.Struct("<5s32sQ32sQ")
-_STREAM: Final = struct.Struct("<BQQ")
+_HEADER: Final = struct.Struct("<5s32sQ32sQH")
+_STREAM: Final = struct.Struct("<BII")
 HEADER_BYTES: Final = _HEADER.size + STREAMS * _STREAM.size
+"""The longest that a header is."""
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,34 +91,50 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     terms: Terms
     streams: tuple[StreamHead, ...]
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return _HEADER.size + _STREAM.size * sum(1 for stream in self.streams if stream.length)
+
 
 def encode_head(head: Head) -> bytes:
     """The header's bytes."""
     terms = head.terms
+    used = [number for number, stream in enumerate(head.streams) if stream.length]
     data = _HEADER.pack(
-        MAGIC, bytes.fromhex(terms.base), terms.base_length, bytes.fromhex(terms.result), terms.result_length
+        MAGIC,
+        bytes.fromhex(terms.base),
+        terms.base_length,
+        bytes.fromhex(terms.result),
+        terms.result_length,
+        sum(1 << number for number in used),
     )
-    return data + b"".join(_STREAM.pack(stream.method, stream.length, stream.packed) for stream in head.streams)
+    streams = (head.streams[number] for number in used)
+    return data + b"".join(_STREAM.pack(stream.method, stream.length, stream.packed) for stream in streams)
 
 
 def decode_head(data: bytes, *, patch_length: int) -> Head:
-    """Parse and check a header; raises PatchFailed unless every length is in bounds and adds up to the patch's."""
-    if len(data) != HEADER_BYTES or not data.startswith(MAGIC):
+    """Parse and check the header that these bytes begin with; raises PatchFailed unless all lengths are in bounds."""
+    if len(data) < _HEADER.size or not data.startswith(MAGIC):
         raise malformed("it does not begin like a patch of a version that is known")
-    _, base, base_length, result, result_length = _HEADER.unpack_from(data)
+    _, base, base_length, result, result_length, used = _HEADER.unpack_from(data)
+    end = _HEADER.size + _STREAM.size * used.bit_count()
+    if used >> STREAMS or len(data) < end:
+        raise malformed("its header is cut off")
+    heads = _STREAM.iter_unpack(data[_HEADER.size : end])
     streams = tuple(
         StreamHead(method=method, length=length, packed=packed)
-        for method, length, packed in _STREAM.iter_unpack(data[_HEADER.size :])
+        for method, length, packed in (next(heads) if used >> number & 1 else (RAW, 0, 0) for number in range(STREAMS))
     )
     if not (0 < base_length <= limits.MAX_MODEL_BYTES and 0 < result_length <= limits.MAX_MODEL_BYTES):
         raise malformed("it speaks of files that are no models by their length")
     for index, stream in enumerate(streams):
         most = MAX_STEP_BYTES if index == STEPS_STREAM else result_length
-        if stream.length > most or stream.method not in (RAW, LZMA):
+        if stream.length > most or stream.method not in (RAW, LZMA) or (used >> index & 1) != (stream.length > 0):
             raise malformed(f"stream {index} is out of bounds")
         if stream.method == RAW and stream.length != stream.packed:
             raise malformed(f"stream {index} has two lengths")
-    if sum(stream.packed for stream in streams) + HEADER_BYTES != patch_length:
+    if sum(stream.packed for stream in streams) + end != patch_length:
         raise malformed("its streams do not fill it")
     terms = Terms(base=base.hex(), base_length=base_length, result=result.hex(), result_length=result_length)
     return Head(terms=terms, streams=streams)

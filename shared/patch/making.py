@@ -26,6 +26,8 @@ MEASURED_BYTES: Final = 64 * KIB
 """Where the kind of numbers is not known, it is measured once for each piece of this length."""
 EQUAL_BLOCK: Final = 4 * KIB
 """Equal bytes are copied and not subtracted where there are as many, from here on."""
+EQUAL_ENDS: Final = 64
+"""The same before and behind what differs."""
 SAMPLE_BYTES: Final = 128 * KIB
 WORTH: Final = 0.98
 """A guess about numbers must promise this share of the bytes to be taken."""
@@ -114,6 +116,29 @@ def _equal(base: Bytes, result: Bytes, segment: Segment) -> Iterator[tuple[int, 
 
 
 def _different(base: Bytes, result: Bytes, segment: Segment, begin: int, end: int) -> Iterator[Step]:
+    """Differences, but for equal bytes at both ends, which are less than a block."""
+    head = _equal_bytes(base, result, segment, begin, min(begin + EQUAL_BLOCK, end))
+    if head >= EQUAL_ENDS:
+        yield _step(form.COPY, segment, begin, begin + head)
+        begin += head
+    tail = _equal_bytes(base, result, segment, max(begin, end - EQUAL_BLOCK), end, from_end=True)
+    if tail >= EQUAL_ENDS:
+        end -= tail
+    yield from _numbers(base, result, segment, begin, end)
+    if tail >= EQUAL_ENDS:
+        yield _step(form.COPY, segment, end, end + tail)
+
+
+def _equal_bytes(base: Bytes, result: Bytes, segment: Segment, begin: int, end: int, *, from_end: bool = False) -> int:
+    """How many bytes are the same at one end of a stretch, in whole numbers of the widest kind."""
+    differs = base[segment.base + begin : segment.base + end] != result[segment.result + begin : segment.result + end]
+    if from_end:
+        differs = differs[::-1]
+    count = int(differs.argmax()) if differs.any() else len(differs)
+    return count if count == len(differs) else count - count % 4
+
+
+def _numbers(base: Bytes, result: Bytes, segment: Segment, begin: int, end: int) -> Iterator[Step]:
     if segment.width:
         kind = next(kind for kind, width in form.WIDTHS.items() if width == segment.width)
         if end > begin:

@@ -186,6 +186,11 @@ def check_assignment(assignment: Assignment) -> None:
         raise strict.malformed(what, f"it names {len(families)} models, one to {limits.MAX_MODELS_PER_DEVICE} may be")
     if not set(assignment.force) <= set(families):
         raise strict.malformed(what, "it forces a family that it does not assign")
+    joined = [family for members in assignment.together for family in members]
+    if not set(joined) <= set(families) or len(set(joined)) != len(joined):
+        raise strict.malformed(what, "its sets hold a family that it does not assign, or one twice")
+    if any(len(members) < 2 for members in assignment.together):
+        raise strict.malformed(what, "it has a set of less than two families")
     if not 1 <= assignment.version < strict.MAX_INTEGER:
         raise strict.malformed(what, "its version is out of bounds")
     if not 0 <= assignment.issued_ms < assignment.expires_ms:

@@ -123,12 +123,24 @@ def check_change(
     for role in parts:
         if role not in OFFLINE_ROLES and not role.startswith(FAMILIES):
             raise InvalidValue(f"{role[:80]!r} is not part of a change of keys", code="invalid.draft")
-    if not parts or (not current and not set(OFFLINE_ROLES) <= set(parts)):
+    if not parts or not set(OFFLINE_ROLES) <= set(current or parts):
         raise InvalidValue("the change of keys is not complete", code="invalid.draft", hint="make the draft again")
+    if current:
+        _check_basis(current)
     root = _check_root(current.get(ROOT), parts.get(ROOT), now_ms=now_ms, is_signed=is_signed)
     targets = _check_targets(root, current.get(TARGETS), parts.get(TARGETS), now_ms=now_ms, is_signed=is_signed)
     for role in sorted({role for role in (*current, *parts) if role.startswith(FAMILIES)}):
         _check_family(targets, role, current.get(role), parts.get(role), now_ms=now_ms, is_signed=is_signed)
+
+
+def _check_basis(current: Mapping[str, bytes]) -> None:
+    """What a change follows from must hold itself: else a forged one would pass for something that does not change."""
+    root = repository.read_root(current[ROOT])
+    targets = repository.read_targets(current[TARGETS])
+    require_signed(root.signed, TARGETS, targets)
+    for role, data in current.items():
+        if role.startswith(FAMILIES):
+            require_signed(targets.signed, role, repository.read_targets(data, role=role))
 
 
 def _check_root(current: bytes | None, new: bytes | None, *, now_ms: int, is_signed: bool) -> Root:

@@ -31,12 +31,10 @@ from shared.trust.assignment import EXTENSION, authorised_keys
 from shared.trust.library import Root, Signature, Signer, encode_canonical
 from shared.trust.metadata import check_threshold, expires_ms, translated
 from shared.trust.roles import ROOT, file_name
+from shared.wire.verification import UNATTESTED
 
 TYPE: Final = "time"
 SPEC_VERSION: Final = "1"
-UNATTESTED: Final = "trust.time.unattested"
-"""The code of what waits for an attestation; any other code of a refusal is final."""
-
 MAX_PAST_ROOT_MS: Final = 366 * 24 * 3_600_000
 """How far past the root's expiry a time is still taken for possible.
 

@@ -38,6 +38,11 @@ def up(device: DeviceId, leaf: UpLeaf) -> str:
     return f"{ROOT}/{WIRE_MAJOR}/{device}/up/{leaf}"
 
 
+def up_branch(device: DeviceId) -> str:
+    """The beginning of every topic on which the device may send."""
+    return f"{ROOT}/{WIRE_MAJOR}/{device}/up/"
+
+
 def down(device: DeviceId, leaf: DownLeaf) -> str:
     """The topic on which the hub sends to the device."""
     return f"{ROOT}/{WIRE_MAJOR}/{device}/down/{leaf}"

@@ -13,12 +13,17 @@ refresh → driver    Judged    the end of a StoredJob
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from shared.errors import ProtocolViolation
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.model import FileRef
 from shared.release import Floors, VerifiedAssignment
+
+UNATTESTED: Final = "trust.time.unattested"
+"""The code with which an assignment is refused until the time was attested; any other refusal is final."""
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag="need"):

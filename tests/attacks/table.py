@@ -58,3 +58,6 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         (("shared.trust.metadata.check_promise", _nothing),),
     ),
 )
+
+ELSEWHERE: Final[dict[int, str]] = {}
+"""Rows without a test here, and why."""

@@ -10,6 +10,7 @@ import pytest
 
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.ledger import SqliteLedger
+from edge_agent.core.spending import Spending, Strike
 from edge_agent.ports import Ledger
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.model import FileRef
@@ -64,9 +65,9 @@ def test_boots_are_counted_over_restarts(play: Play) -> None:
 def test_slots_are_kept_and_replaced(play: Play) -> None:
     async def save(ledger: Ledger) -> None:
         assert await ledger.load_slots() == {}
-        await ledger.save_slot("digits", b"one")
-        await ledger.save_slot("faces", b"\x00\xff")
-        await ledger.save_slot("digits", b"two")
+        await ledger.save_slots({"digits": b"one"})
+        await ledger.save_slots({"faces": b"\x00\xff", "digits": b"two"})
+        await ledger.save_slots({})
 
     async def look(ledger: Ledger) -> None:
         assert await ledger.load_slots() == {"digits": b"two", "faces": b"\x00\xff"}
@@ -138,3 +139,17 @@ def test_the_first_attestation_is_remembered_before_there_are_floors(play: Play)
         assert await ledger.load_floors() == Floors(attested_ms=700)
 
     play(attest, look)
+
+
+def test_what_was_fetched_is_kept_and_replaced(play: Play) -> None:
+    spent = Spending(clock_ms=5, boot="b", hours={0: 7}, strikes={"0" * 64: Strike(2, 9)}, total_bytes=7)
+
+    async def save(ledger: Ledger) -> None:
+        assert await ledger.load_spending() == Spending()
+        await ledger.save_spending(Spending(total_bytes=1))
+        await ledger.save_spending(spent)
+
+    async def look(ledger: Ledger) -> None:
+        assert await ledger.load_spending() == spent
+
+    play(save, look)

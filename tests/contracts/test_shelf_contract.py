@@ -67,6 +67,33 @@ def test_a_file_arrives_in_pieces_and_is_readable_when_published(kit: tuple[Shel
     shelf.publish(file)
 
 
+def test_an_unfinished_file_can_be_written_by_its_descriptor(kit: tuple[Shelf, Spoil]) -> None:
+    shelf, _ = kit
+    file = ref(DATA)
+    shelf.append(file.digest, b"of a transfer", offset=0)
+    fd = shelf.part(file.digest)
+    assert shelf.resume_at(file.digest) == 0
+    with os.fdopen(fd, "wb") as stream:
+        stream.write(DATA)
+    assert shelf.resume_at(file.digest) == len(DATA)
+    shelf.publish(file)
+    assert content(shelf.open(file)) == DATA
+
+
+def test_what_was_written_by_descriptor_is_hashed_and_can_be_begun_anew(kit: tuple[Shelf, Spoil]) -> None:
+    shelf, _ = kit
+    file = ref(DATA)
+    with os.fdopen(shelf.part(file.digest), "wb") as stream:
+        stream.write(DATA[:-1])
+    with pytest.raises(TransferCorrupt):
+        shelf.publish(file)
+    with os.fdopen(shelf.part(file.digest), "wb") as stream:
+        stream.write(b"half")
+    shelf.append(file.digest, DATA, offset=0)
+    shelf.publish(file)
+    assert content(shelf.open(file)) == DATA
+
+
 def test_starting_again_drops_what_was_there(kit: tuple[Shelf, Spoil]) -> None:
     shelf, _ = kit
     file = ref(DATA)

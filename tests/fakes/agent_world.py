@@ -12,11 +12,14 @@ import msgspec
 
 from edge_agent.core.cascade import Policy
 from edge_agent.core.intake import Arrived
+from edge_agent.core.ways import PatchPolicy
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
+from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.escalation import Escalation
 from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
+from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
@@ -24,25 +27,26 @@ from edge_agent.driver.service import Service
 from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from edge_agent.ports import HostAnswer
-from edge_agent.update_ports import Shelf
-from shared.errors import OutriderError, TransferError, TransferRefused, TrustError, Unreachable
+from shared.errors import OutriderError, TransferError, TransferRefused, TrustError
 from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import DeviceProfile, DiskBudget, Inference, MemoryBudget, Probation
-from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
+from shared.release import AssignedModel, Assignment, Floors, Patch, VerifiedAssignment, VerifiedModel
 from shared.telemetry import BatchId, DeviceEvent, Gap, Reading, Record, RecordClass
 from shared.wire import topics
 from shared.wire.columns import decode_columns
 from shared.wire.envelope import WIRE_VERSION, Envelope, decode_envelope, encode_envelope
 from shared.wire.messages import Ack, Batch, Message, Reported, RoundReply, Verdict, decode_body, encode_body
 from shared.wire.verification import Judged, StoredRelease
-from tests.fakes.clock import FakeClock
+from tests.fakes.clock import FakeClock, FakeMoments
 from tests.fakes.cloud import FakeCloud
 from tests.fakes.courier import FakeBroker, FakeCourier
+from tests.fakes.fetcher import FakeFetcher
 from tests.fakes.hosts import FakeHosts
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.outbox import FakeOutbox
+from tests.fakes.patcher import FakePatcher
 from tests.fakes.rounds import FakeReplies, FakeSamples, FakeTrainers
 from tests.fakes.shelf import FakeShelf
 
@@ -60,34 +64,6 @@ def profile(*, duration_ms: int = 20, good_answers: int = 2) -> DeviceProfile:
         inference=Inference(runtimes=("onnx",), threads=1, variants=("fp32",)),
         probation=Probation(duration_ms=duration_ms, good_answers=good_answers, max_failures=3),
     )
-
-
-class FakeFetcher:
-    """Files by digest; `away` makes the hub unreachable."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.away = False
-        self.fetched: list[str] = []
-        self.uploads: dict[str, bytes] = {}
-
-    async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
-        """The trust fake needs none."""
-        return None
-
-    async def blob(self, file: FileRef, shelf: Shelf) -> None:
-        """Copy onto the shelf."""
-        if self.away:
-            raise Unreachable("the hub is away")
-        self.fetched.append(file.path)
-        shelf.append(file.digest, self.files[file.digest], offset=0)
-        shelf.publish(file)
-
-    async def upload(self, path: str, data: bytes) -> None:
-        """Keep it."""
-        if self.away:
-            raise Unreachable("the hub is away")
-        self.uploads[path] = data
 
 
 class NoVitals:
@@ -238,7 +214,11 @@ class AgentWorld:
         self.shelf = FakeShelf()
         self.broker = FakeBroker()
         self.hub = HubOnFakes(self.broker)
+        self.moments = FakeMoments()
+        self.daily_bytes = 0
+        self.patch_policy: PatchPolicy = "prefer_patch"
         self.fetcher = FakeFetcher()
+        self.patcher = FakePatcher(self.shelf)
         self.verifier = FakeVerifier()
         self.time_source = FakeTimeSource()
         self.hosts = FakeHosts(answer)
@@ -253,6 +233,7 @@ class AgentWorld:
         self.profile = profile()
         self.version = 0
         self.inbox = Inbox()
+        self.meter: Meter
         self.models: Models
         self.records: Records
         self.uplink: Uplink
@@ -266,12 +247,13 @@ class AgentWorld:
         """How many records the outbox holds."""
         return sum(self.outbox.depth().records.values())
 
-    def publish(self, *models: VerifiedModel, force: bool = False) -> bytes:
+    def publish(self, *models: VerifiedModel, force: bool = False, patches: tuple[Patch, ...] = ()) -> bytes:
         """Prepare an assignment of these releases, with their files at the hub; returns its document."""
         self.version += 1
         for model in models:
             for file in (model.manifest.golden.file, *(variant.file for variant in model.manifest.variants)):
-                assert file.digest in self.fetcher.files, file.path
+                made = {patch.result for patch in patches}
+                assert file.digest in self.fetcher.files or file.digest in made, file.path
         manifest = FileRef(path="m", length=1, digest=models[0].manifest_digest)
         assigned = tuple(
             AssignedModel(family=model.manifest.family, version=model.manifest.version, manifest=manifest)
@@ -284,6 +266,7 @@ class AgentWorld:
             expires_ms=1,
             models=assigned,
             force=tuple(model.manifest.family for model in models) if force else (),
+            patches=patches,
         )
         verified = VerifiedAssignment(
             assignment=assignment, models=models, floors=Floors(assignment_version=self.version)
@@ -333,13 +316,14 @@ class AgentWorld:
             on_taken=lambda ref: self.uplink.taken(ref),
         )
         self.records = Records(clock=self.clock, loop=loop, outbox=self.outbox)
+        self.meter = Meter(ledger=self.ledger, moments=self.moments, daily_bytes=self.daily_bytes)
         self.models = Models(
             profile=self.profile,
             runtimes=frozenset({"onnx"}),
             loop=loop,
             ledger=self.ledger,
             shelf=self.shelf,
-            fetcher=self.fetcher,
+            supplies=Supplies(fetcher=self.fetcher, meter=self.meter, patcher=self.patcher, policy=self.patch_policy),
             hosts=self.hosts,
             note=lambda name, detail: inbox.post(Noted(name, detail)),
             report=lambda: self.uplink.report_soon(),
@@ -400,6 +384,7 @@ class AgentWorld:
             answering=self.answering,
             rounds=self.rounds,
             timekeeping=self.timekeeping,
+            meter=self.meter,
         )
         self.agent = Agent(
             loop=loop,

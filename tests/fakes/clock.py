@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from edge_agent.core.journal import Moment
+
 
 class FakeClock:
     """`shared.clock.BootClock` with hands that the test moves."""
@@ -32,3 +34,28 @@ class FakeClock:
         """Let time pass on all."""
         self.wall += ms
         self.mono += ms
+
+
+class FakeMoments:
+    """All clocks at once, for `Moment`; a `reboot` begins a boot in which little time has passed."""
+
+    def __init__(self) -> None:
+        self.boot = 1
+        self.uptime_ms = 1_000
+        self.wall_ms = 1_800_000_000_000
+        self.synchronised = False
+
+    def __call__(self) -> Moment:
+        """What they say."""
+        return Moment(f"boot-{self.boot}", self.uptime_ms, self.wall_ms, self.synchronised)
+
+    def advance(self, ms: int) -> None:
+        """Let time pass."""
+        self.uptime_ms += ms
+        self.wall_ms += ms
+
+    def reboot(self, *, off_ms: int = 0) -> None:
+        """Be off for so long, and come up again."""
+        self.boot += 1
+        self.uptime_ms = 0
+        self.wall_ms += off_ms

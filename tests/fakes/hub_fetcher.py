@@ -23,13 +23,15 @@ class HubFetcher:
     async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
         return await self._get(Need(name=name, max_bytes=max_bytes))
 
-    async def blob(self, file: FileRef, shelf: Shelf) -> None:
+    async def blob(self, file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
+        end = file.length if up_to is None else up_to
         data = await self._get(Need(name=file.path, max_bytes=file.length, file=file))
         if data is None:
             raise TransferError("the hub has no such file", code="transfer.missing")
         offset = shelf.resume_at(file.digest)
-        shelf.append(file.digest, data[offset:], offset=offset)
-        shelf.publish(file)
+        shelf.append(file.digest, data[offset:end], offset=offset)
+        if end >= file.length:
+            shelf.publish(file)
 
     async def _get(self, need: Need) -> bytes | None:
         self.asked.append(need.name)

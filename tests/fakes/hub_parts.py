@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from cloud_hub.devices.desk import BrokerAddress, Desk, EnrolSettings
+from cloud_hub.devices.desk import BrokerAddress, Desk, EnrolSettings, Standings
 from cloud_hub.ground import ca, migrate
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
+from cloud_hub.ground.revocation import ListState, RevokedCertificate
+from shared.errors import OutriderError
+from shared.ids import DeviceId
 from shared.wire.envelope import Envelope
 from shared.wire.messages import KIND_OF, Message, encode_body
 from tests.fakes.clock import FakeClock
@@ -69,6 +72,42 @@ def der(pem: str) -> bytes:
     return base64.b64decode("".join(pem.strip().splitlines()[1:-1]))
 
 
+class FakeAccess:
+    """A broker's door, and its lists: notes what it was told, does what the test says.
+
+    Attributes:
+        told: revoked serials, denied names and kicked names of each call.
+        stuck: names that it does not get out.
+        broken: the error that it raises instead.
+        due: whether the list is.
+    """
+
+    def __init__(self) -> None:
+        self.told: list[tuple[set[int], set[str], set[str]]] = []
+        self.stuck: frozenset[DeviceId] = frozenset()
+        self.broken: OutriderError | None = None
+        self.due = False
+        self.holds: ListState | None = None
+
+    async def enforce(
+        self, *, revoked: Collection[RevokedCertificate], denied: Collection[DeviceId], kick: Collection[DeviceId]
+    ) -> frozenset[DeviceId]:
+        """Note it."""
+        if self.broken is not None:
+            raise self.broken
+        self.told.append(({one.serial for one in revoked}, set(denied), set(kick)))
+        self.due = False
+        return frozenset(kick) & self.stuck
+
+    def state(self) -> ListState | None:
+        """What the test says."""
+        return self.holds
+
+    def is_due(self) -> bool:
+        """What the test says, until the list is made."""
+        return self.due
+
+
 async def some_root() -> str:
     """What stands for the TUF root."""
     return '{"signed": {}}'
@@ -81,18 +120,24 @@ def make_desk(
     *,
     bus: Bus | None = None,
     metrics: Metrics | None = None,
+    access: FakeAccess | None = None,
 ) -> Desk:
     """A devices room on this database."""
+    bus, metrics, access = bus or Bus(), metrics or Metrics(), access or FakeAccess()
+    standings = Standings(
+        database=database, clock=clock, access=access, lists=access, bus=bus, metrics=metrics, kicks_at_start=False
+    )
     return Desk(
         database=database,
         clock=clock,
         authority=authority,
-        bus=bus or Bus(),
-        metrics=metrics or Metrics(),
+        bus=bus,
+        metrics=metrics,
         settings=EnrolSettings(
             hub_url="https://hub.example:8443", broker=BrokerAddress(host="hub.example", port=8883), certificate_days=30
         ),
         root=some_root,
+        standings=standings,
     )
 
 

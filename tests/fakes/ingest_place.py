@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cloud_hub.ground import broker as managed_broker
-from cloud_hub.ground import transport
+from cloud_hub.ground import revocation, transport
 from cloud_hub.ground.ca import make_ca
 from cloud_hub.ground.courier import LinkSettings
 from cloud_hub.ground.folder import DataFolder, local_user
@@ -146,7 +146,7 @@ def _write_files(folder: Path, hub_port: int, device_port: int, hubs: Sequence[s
     )
     product = managed_broker.configuration(settings, user=local_user()).splitlines()
     acl = ours[0].broker / "acl"
-    acl.write_text("\n".join(managed_broker.access_list(name) for name in hubs))
+    acl.write_text("\n".join(revocation.access_list(name) for name in hubs))
     per_listener = ("allow_anonymous", "acl_file", "use_username_as_clientid")
     kept = [line for line in product if not line.startswith(("per_listener_settings", *per_listener))]
     lines = ["per_listener_settings true", *kept]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from msgspec.structs import replace
 
 from edge_agent.adapters.ledger import merged_floors
+from edge_agent.core.spending import Spending
 from shared.release import Floors, VerifiedAssignment
 
 
@@ -16,6 +19,7 @@ class FakeLedger:
         self.slots: dict[str, bytes] = {}
         self.floors = Floors()
         self.verified: VerifiedAssignment | None = None
+        self.spending = Spending()
 
     async def next_boot(self) -> int:
         """Count this start."""
@@ -26,9 +30,9 @@ class FakeLedger:
         """Slot states by family."""
         return dict(self.slots)
 
-    async def save_slot(self, family: str, state: bytes) -> None:
-        """Replace one slot's state."""
-        self.slots[family] = state
+    async def save_slots(self, states: Mapping[str, bytes]) -> None:
+        """Replace the states of these slots."""
+        self.slots |= states
 
     async def load_floors(self) -> Floors:
         """The floors."""
@@ -51,3 +55,11 @@ class FakeLedger:
         """Save it and raise the floors."""
         self.verified = verified
         await self.raise_floors(verified.floors)
+
+    async def load_spending(self) -> Spending:
+        """What was fetched."""
+        return self.spending
+
+    async def save_spending(self, spending: Spending) -> None:
+        """Replace it."""
+        self.spending = spending

@@ -17,6 +17,7 @@ class FakeShelf:
         self.files: dict[str, bytes] = {}
         self.parts: dict[str, bytes] = {}
         self._written: dict[str, int] = {}
+        self.free = 2**40
 
     def has(self, digest: Digest) -> bool:
         """Whether the file is there."""
@@ -24,18 +25,19 @@ class FakeShelf:
 
     def resume_at(self, digest: Digest) -> int:
         """Length of the unfinished file."""
+        self._look(digest)
         return len(self.parts.get(digest, b""))
 
     def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
         """Write at this offset and drop what lay behind it."""
+        self._let_go(digest)
         before = self.parts.get(digest, b"")[:offset]
         self.parts[digest] = before.ljust(offset, b"\0") + data
 
     def part(self, digest: Digest) -> int:
         """A descriptor for what becomes the unfinished file when it is published."""
         fd = os.memfd_create(digest[:16])
-        if digest in self._written:
-            os.close(self._written.pop(digest))
+        self._let_go(digest)
         self.parts[digest] = b""
         self._written[digest] = os.dup(fd)
         return fd
@@ -44,10 +46,7 @@ class FakeShelf:
         """Check and keep."""
         if file.digest in self.files:
             return
-        written = self._written.pop(file.digest, None)
-        if written is not None:
-            self.parts[file.digest] = os.pread(written, os.fstat(written).st_size, 0)
-            os.close(written)
+        self._let_go(file.digest)
         if file.digest not in self.parts:
             raise StorageError("nothing to publish", code="storage.missing")
         data = self.parts.pop(file.digest)
@@ -71,15 +70,33 @@ class FakeShelf:
     def collect(self, keep: frozenset[Digest]) -> int:
         """Forget everything else."""
         freed = 0
+        for digest in list(self._written):
+            self._let_go(Digest(digest))
         for store in (self.files, self.parts):
             for digest in [digest for digest in store if digest not in keep]:
                 freed += len(store.pop(digest))
         return freed
 
+    def free_bytes(self) -> int:
+        """What the test says."""
+        return self.free
+
     def drop(self, digest: Digest) -> None:
         """Forget this one."""
+        self._let_go(digest)
         self.files.pop(digest, None)
         self.parts.pop(digest, None)
+
+    def _look(self, digest: Digest) -> None:
+        written = self._written.get(digest)
+        if written is not None:
+            self.parts[digest] = os.pread(written, os.fstat(written).st_size, 0)
+
+    def _let_go(self, digest: Digest) -> None:
+        """What was written by descriptor so far; the descriptor's further writes go nowhere."""
+        self._look(digest)
+        if digest in self._written:
+            os.close(self._written.pop(digest))
 
     def spoil(self, digest: Digest, data: bytes) -> None:
         """Replace a kept file's content behind the shelf's back."""

@@ -83,7 +83,7 @@ def serve(folder: Path) -> Iterator[SmallHub]:
                 with contextlib.suppress(OSError):  # the client may have read enough
                     self.wfile.write(data)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = answer
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Speaker)
     server.handle_error = lambda *_arguments: None  # type: ignore[method-assign]

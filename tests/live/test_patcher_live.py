@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from edge_agent import patcher as child
-from edge_agent.adapters.patcher import LivePatcher
+from edge_agent.adapters.patcher import LivePatcher, Outcome
 from edge_agent.adapters.shelf import FileShelf
 from shared.errors import PatchFailed, StorageFull
 from shared.ids import Digest
@@ -230,10 +230,10 @@ def test_a_large_file_is_patched_in_bounded_memory(tmp_path: Path) -> None:
     peaks: list[int] = []
 
     class Noting(LivePatcher):
-        async def _attend(self, order: bytes, descriptors: list[int]) -> child.Outcome:  # type: ignore[override]
+        async def _attend(self, order: bytes, descriptors: list[int]) -> Outcome:
             outcome = await super()._attend(order, descriptors)
             peaks.append(outcome.peak_bytes)
-            return outcome  # type: ignore[return-value]
+            return outcome
 
     asyncio.run(place.apply(Noting(shelf=place.shelf)))
     assert isinstance(idle, int)

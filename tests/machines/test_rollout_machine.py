@@ -248,6 +248,22 @@ def test_a_failed_download_is_no_fault_of_the_release() -> None:
     assert {m.condition for m in world.state.members} == {Condition.WAITING, Condition.UNRESOLVED}
 
 
+def test_the_failure_of_another_model_of_a_set_is_no_fault_of_the_release() -> None:
+    world = RolloutWorld(devices=20, spec_fields={"max_harmed": 0, "max_unresolved": 0})
+    world.run(
+        lambda w, n: w.change(n, error_code="set.member_failed", error="faces: model.golden: 7 of 10"), minutes=20
+    )
+    assert world.is_in(Phase.PAUSED)
+    assert {m.condition for m in world.state.members} == {Condition.WAITING, Condition.UNRESOLVED}
+    assert any("set.member_failed" in m.reason for m in world.state.members)
+
+
+def test_a_result_that_this_hub_does_not_know_is_shown_and_counts_against_the_release() -> None:
+    world = RolloutWorld(devices=20, spec_fields={"max_harmed": 0})
+    world.run(lambda w, n: w.change(n, error_code="quantum.flux", error="of a newer agent"), minutes=3)
+    assert "quantum.flux: of a newer agent" in {m.reason for m in world.state.members}
+
+
 def test_an_assignment_that_cannot_be_made_is_told_and_holds_nothing_up() -> None:
     world = RolloutWorld(devices=20, spec_fields={"stages": [2, "100%"]})
     world.say(

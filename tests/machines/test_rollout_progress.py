@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cloud_hub.rollouts import rules
+from cloud_hub.rollouts import planning, rules
 from cloud_hub.rollouts.planning import order
 from cloud_hub.rollouts.progress import HEARD_WITHIN_MS
 from cloud_hub.rollouts.values import AbortAsked, Member, ResumeAsked
@@ -301,3 +301,26 @@ def test_a_stage_that_cannot_grow_says_so() -> None:
     world.run(middling, minutes=40)
     assert world.is_in(Phase.RUNNING)
     assert "the gates are undecided" in world.state.reason
+
+
+@pytest.mark.parametrize("standing", ["quarantined", "revoked"])
+def test_who_is_not_welcome_is_left_out_of_a_plan_and_offered_nothing(standing: str) -> None:
+    world = RolloutWorld(devices=4, spec_fields={"stages": ["100%"]})
+    barred = world.state.members[-1].device
+    world.change(barred, standing=standing)
+    chosen = planning.choose(world.fleet, world.state.spec, manifest=MANIFEST[NEW], taken={})
+    assert barred not in chosen.eligible
+    assert [(one.device, one.reason) for one in chosen.skipped] == [(barred, standing)]
+    world.run(well, minutes=11)
+    assert barred not in {member.device for member in wanting(world)}
+    assert len(wanting(world)) == 3
+
+
+def test_a_device_that_was_offered_it_and_is_quarantined_is_harmed() -> None:
+    world = RolloutWorld(devices=4, spec_fields={"stages": ["100%"]})
+    world.run(idles, minutes=1)
+    barred = wanting(world)[0].device
+    world.change(barred, standing="quarantined")
+    world.look()
+    member = next(one for one in world.state.members if one.device == barred)
+    assert (member.condition, member.reason) == (Condition.HARMED, "it was quarantined")

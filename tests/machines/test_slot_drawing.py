@@ -1,4 +1,4 @@
-"""The drawing in docs/slots.md is the table's, and the table has a row for every phase and event.
+"""The drawing and the vocabulary in docs/slots.md are the code's, and the table has a row for every phase and event.
 
 After a change of the table, `python -m tests.machines.test_slot_drawing` writes the drawing anew.
 """
@@ -12,16 +12,22 @@ import pytest
 
 from edge_agent.core import slots
 from edge_agent.core.slot_values import Event, Phase, Restarted
+from shared import results
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "slots.md"
 BEGIN, END = "<!-- drawing -->\n", "<!-- /drawing -->"
 
 
 def redrawn(text: str) -> str:
-    """The document with the drawing as the table has it now."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}```mermaid\n{slots.drawing()}\n```\n{END}{after}"
+    """The document with the drawing and the vocabulary as the code has them now."""
+    text = _replaced(text, BEGIN, f"```mermaid\n{slots.drawing()}\n```\n", END)
+    return _replaced(text, "<!-- results -->\n", f"{results.table()}\n", "<!-- /results -->")
+
+
+def _replaced(text: str, begin: str, content: str, end: str) -> str:
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}{content}{end}{after}"
 
 
 def test_the_drawing_is_of_this_table() -> None:

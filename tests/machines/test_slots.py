@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from edge_agent.core import slots
 from edge_agent.core.health import running_model
@@ -12,8 +13,10 @@ from edge_agent.core.slot_values import (
     CRASH_LOOP,
     MAX_EXTENSIONS,
     MAX_FETCH_DELAY_MS,
+    MAX_REFETCHES,
     MAX_ROLLBACK_STARTS,
     MAX_TRANSITIONS,
+    MIN_FETCH_DELAY_MS,
     AnswerBad,
     AnswerGood,
     CancelWork,
@@ -45,6 +48,8 @@ from edge_agent.core.slot_values import (
     WarmUpDue,
     Withdrawn,
 )
+from shared.ids import Digest
+from shared.release import Patch
 from tests.machines.slot_parts import PROBATION, file, installed, key, offer
 from tests.machines.slot_script import Script, committed, host_lost, on_probation
 
@@ -196,12 +201,50 @@ def test_answers_of_work_that_was_given_up_are_ignored() -> None:
 # Failing
 
 
-def test_files_that_are_not_what_was_signed_are_quarantined() -> None:
-    script = Script().say(*committed("1.0.0", at=1), offer("2.0.0", at=2), FilesHere(V2))
-    script.say(FilesBad(key=V2, code="trust.digest", message="another hash"))
+@pytest.mark.parametrize("phase", [Phase.VERIFYING, Phase.WARMUP])
+def test_files_that_the_disk_changes_are_fetched_again_and_then_given_up_without_blame(phase: Phase) -> None:
+    script = Script().say(*committed("1.0.0", at=1), offer("2.0.0", at=2))
+    for times in range(MAX_REFETCHES + 1):
+        assert script.slot.refetches == times
+        script.say(FilesHere(V2))
+        if phase is Phase.WARMUP:
+            script.say(FilesVerified(V2), WarmUpAllowed(V2))
+        script.stands(phase)
+        script.say(FilesBad(key=V2, code="transfer.corrupt", message="another hash"))
+        if times < MAX_REFETCHES:
+            script.stands(Phase.FETCHING)
+            script.wants(CancelWork(V2), Fetch(V2, installed("2.0.0", at=2).files))
     script.stands(Phase.COMMITTED)
-    assert script.slot.quarantine == (V2,)
+    assert (script.slot.quarantine, script.slot.error_code) == ((), "storage.damaged")
     assert script.notes == ["release.failed"]
+    script.say(offer("2.0.0", at=2))
+    assert (script.slot.phase, script.slot.refetches) == (Phase.FETCHING, 0)
+
+
+def test_patches_come_with_the_fetch_and_are_kept_with_what_they_start_from() -> None:
+    model, base = installed("2.0.0", at=2).served.file, Digest("b" * 64)
+    patch = Patch(base=base, result=model.digest, digest=Digest("c" * 64), length=10)
+    script = Script().say(*committed("1.0.0", at=1), replace(offer("2.0.0", at=2), patches=(patch,)))
+    script.wants(Fetch(V2, installed("2.0.0", at=2).files, (patch,)))
+    running = {file.digest for file in installed("1.0.0", at=1).files}
+    coming = {file.digest for file in installed("2.0.0", at=2).files}
+    assert slots.files_to_keep([script.slot]) == {*running, *coming, base, patch.digest}
+    script.say(*on_probation("2.0.0", at=2)[1:], *[AnswerGood(V2)] * PROBATION.good_answers, ProbationTimedOut())
+    script.stands(Phase.COMMITTED)
+    assert slots.files_to_keep([script.slot]) == {*running, *coming}
+
+
+def test_devices_that_fail_together_do_not_try_again_together() -> None:
+    delays = set()
+    for jitter in (0.0, 0.25, 1.0):
+        script = Script().say(offer("1.0.0", at=1))
+        for _ in range(5):
+            script.say(
+                FetchFailed(key=V1, code="transfer.unreachable", message="503", retry=True, jitter=jitter), FetchDue()
+            )
+        script.say(FetchFailed(key=V1, code="transfer.unreachable", message="503", retry=True, jitter=jitter))
+        delays |= {effect.delay_ms for effect in script.effects if isinstance(effect, StartTimer)}
+    assert delays == {MIN_FETCH_DELAY_MS, 8_000, 32_000}
 
 
 def test_a_failed_golden_check_is_not_tried_twice() -> None:

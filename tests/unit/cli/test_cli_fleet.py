@@ -201,3 +201,38 @@ def test_watching_ends_with_ctrl_c(logged_in: SmallHub, run: Run, monkeypatch: p
     ended = run("ls", "devices", "--watch", "--json")
     assert ended.code == 130
     assert [msgspec.json.decode(line)["items"][0]["id"] for line in ended.out.splitlines()] == ["pi-1", "pi-1"]
+
+
+def test_a_device_is_revoked_with_a_reason(logged_in: SmallHub, run: Run) -> None:
+    answer = {"id": "pi-1", "standing": "revoked", "reason": "stolen", "enforced": True}
+    logged_in.answers[("POST", "/v1/devices/pi-1/revoke")] = (200, answer)
+    ended = run("device", "revoke", "pi-1", "--reason", "stolen")
+    assert (ended.code, ended.out) == (0, "pi-1: revoked; the hub takes nothing of it any more\n")
+    assert msgspec.json.decode(logged_in.asked[0].body) == {"reason": "stolen"}
+
+
+def test_a_broker_that_has_not_shown_it_is_told(logged_in: SmallHub, run: Run) -> None:
+    answer = {"id": "pi-1", "standing": "revoked", "reason": "", "enforced": False}
+    logged_in.answers[("POST", "/v1/devices/pi-1/revoke")] = (200, answer)
+    ended = run("device", "revoke", "pi-1")
+    assert ended.code == 5
+    assert "code: transfer.broker" in ended.err
+    assert "access list" in ended.err
+
+
+def test_quarantine_and_its_end(logged_in: SmallHub, run: Run) -> None:
+    path = "/v1/devices/pi-1/quarantine"
+    logged_in.answers[("POST", path)] = (200, {"id": "pi-1", "standing": "quarantined"})
+    logged_in.answers[("DELETE", path)] = (200, {"id": "pi-1", "standing": ""})
+    assert run("device", "quarantine", "pi-1", "--reason", "odd").out == "pi-1: quarantined\n"
+    assert run("device", "quarantine", "pi-1", "--lift").out == "pi-1: welcome again\n"
+    assert run("device", "quarantine", "pi-1", "--lift", "--reason", "x").code == 2
+    assert [asked.method for asked in logged_in.asked] == ["POST", "DELETE"]
+
+
+def test_who_is_not_welcome_is_shown(logged_in: SmallHub, run: Run) -> None:
+    barred = device("pi-1", standing="quarantined", standing_reason="one name in two places")
+    logged_in.answers[("GET", "/v1/devices")] = (200, {"items": [barred], "next": None})
+    logged_in.answers[("GET", "/v1/devices/pi-1")] = (200, barred)
+    assert run("ls", "devices").out.splitlines()[1].split()[2] == "quarantined"
+    assert "quarantined: one name in two places" in run("get", "device", "pi-1").out

@@ -355,6 +355,15 @@ def test_a_rejected_model_shows_its_code_and_what_to_try(logged_in: SmallHub, ru
     assert "export it again" in out
 
 
+def test_a_model_shows_the_patches_to_its_files(logged_in: SmallHub, run: Run) -> None:
+    patch = {"path": "models/sign/1.1.0/int8.onnx", "base_version": "1.0.0", "length": 123_170, "share": 0.0743}
+    shown = {"family": "sign", "version": "1.1.0", "state": "ready", "report": None, "patches": [patch]}
+    logged_in.answers[("GET", "/v1/models/sign/1.1.0")] = (200, shown)
+    (line,) = [line for line in run("model", "show", "sign/1.1.0").out.splitlines() if "int8.onnx" in line]
+    assert line.split()[1] == "1.0.0"
+    assert line.endswith("7.4%")
+
+
 def test_no_device_is_not_found(fleet: Fleet, run: Run) -> None:
     fleet.hub.answers[("GET", "/v1/releases/sign/1.0.0")] = (200, {"family": "sign", "version": "1.0.0"})
     fleet.hub.answers[("POST", "/v1/assignments")] = (200, {"assigned": [], "skipped": []})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 
 from edge_agent.core.slot_values import Phase
 from shared.errors import OutriderError, Unreachable
-from shared.ids import FamilyName
+from shared.ids import Digest, FamilyName
 from shared.inference import (
     AgentState,
     Answer,
@@ -20,11 +21,13 @@ from shared.inference import (
     Status,
     TensorHead,
 )
+from shared.release import Patch
 from shared.telemetry import Outcome, RecordClass
 from shared.wire.verification import Judged
 from shared.wire.verification import Refused as StoredRefusal
 from tests.fakes.agent_world import AgentWorld, profile, release, until
 from tests.fakes.hosts import FakeHost
+from tests.fakes.patcher import build_fake_patch
 
 
 def phase(world: AgentWorld) -> Phase | None:
@@ -327,3 +330,67 @@ def test_the_operator_of_the_device_can_go_back_one_release() -> None:
         assert FamilyName("digits") in world.models.families()
 
     world.life(story)
+
+
+def test_a_release_comes_by_a_patch_from_what_runs_here_and_the_door_tells_of_it() -> None:
+    world = AgentWorld()
+    world.patch_policy = "patch_only"
+
+    async def story() -> None:
+        old, new = release(world, "1.0.0"), release(world, "2.0.0")
+        for file in (old.manifest.golden.file, *(variant.file for variant in old.manifest.variants)):
+            world.shelf.append(file.digest, world.fetcher.files[file.digest], offset=0)
+            world.shelf.publish(file)
+        world.arrive(world.publish(old))
+        await committed(world, "1.0.0")
+        patches = []
+        for before, after in (
+            (old.manifest.golden.file, new.manifest.golden.file),
+            *((a.file, b.file) for a, b in zip(old.manifest.variants, new.manifest.variants, strict=True)),
+        ):
+            made = build_fake_patch(world.fetcher.files[before.digest], world.fetcher.files.pop(after.digest))
+            digest = Digest(hashlib.sha256(made).hexdigest())
+            world.fetcher.files[digest] = made
+            patches.append(Patch(base=before.digest, result=after.digest, digest=digest, length=len(made)))
+        world.arrive(world.publish(new, patches=tuple(patches)))
+        await committed(world, "2.0.0")
+        state = await world.ask(Status(id="s"))
+        assert isinstance(state, AgentState)
+        assert state.updates["patched"] == len(world.patcher.applied) == 2  # the variant that runs, and the golden set
+        assert state.updates["day_bytes"] == world.fetcher.asked_bytes > 0
+        assert all(path.startswith("a patch to ") for path in world.fetcher.fetched)
+
+    world.life(story)
+
+
+def test_a_release_that_finds_no_room_waits_and_says_so_once() -> None:
+    world = AgentWorld()
+
+    async def story() -> None:
+        world.shelf.free = 10
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await until(lambda: "release.waits" in world.hub.events(), "the hub hears of it")
+        slot = world.models.slot("digits")
+        assert slot is not None
+        assert (slot.phase, slot.error_code, world.fetcher.fetched) == (Phase.FETCHING, "storage.room", [])
+        world.shelf.free = 2**30
+        await committed(world, "1.0.0")
+        assert world.hub.events().count("release.waits") == 1
+
+    world.life(story)
+
+
+def test_what_a_power_cut_left_behind_is_collected_at_the_next_start() -> None:
+    world = AgentWorld()
+    stale = Digest("5" * 64)
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+
+    world.life(story)
+    kept = set(world.shelf.files)
+    world.shelf.append(stale, b"a part of what nobody wants any more", offset=0)
+    world.life(story)
+    assert world.shelf.resume_at(stale) == 0
+    assert set(world.shelf.files) == kept

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -80,18 +81,18 @@ def test_a_refusal_of_the_hub_with_an_endless_code_does_not_end_the_agent() -> N
 
 def test_an_accepted_assignment_is_carried_out_once_the_disk_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = AgentWorld()
-    save = world.ledger.save_slot
+    save = world.ledger.save_slots
     refusals = 2
 
-    async def full(family: str, state: bytes) -> None:
+    async def full(states: Mapping[str, bytes]) -> None:
         nonlocal refusals
         if refusals:
             refusals -= 1
             raise StorageFull("no room left")
-        await save(family, state)
+        await save(states)
 
     async def story() -> None:
-        world.ledger.save_slot = full  # type: ignore[method-assign]
+        world.ledger.save_slots = full  # type: ignore[method-assign]
         world.arrive(world.publish(release(world, "1.0.0")))
         await until(lambda: refusals == 0, "tried again")
         await until(lambda: phase(world) is Phase.COMMITTED, "committed")
@@ -279,12 +280,12 @@ def test_no_more_than_two_families_are_fetched_at_once() -> None:
     running = most = 0
     go_on = asyncio.Event()
 
-    async def slowly(file: FileRef, shelf: Shelf) -> None:
+    async def slowly(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
         await go_on.wait()
-        await fetch(file, shelf)
+        await fetch(file, shelf, up_to=up_to)
         running -= 1
 
     async def story() -> None:
@@ -306,11 +307,11 @@ def test_a_link_that_comes_back_does_not_begin_a_running_fetch_anew() -> None:
     go_on = asyncio.Event()
     fetch = world.fetcher.blob
 
-    async def slowly(file: FileRef, shelf: Shelf) -> None:
+    async def slowly(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
         nonlocal begun
         begun += 1
         await go_on.wait()
-        await fetch(file, shelf)
+        await fetch(file, shelf, up_to=up_to)
 
     async def story() -> None:
         world.fetcher.blob = slowly  # type: ignore[method-assign]

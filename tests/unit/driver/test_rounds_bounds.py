@@ -50,7 +50,7 @@ def test_what_earlier_tasks_left_on_the_disk_goes_at_the_start_and_before_each_f
         resumed: list[int] = []
         fetch = world.fetcher.blob
 
-        async def watched(file: FileRef, shelf: Shelf) -> None:
+        async def watched(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
             resumed.append(shelf.resume_at(file.digest))
             await fetch(file, shelf)
 
@@ -92,7 +92,7 @@ def test_a_fetch_that_was_given_up_removes_nothing_of_the_next_one() -> None:
         second = large(world, "m2")
         part, fetch, arriving = world.fetcher.files[second.blob][:10], world.fetcher.blob, asyncio.Event()
 
-        async def held(file: FileRef, shelf: Shelf) -> None:
+        async def held(file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
             shelf.append(file.digest, part, offset=0)
             arriving.set()
             await until(dropped.is_set, "the first has cleared up")

@@ -17,7 +17,7 @@ from edge_agent.__main__ import foreign_shared, main
 from edge_agent.commands.checks import check_time
 from edge_agent.commands.enroll import read_token
 from edge_agent.commands.exits import Exit, exit_of
-from edge_agent.commands.status import duration
+from edge_agent.commands.status import duration, updates_line
 from edge_agent.config import load_config
 from edge_agent.core.trusted_time import BUILT_MS
 from shared import errors
@@ -35,6 +35,7 @@ from shared.inference import (
     Request,
     Status,
 )
+from shared.limits import MIB
 from shared.model import Signature, TensorSpec
 from tests.fakes.door import FakeDoor
 
@@ -72,6 +73,15 @@ STATE = AgentState(
     queue_written_bytes=4096,
     queue_syncs=3,
     assignment_version=2,
+    updates={
+        "day_bytes": 2 * MIB,
+        "total_bytes": 9 * MIB,
+        "saved_bytes": 5 * MIB,
+        "patched": 3,
+        "patch_failed": 1,
+        "daily_bytes": 10 * MIB,
+        "left_bytes": 8 * MIB,
+    },
 )
 
 
@@ -149,6 +159,7 @@ def test_status_for_people_and_for_programs(state: Path, capsys: pytest.CaptureF
             "42 records, 2048 bytes, the oldest for 1 d 1 h",
             "1 h 2 min",
             "committed",
+            "2.0 MiB fetched in 24 h, 8.0 of 10.0 MiB left; 3 files patched (5.0 MiB saved), 1 patches failed",
         ):
             assert part in text
         assert run("status", "--json", state=state) == 0
@@ -158,6 +169,11 @@ def test_status_for_people_and_for_programs(state: Path, capsys: pytest.CaptureF
     assert document["answered"] == 0
     assert document["models"][0]["digest"] == "a" * 64
     assert "id" not in document
+
+
+def test_without_a_budget_nothing_is_said_of_what_is_left() -> None:
+    assert updates_line({"day_bytes": 0, "patched": 0}) == "0.0 MiB fetched in 24 h"
+    assert updates_line({}) == "0.0 MiB fetched in 24 h"
 
 
 def test_queue_and_model(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,9 @@ def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
     [
         ("not toml", "is not TOML"),
         ('[hub]\nurl = "http://hub"\n', "hub.url"),
+        ('[updates]\nmirror = "http://mirror"\n', "updates.mirror"),
+        ('[updates]\npolicy = "never"\n', "updates.policy"),
+        ("[updates]\ndaily_bytes = -1\n", "updates.daily_bytes"),
         ('[broker]\nhost = "hub"\n', "belong together"),
         (f'[door]\npath = "/{"x" * 120}"\n', "a socket's path may have 107"),
         *(

@@ -111,7 +111,9 @@ def test_a_damaged_file_is_moved_aside_and_the_next_start_works(tmp_path: Path) 
     assert (tmp_path / "agent.db.corrupt-77").read_bytes().startswith(b"this was never")
 
     async def act(database: Database) -> None:
-        assert await SqliteLedger(database).load_floors() == Floors()
+        with pytest.raises(StorageError) as lost:
+            await SqliteLedger(database).load_floors()
+        assert lost.value.code == "storage.floors_lost"
 
     in_database(tmp_path, act)
 

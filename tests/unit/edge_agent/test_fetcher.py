@@ -200,6 +200,69 @@ def test_a_server_that_drips_is_given_up(ca: TestCa) -> None:
     assert shelf.resume_at(FILE.digest) > 0
 
 
+def test_attack_9_a_server_just_above_the_stall_rule_meets_a_deadline_that_grows_with_the_length(ca: TestCa) -> None:
+    ended = threading.Event()
+    sent = 0
+
+    def trickle(_: Request, handler: BaseHTTPRequestHandler) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(DATA)))
+        handler.end_headers()
+        while sent < len(DATA) and not ended.wait(0.01):
+            handler.wfile.write(DATA[sent : sent + 1500])
+            sent += 1500
+
+    shelf, pair = FakeShelf(), ca.client("dev-a")
+    context = dated_context(ca.path, now_ms=SystemClock().wall_ms, certificate_path=pair.certificate, key_path=pair.key)
+    with HttpsServer(ca, trickle) as server:
+        link = HubFetcher(
+            hub_url=server.url, context=context, clock=SystemClock(), stall_ms=100, slowest_bytes_s=100 * len(DATA)
+        )
+        with pytest.raises(Unreachable) as caught:
+            asyncio.run(link.blob(FILE, shelf))
+        ended.set()
+    assert caught.value.code == "transfer.slow"
+    assert 0 < shelf.resume_at(FILE.digest) < len(DATA)
+
+
+def test_attack_2_a_body_without_end_and_without_a_length_is_cut_where_the_file_ends(ca: TestCa) -> None:
+    ended = threading.Event()
+
+    def endless(_: Request, handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        while not ended.is_set():
+            handler.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+    shelf = FakeShelf()
+    with pytest.raises(TransferCorrupt) as caught:
+        fetch(ca, endless, shelf)
+    ended.set()
+    assert caught.value.code == "transfer.too_large"
+    assert shelf.resume_at(FILE.digest) <= len(DATA)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_no_more_is_taken_than_was_allowed_also_from_a_server_without_ranges(ca: TestCa, ranges: bool) -> None:
+    def reply(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        if not ranges:
+            answer(handler, 200, DATA)
+            return
+        first, last = request.headers["Range"].removeprefix("bytes=").split("-")
+        body = DATA[int(first) : int(last) + 1]
+        answer(handler, 206, body, headers={"Content-Range": f"bytes {first}-{last}/{len(DATA)}"})
+
+    shelf = FakeShelf()
+    with HttpsServer(ca, reply) as server:
+        for end in (1000, 2000):
+            asyncio.run(fetcher(ca, server.url).blob(FILE, shelf, up_to=end))
+            assert shelf.parts[FILE.digest] == DATA[:end]
+        seen = [request.headers.get("Range") for request in server.requests]
+    assert seen == ["bytes=0-999", "bytes=1000-1999"]
+
+
 @pytest.mark.parametrize("part", [b"", b"HTTP/1.1 200 OK\r\nX-Drip: "], ids=["nothing", "headers"])
 def test_a_server_that_never_answers_is_given_up(ca: TestCa, part: bytes) -> None:
     ended = threading.Event()

@@ -55,7 +55,7 @@ class House:
         with HttpsServer(self.ca, reply) as server:
             clock = SystemClock()
             fetcher = HubFetcher(hub_url=server.url, context=undated_context(self.ca.path), clock=clock)
-            verifier = LiveVerifier(trust_dir=self.trust, device=DEVICE, fetcher=fetcher)
+            verifier = LiveVerifier(trust_dir=self.trust, device=DEVICE, profile="generic", fetcher=fetcher)
             source = HubTime(fetcher=fetcher, verifier=verifier, device=DEVICE, random=os.urandom)
 
             async def one() -> int | str:

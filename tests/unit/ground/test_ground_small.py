@@ -7,19 +7,22 @@ import os
 import pwd
 import socket
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from cloud_hub.ground import broker, transport
+from cloud_hub.ground import broker, revocation, transport
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied
 from cloud_hub.ground.ca import common_name, make_ca
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.post import Post
 from cloud_hub.ground.rates import Buckets, source_of
 from cloud_hub.ground.tlsport import bind
-from shared.errors import ConfigError, Conflict
+from shared.errors import ConfigError, Conflict, Unreachable
 from shared.ids import DeviceId
+from shared.wire.messages import Ack
 from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, NOW_MS
 
@@ -159,6 +162,7 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
         "use_username_as_clientid true",
         "allow_anonymous false",
         "acl_file /d/broker/acl",
+        "crlfile /d/broker/crl.pem",
         "set_tcp_nodelay true",
         "persistence false",
         "max_packet_size 262144",
@@ -171,7 +175,7 @@ def test_the_brokers_configuration_holds_what_it_must() -> None:
         user=None,
     )
     assert [line for line in lines if line != "user me"] == nameless.splitlines()
-    rules = broker.access_list("hub.b").splitlines()
+    rules = revocation.access_list("hub.b").splitlines()
     assert rules[:2] == ["user hub.b", "topic readwrite outrider/#"]
     assert "pattern write outrider/1/%u/up/#" in rules
     assert "pattern read outrider/1/%u/down/#" in rules
@@ -241,3 +245,17 @@ def test_a_link_says_since_when_it_is_up() -> None:
     assert link.up_since_ms() is None
     link.set(is_up=True)
     assert link.up_since_ms() == up_ms + 1000
+
+
+def test_nothing_is_sent_to_who_is_barred() -> None:
+    sent: list[str] = []
+
+    async def publish(topic: str, payload: bytes, *, qos: Literal[0, 1] = 1) -> None:
+        sent.append(topic)
+
+    post = Post(publish=publish, clock=FakeClock(), is_welcome=lambda device: device != "pi-2")
+    asyncio.run(post.send(DeviceId("pi-1"), Ack(verdicts=()), leaf="ack"))
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(post.send(DeviceId("pi-2"), Ack(verdicts=()), leaf="ack"))
+    assert caught.value.code == "transfer.barred"
+    assert sent == ["outrider/1/pi-1/down/ack"]

@@ -206,3 +206,38 @@ def test_more_batches_than_may_wait_are_counted_and_settled(monkeypatch: pytest.
     assert sorted(emptied(seen, metrics, [(topics.up(DEVICE, "event"), encoded(BATCH))] * 5)) == [0, 1, 2, 3, 4]
     assert outcome(metrics, "event", "overflow") == 2
     assert len(seen.messages) == 3
+
+
+def test_of_who_is_barred_nothing_is_taken_and_all_is_settled_and_counted() -> None:
+    seen, metrics, settled = Seen(), Metrics(), 0
+
+    def settle() -> None:
+        nonlocal settled
+        settled += 1
+
+    def takes(device: str, leaf: str) -> bool:
+        return device != "pi-2" or leaf == "birth"
+
+    async def run() -> None:
+        board = Switchboard(rooms=seen.rooms(), metrics=metrics, takes=takes)
+        sent = [(device, leaf) for device in ("pi-2", DEVICE) for leaf in ("telemetry", "reported", "birth")]
+        bodies: dict[str, Message] = {"telemetry": BATCH, "reported": REPORTED, "birth": BIRTH}
+        parcels = [
+            Parcel(f"outrider/1/{device}/up/{leaf}", encoded(bodies[leaf], device=device), settle)
+            for device, leaf in sent
+        ]
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            running = group.create_task(board.run())
+            board.put(parcels)
+            while settled < len(parcels):
+                await asyncio.sleep(0)
+            running.cancel()
+
+    asyncio.run(run())
+    assert sorted((device, type(message).__name__) for device, message in seen.messages) == [
+        (DEVICE, "Batch"),
+        (DEVICE, "Birth"),
+        (DEVICE, "Reported"),
+        ("pi-2", "Birth"),
+    ]
+    assert (outcome(metrics, "telemetry", "barred"), outcome(metrics, "reported", "barred")) == (1, 1)

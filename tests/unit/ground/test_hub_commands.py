@@ -12,12 +12,12 @@ import pytest
 
 from cloud_hub.__main__ import main
 from cloud_hub.commands import init as init_command
-from cloud_hub.config import load
 from cloud_hub.devices import tables
 from cloud_hub.ground import audit, ca, transport
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import DataFolder
-from cloud_hub.main import online_keys
+from cloud_hub.ground.revocation import make_list
+from cloud_hub.ground.system import SystemClock
 from shared.join import decode_join_token
 from shared.trust import repository
 
@@ -253,7 +253,6 @@ def test_the_time_key_is_made_listed_and_not_missed_where_a_hub_is_older(
 ) -> None:
     assert init(tmp_path, "--port", str(free_port), "--broker-port", str(free_port + 1)) == 0
     data = tmp_path / "data"
-    config = load(flags={"data_dir": str(data)}, variables={}).config
 
     def keys() -> dict[str, Any]:
         capsys.readouterr()
@@ -263,7 +262,24 @@ def test_the_time_key_is_made_listed_and_not_missed_where_a_hub_is_older(
 
     assert (data / "keys" / "time.key").stat().st_mode & 0o777 == 0o600
     assert keys()["detail"] == "snapshot, timestamp, assignment, time"
-    assert online_keys(config).time is not None
     (data / "keys" / "time.key").unlink()
-    assert (keys()["ok"], "none for time" in keys()["detail"]) == (True, True)
-    assert online_keys(config).time is None
+    assert keys()["ok"] is False  # its root names the key, so devices wait for the time
+
+
+@pytest.mark.parametrize(
+    ("age_days", "ok", "words"),
+    [(0, True, "0 certificates, 0 hours old, 29 days left"), (4, False, "96 hours old"), (40, False, "nobody in")],
+)
+def test_doctor_tells_the_age_of_the_revocation_list(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str], age_days: int, ok: bool, words: str
+) -> None:
+    init(tmp_path, "--port", str(free_port), "--broker-port", str(free_port + 1))
+    folder = DataFolder(tmp_path / "data")
+    made_ms = SystemClock().wall_ms() - age_days * 24 * 3600 * 1000
+    made = make_list(transport.load_authority(folder), (), now_ms=made_ms, after_ms=None)
+    (folder.broker / "crl.pem").write_bytes(made)
+    capsys.readouterr()
+    main(["doctor", "--data", str(folder.root), "--json"])
+    (found,) = [check for check in output(capsys)["checks"] if check["check"] == "revocation"]
+    assert found["ok"] is ok
+    assert words in found["detail"]

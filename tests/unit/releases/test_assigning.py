@@ -12,8 +12,9 @@ import pytest
 from cloud_hub.ground import audit
 from cloud_hub.ground.bus import DeviceBorn, DeviceReported
 from cloud_hub.ground.problems import NotFound
+from cloud_hub.releases.assigning import READABLE_ASSIGNMENTS
 from cloud_hub.releases.desk import Outcome, Selector
-from cloud_hub.releases.rules import Skipped
+from cloud_hub.releases.rules import Named, Skipped
 from shared.errors import Conflict, InvalidValue
 from shared.ids import DeviceId, FamilyName, ModelVersion
 from shared.release import Assignment, Floors
@@ -49,6 +50,28 @@ def verified(room: ReleaseRoom, index: int = -1, *, device: str | None = None) -
     return verify_assignment(
         document, root=root, device=DeviceId(name), now_ms=room.clock.wall, floors=Floors(), previous=None
     )
+
+
+def test_several_releases_are_assigned_as_one_set(room: ReleaseRoom) -> None:
+    room.make_ready("1.0.0", family="faces")
+    asyncio.run(room.publish("1.0.0", family="faces"))
+    faces = Named(family=FamilyName("faces"), version=ModelVersion("1.0.0"))
+    assign(room, together=(faces,), devices=("one",))
+    document = verified(room)
+    assert [model.family for model in document.models] == ["digits", "faces"]
+    assert document.together == (("digits", "faces"),)
+    # The same again is the same document; taken out of the set it is another one.
+    assert assign(room, together=(faces,), devices=("one",)).assigned[0].version == 1
+    assert assign(room, devices=("one",)).assigned[0].version == 1
+    assert assign(room, together=(), devices=("one",)).assigned[0].version == 2
+    assert verified(room).together == ()
+
+
+def test_a_set_with_a_release_that_is_not_published_is_refused_as_a_whole(room: ReleaseRoom) -> None:
+    faces = Named(family=FamilyName("faces"), version=ModelVersion("1.0.0"))
+    with pytest.raises(NotFound):
+        assign(room, together=(faces,), all=True)
+    assert room.outgoing.documents() == []
 
 
 def look(room: ReleaseRoom) -> None:
@@ -192,3 +215,33 @@ def test_assignments_are_listed_by_device(room: ReleaseRoom) -> None:
     assign(room, all=True, force=True)
     page = asyncio.run(room.desk.assigning.page(after="one", limit=10))
     assert [(row.assignment.device, row.assignment.version) for row in page] == [("two", 2)]
+
+
+def may_read(room: ReleaseRoom, device: str, digest: str) -> bool:
+    return asyncio.run(room.desk.assigning.may_read(DeviceId(device), digest))
+
+
+def test_a_device_reads_files_of_what_is_assigned_to_it_and_of_nothing_else(room: ReleaseRoom) -> None:
+    row = asyncio.run(room.desk.catalogue.get("digits", "1.0.0"))
+    files = [file.digest for file in row.files]
+    assert len(files) > 2  # manifest, golden set, variants
+    assert not any(may_read(room, "one", digest) for digest in files)
+    assign(room, devices=("one",))
+    assert all(may_read(room, "one", digest) for digest in files)
+    assert not any(may_read(room, "two", digest) for digest in files)
+    assert not may_read(room, "one", row.push.model) or row.push.model in files
+    assert may_read(room, "two", "0" * 64)  # belongs to no release: a task of a federated run, for instance
+
+
+def test_a_device_that_is_still_at_the_assignment_before_may_finish_it(room: ReleaseRoom) -> None:
+    room.make_ready("2.0.0")
+    asyncio.run(room.publish("2.0.0"))
+    only_old = {file.digest for file in asyncio.run(room.desk.catalogue.get("digits", "1.0.0")).files}
+    only_old -= {file.digest for file in asyncio.run(room.desk.catalogue.get("digits", "2.0.0")).files}
+    assert only_old
+    assign(room, devices=("one",))
+    assign(room, version="2.0.0", devices=("one",))
+    assert all(may_read(room, "one", digest) for digest in only_old)
+    for _ in range(READABLE_ASSIGNMENTS):
+        assign(room, version="2.0.0", devices=("one",), force=True)
+    assert not any(may_read(room, "one", digest) for digest in only_old)

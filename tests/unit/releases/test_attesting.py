@@ -21,7 +21,7 @@ from shared.ids import DeviceId
 from shared.limits import MAX_ROOTS_WITH_TIME
 from shared.release import Floors
 from shared.trust import refresh
-from shared.wire.verification import Keep, Need, TimeJob
+from shared.wire.verification import TimeJob
 from tests.fakes.release_room import ReleaseRoom
 
 NONCE = "n" * 43
@@ -62,7 +62,7 @@ def believed(room: ReleaseRoom, answer: bytes) -> int:
     root = asyncio.run(room.desk.root()).encode()
     run = refresh.attest(TimeJob(answer=answer, device=DEVICE, nonce=NONCE, root=root, floors=Floors()))
     try:
-        step: Need | Keep = next(run)
+        step = next(run)
     except StopIteration as end:
         return int(end.value)
     raise AssertionError(step)

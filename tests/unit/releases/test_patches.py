@@ -21,7 +21,9 @@ from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import FileRef
 from shared.patch.applying import apply
 from shared.patch.format import Terms
-from shared.release import Assignment, Patch
+from shared.release import Assignment, Floors, Patch
+from shared.trust import repository
+from shared.trust.assignment import verify_assignment
 from tests.fakes.release_room import ReleaseRoom
 
 
@@ -137,7 +139,13 @@ def assigned(room: ReleaseRoom, version: str) -> dict[str, Assignment]:
     asyncio.run(room.desk.assigning.assign(selector, actor="token:test"))
     rows = asyncio.run(room.desk.assigning.page(after="", limit=10))
     assert all(len(row.document) <= limits.MAX_ASSIGNMENT_BYTES for row in rows)
-    return {row.assignment.device: row.assignment for row in rows}
+    root = repository.read_root(asyncio.run(room.desk.root()).encode()).signed
+    return {
+        row.assignment.device: verify_assignment(
+            row.document, root=root, device=row.assignment.device, now_ms=room.clock.wall, floors=Floors()
+        )
+        for row in rows
+    }
 
 
 def test_an_assignment_carries_the_patch_for_what_its_device_serves(room: ReleaseRoom) -> None:

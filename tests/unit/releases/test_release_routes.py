@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from cloud_hub.ground import problems
-from cloud_hub.ground.auth import Gate, Role, issue_api_token
+from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Role, issue_api_token
 from cloud_hub.ground.problems import NotAllowed
 from cloud_hub.releases.routes import router
 from shared.ids import DeviceId
@@ -33,10 +33,12 @@ class Api:
         problems.install(self.app)
         self.app.include_router(router(room.desk))
 
-        async def nobody(_der: bytes) -> DeviceId:
-            raise NotAllowed("no devices here")
+        async def known(der: bytes) -> DeviceId:
+            if der.decode() not in room.fleet.devices:
+                raise NotAllowed("no such device here")
+            return DeviceId(der.decode())
 
-        self.app.state.gate = Gate(database=room.database, clock=room.clock, device_of=nobody)
+        self.app.state.gate = Gate(database=room.database, clock=room.clock, device_of=known)
         self.tokens = {
             role: room.database.write_now(
                 lambda conn, role=role: issue_api_token(  # type: ignore[misc]
@@ -47,14 +49,18 @@ class Api:
         }
 
     def __call__(
-        self, method: str, path: str, *, role: Role | None = Role.RELEASE_MANAGER, **options: Any
+        self, method: str, path: str, *, role: Role | None = Role.RELEASE_MANAGER, device: str = "", **options: Any
     ) -> httpx.Response:
         headers = dict(options.pop("headers", {}))
-        if role is not None:
+        if role is not None and not device:
             headers["authorization"] = f"Bearer {self.tokens[role]}"
 
+        async def as_device(scope: Any, receive: Any, send: Any) -> None:
+            scope["extensions"] = {PEER_CERTIFICATE: device.encode()} if device else {}
+            await self.app(scope, receive, send)
+
         async def call() -> httpx.Response:
-            transport = httpx.ASGITransport(app=self.app)
+            transport = httpx.ASGITransport(app=as_device)
             async with httpx.AsyncClient(transport=transport, base_url="https://hub") as client:
                 return await client.request(method, path, headers=headers, **options)
 
@@ -231,3 +237,22 @@ def test_operations_have_stable_names(api: Api) -> None:
         "change_keys",
         "attest_time",
     }  # fmt: skip
+
+
+def test_a_device_reads_only_files_of_releases_that_are_assigned_to_it(api: Api, room: ReleaseRoom) -> None:
+    for name in ("one", "two"):
+        room.fleet.add(name)
+    row = room.make_ready("1.0.0")
+    asyncio.run(room.publish("1.0.0"))
+    paths = [f"/v1/blobs/{file.digest}" for file in row.files]
+    assert is_problem(api("GET", paths[0], device="nobody"), 403, "auth")
+    for path in paths:
+        assert is_problem(api("GET", path, device="one"), 403, "auth.blob")
+        assert api("HEAD", path, device="one").status_code == 403
+    assigned = {"family": "digits", "version": "1.0.0", "devices": ["one"]}
+    assert api("POST", "/v1/assignments", role=Role.OPERATOR, json=assigned).status_code == 201
+    for path, file in zip(paths, row.files, strict=True):
+        assert len(api("GET", path, device="one").content) == file.length
+        part = api("GET", path, device="one", headers={"range": "bytes=1-", "if-range": f'"{file.digest}"'})
+        assert (part.status_code, part.headers["etag"]) == (206, f'"{file.digest}"')
+        assert is_problem(api("GET", path, device="two"), 403, "auth.blob")

@@ -138,8 +138,45 @@ def test_a_selector_says_exactly_one_thing(fields: dict[str, Any]) -> None:
 
 
 def following(current: Assignment | None, wanted: AssignedModel | None, **changes: Any) -> Assignment | None:
-    fields = {"device": DeviceId("a"), "seen": 0, "force": False, "now_ms": 1000, "ttl_ms": 500, **changes}
-    return rules.next_assignment(current, wanted, **fields)
+    fields: dict[str, Any] = {
+        "device": DeviceId("a"),
+        "seen": 0,
+        "force": False,
+        "now_ms": 1000,
+        "ttl_ms": 500,
+        **changes,
+    }
+    return rules.next_assignment(current, () if wanted is None else (wanted,), **fields)
+
+
+def test_families_that_change_together_are_a_set_until_they_are_taken_out_of_it() -> None:
+    digits, faces, gaits = (FamilyName(name) for name in ("digits", "faces", "gaits"))
+    sets = rules.sets_after((), [faces, digits], together=True)
+    assert sets == ((digits, faces),)
+    assert rules.sets_after(sets, [digits], together=None) == sets
+    assert rules.sets_after(sets, [gaits, digits], together=True) == ((digits, gaits),)
+    assert rules.sets_after(sets, [digits], together=False) == ()
+    three = rules.sets_after((), [faces, digits, gaits], together=True)
+    assert rules.sets_after(three, [faces], together=False) == ((digits, gaits),)
+
+
+def test_an_assignment_keeps_its_sets_when_it_is_renewed_or_one_family_changes() -> None:
+    fields: dict[str, Any] = {"device": DeviceId("a"), "seen": 0, "force": False, "now_ms": 1000, "ttl_ms": 500}
+    first = rules.next_assignment(None, (model("digits"), model("faces")), together=True, **fields)
+    assert first is not None
+    assert first.together == (("digits", "faces"),)
+    for wanted in (None, model("digits", "2.0.0")):
+        after = following(first, wanted)
+        assert after is not None
+        assert after.together == first.together
+
+
+@pytest.mark.parametrize("others", [["digits"], ["faces", "faces"], [f"f{number}" for number in range(16)]])
+def test_a_selector_names_each_family_once_and_not_too_many(others: list[str]) -> None:
+    named = tuple(rules.Named(family=FamilyName(name), version=ModelVersion("1.0.0")) for name in others)
+    selector = Selector(family=FamilyName("digits"), version=ModelVersion("1.0.0"), together=named, all=True)
+    with pytest.raises(InvalidValue, match="each once"):
+        rules.named(selector)
 
 
 def test_an_assignment_is_the_full_state_with_one_family_changed() -> None:
@@ -193,3 +230,14 @@ def test_documents_are_due_at_half_of_their_life_and_when_the_clock_went_back() 
     assert not rules.is_due(**life, now_ms=1499)
     assert rules.is_due(**life, now_ms=1500)
     assert rules.is_due(**life, now_ms=999)
+
+
+def test_who_is_not_welcome_is_assigned_nothing() -> None:
+    fleet = [candidate("pi-1"), Candidate(DeviceId("pi-2"), {}, True, 0, standing="quarantined")]
+    for selector in (
+        Selector(family=FamilyName("digits"), version=ModelVersion("1.0.0"), all=True),
+        Selector(family=FamilyName("digits"), version=ModelVersion("1.0.0"), devices=("pi-1", "pi-2")),
+    ):
+        chosen, skipped = rules.select(fleet, selector)
+        assert chosen == ("pi-1",)
+        assert skipped == (rules.Skipped("pi-2", "quarantined"),)

@@ -90,6 +90,8 @@ def test_messages_of_different_tasks_have_different_names() -> None:
 def test_who_takes_part(labels: dict[str, str], online: bool, models: list[Any], takes_part: bool) -> None:
     reported = {"models": models}
     assert rules.takes_part(spec(), labels=labels, online=online, reported=reported) is takes_part
+    for standing in ("quarantined", "revoked"):
+        assert not rules.takes_part(spec(), labels=labels, online=online, reported=reported, standing=standing)
     picky = spec(selector={"site": "a"})
     assert not rules.takes_part(picky, labels=labels, online=online, reported=reported)
     assert rules.takes_part(picky, labels={"site": "a"}, online=online, reported=reported) is (

@@ -97,15 +97,16 @@ def unsafely_signed(hub: TrustRepository, *releases: tuple[str, str], **changes:
         {"version": 2**53},
         {"device": "../etc"},
         {"force": ["other"]},
+        {"together": [["digits"]]},
+        {"together": [["digits", "other"]]},
+        {"together": [["digits", "digits"]]},
+        {"together": [[]]},
         {"expires_ms": 1},
         {"_type": "snapshot"},
         {"spec_version": "1"},
         {"issued_ms": -1},
         {"together": [["digits", "letters"], ["letters", "signs"]]},
-        {"together": [["digits", "digits"]]},
         {"together": [["digits", "cats"]]},
-        {"together": [["digits"]]},
-        {"together": [[]]},
         {"patches": [PATCH, PATCH]},
         {"patches": [{**PATCH, "base": "A" * 64}]},
         {"patches": [{**PATCH, "digest": "../x"}]},
@@ -199,5 +200,5 @@ def test_what_does_not_fit_without_patches_is_refused_with_advice(hub: TrustRepo
 
 
 def test_endless_data_in_an_assignment_is_refused_before_it_is_read(hub: TrustRepository) -> None:
-    document = hub.assign(DIGITS)[:-1] + b" " * limits.MAX_ASSIGNMENT_BYTES + b"}"
+    document = hub.assign(DIGITS)[:-1] + b" " * 2048 + b"}"
     assert refused(hub, Device(hub.first_root), document) == "trust.endless_data"

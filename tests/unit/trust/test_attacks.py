@@ -110,6 +110,9 @@ def test_floors_only_rise(hub: TrustRepository) -> None:
         assert after.assignment_version > before.assignment_version
         assert after.time_ms >= before.time_ms
         assert after.releases["digits"] == 4
+        assert {name.partition("@")[0] for name in after.roles} == {
+            "root", "timestamp", "snapshot", "targets", "models/digits",
+        }  # fmt: skip
         assert all(after.roles[name] >= version for name, version in before.roles.items())
         hub.renew_timestamp()
 
@@ -195,7 +198,7 @@ def chain(hub: TrustRepository, length: int) -> None:
     (listed,) = (role.signed.targets for role in hub.roles.values() if role.signed.targets)
     hub.roles = {}
     for name, following in zip(names, [*names[1:], None], strict=True):
-        link = Targets(version=1, expires=repo._in_days(NOW_MS, 90))
+        link = Targets(version=1, expires=repo.in_days(NOW_MS, 90))
         if following is None:
             link.targets = dict(listed)
         else:
@@ -228,7 +231,7 @@ def test_in_a_diamond_each_side_must_stand_behind_the_shared_role(hub: TrustRepo
     shared = hub.roles.pop("models/digits")
     hub.roles = {"shared": shared}
     for name, key in (("left", other), ("right", keys)):
-        side = Targets(version=1, expires=repo._in_days(NOW_MS, 90), delegations=to("shared", key, ["models/*/*/*"]))
+        side = Targets(version=1, expires=repo.in_days(NOW_MS, 90), delegations=to("shared", key, ["models/*/*/*"]))
         hub.roles[name] = Metadata(side)
     hub.targets.signed.delegations = Delegations(
         {keys.keyid: keys},

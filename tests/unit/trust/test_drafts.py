@@ -12,7 +12,7 @@ from shared.trust import authority, ceremony, drafts, keys, repository
 from shared.trust.drafts import Draft
 from shared.trust.library import CryptoSigner, Metadata, Root, SSlibKey
 from shared.trust.repository import RoleKeys
-from tests.fakes.trust_repository import DAY_MS, NOW_MS
+from tests.fakes.trust_repository import DAY_MS, NOW_MS, make_manifest
 
 ONLINE = ("snapshot", "timestamp", "assignment")
 
@@ -154,6 +154,34 @@ def test_a_draft_of_rubbish_is_refused(team: Team, text: str) -> None:
         for ask in (drafts.quorums, lambda draft: drafts.check_draft(draft, now_ms=NOW_MS), drafts.describe):
             with pytest.raises(OutriderError):
                 ask(draft)
+
+
+def test_attack_10_a_forged_basis_does_not_pass_for_what_there_was(team: Team) -> None:
+    """Whoever has the hub shows signers keys and files of its own as if they had been there before."""
+    thief, founded = new_key(), team.founded()
+    family = {"models/digits": public(thief)}
+    targets = ceremony.next_targets(repository.read_targets(founded.parts["targets"].encode()), family, now_ms=NOW_MS)
+    role = repository.add_release(None, make_manifest(), now_ms=NOW_MS)
+    following = {
+        "targets": repository.sign(ceremony.next_targets(targets, {}, now_ms=NOW_MS)).decode(),
+        "models/digits": repository.sign(ceremony.next_role(role, now_ms=NOW_MS)).decode(),
+    }
+    honest = repository.sign(targets, *team.targets).decode()
+    forged = repository.sign(targets, thief).decode()
+    released, slipped_in = repository.sign(role, thief).decode(), repository.sign(role, new_key()).decode()
+    for basis_targets, basis_role, is_refused in (
+        (honest, released, False),
+        (forged, released, True),
+        (honest, slipped_in, True),
+    ):
+        basis = {"root": founded.parts["root"], "targets": basis_targets, "models/digits": basis_role}
+        draft = Draft(parts=following, basis=basis, roots=(basis["root"],))
+        if not is_refused:
+            drafts.check_draft(draft, now_ms=NOW_MS)
+            continue
+        with pytest.raises(TrustError) as caught:
+            drafts.check_draft(draft, now_ms=NOW_MS)
+        assert caught.value.code == "trust.signature"
 
 
 # Thresholds and sides

@@ -151,7 +151,7 @@ def test_small_numbers_in_an_unknown_format_are_found() -> None:
 def sample() -> tuple[bytes, bytes, bytes]:
     """A patch that uses every kind of step and of packing, with its two files."""
     rng = np.random.default_rng(5)
-    small = rng.integers(0, 256, 20_000, dtype=np.uint8)
+    small = rng.integers(0, 256, 140_000, dtype=np.uint8)
     words = rng.normal(0, 1, 12_000).astype("<f4").view("<u4")
     shorts = rng.integers(0, 65536, 80_000).astype("<u2")
     base = small.tobytes() + words.tobytes() + shorts.tobytes() + noise(9_000)
