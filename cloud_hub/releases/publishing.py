@@ -25,7 +25,7 @@ from cloud_hub.releases import rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.keychange import Changed, change_keys
-from cloud_hub.releases.online import KeySource, sign_online
+from cloud_hub.releases.online import KeySource, sign_learned, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
 from shared.clock import Clock
@@ -227,13 +227,15 @@ class Publishing:
             current = tables.newest_metadata(conn)
             if not {ROOT, TARGETS} <= set(current):
                 raise _unfounded()
-            due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
-            if not due:
-                return False
             keys = self._keys(current[ROOT].document)
-            rows = sign_online(
+            rows = sign_learned(current, keys=keys, now_ms=now_ms)
+            due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
+            if not due and not rows:
+                return False
+            current.update({row.role: row for row in rows})
+            rows += sign_online(
                 current,
-                snapshot=keys.snapshot if SNAPSHOT in due else None,
+                snapshot=keys.snapshot if SNAPSHOT in due or rows else None,
                 timestamp=keys.timestamp,
                 now_ms=now_ms,
             )

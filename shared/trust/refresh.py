@@ -135,8 +135,7 @@ def _verify_ground(client: Client, job: Job, learned: Manifest, ref: FileRef) ->
     family, version = parse_manifest_path(ref.path)
     found = yield from client.find(ref.path)
     base, data = yield from _fetch_manifest(AssignedModel(family=family, version=version, manifest=ref), found)
-    check_origin(family, version, found, accepts=False)
-    check_fit(base, profile=job.profile, floors=job.floors)
+    check_origin(family, version, found, accepts=job.accept_learned)
     check_learned_manifest(learned, base)
     assert base.learning is not None, "checked with the manifest"
     ours = next(variant for variant in base.variants if variant.name == base.learning.variant)
