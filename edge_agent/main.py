@@ -21,6 +21,7 @@ from typing import Final
 from edge_agent import runtimes
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.cloud import HubCloud
+from edge_agent.adapters.comparer import LiveComparer
 from edge_agent.adapters.courier import MqttCourier, broker_context
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.door import Door
@@ -194,7 +195,11 @@ def _hub(
         mirror = HubFetcher(hub_url=config.updates.mirror, context=context, clock=clock)
         fetcher = SourcedFetcher(hub=fetcher, mirrors=(mirror,), clock=clock)
     verifier = LiveVerifier(
-        trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile, fetcher=fetcher
+        trust_dir=config.state_dir / TRUST_DIR,
+        device=identity.device,
+        profile=profile,
+        fetcher=fetcher,
+        accept_learned=config.updates.accept_learned,
     )
     undated = HubFetcher(hub_url=url, context=undated_context(identity.ca_path), clock=clock)
     timekeeping = Timekeeping(
@@ -211,8 +216,14 @@ def _hub(
 def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
     updates = config.updates
     meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
-    patcher = LivePatcher(shelf=FileShelf(config.state_dir))
-    return Supplies(fetcher=fetcher, meter=meter, patcher=patcher, policy=updates.policy)
+    shelf = FileShelf(config.state_dir)
+    return Supplies(
+        fetcher=fetcher,
+        meter=meter,
+        patcher=LivePatcher(shelf=shelf),
+        comparer=LiveComparer(shelf=shelf),
+        policy=updates.policy,
+    )
 
 
 def _models(

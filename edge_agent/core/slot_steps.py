@@ -28,6 +28,7 @@ from edge_agent.core.slot_moves import (
     on_trial,
     serve,
     uncommit,
+    verify_of,
     without_candidate,
     without_error,
 )
@@ -51,6 +52,7 @@ from edge_agent.core.slot_values import (
     FetchFailed,
     FilesBad,
     FilesHere,
+    FilesRefused,
     FilesVerified,
     HostFailed,
     HostReady,
@@ -72,7 +74,6 @@ from edge_agent.core.slot_values import (
     SwitchTo,
     Timer,
     Trial,
-    VerifyFiles,
     WarmUpAllowed,
     WarmUpDue,
     Withdrawn,
@@ -96,6 +97,7 @@ def offered(state: Slot, event: Offered) -> Step:
         variant=event.variant,
         assignment_version=event.assignment_version,
         patches=event.patches,
+        ground=event.model.ground,
     )
     known = [release for release in (state.active, state.candidate) if release is not None]
     if any(release.assignment_version > offer.assignment_version for release in known):
@@ -192,7 +194,7 @@ def files_here(state: Slot, event: FilesHere) -> Step:
     if event.key != candidate.key:
         return Decision(state)
     after = enter(state, Phase.VERIFYING)
-    return Decision(after, (StopTimer(Timer.FETCH), VerifyFiles(candidate.key, candidate.files)))
+    return Decision(after, (StopTimer(Timer.FETCH), verify_of(candidate)))
 
 
 def fetch_failed(state: Slot, event: FetchFailed) -> Step:
@@ -238,6 +240,13 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
         return abandon(state, DAMAGED_CODE, event.message, quarantine=state.quarantine)
     after = replace(enter(state, Phase.FETCHING), fetch_tries=0, refetches=state.refetches + 1)
     return Decision(after, (*leave(state), fetch_of(candidate)))
+
+
+def files_refused(state: Slot, event: FilesRefused) -> Step:
+    """What was learned is more than its base allows: never again here, and nothing of it was loaded."""
+    if event.key != candidate_of(state).key:
+        return Decision(state)
+    return give_up(state, event.code, event.message)
 
 
 def _active_damaged(state: Slot, damaged: Installed) -> Step:
@@ -421,7 +430,7 @@ def restarted(state: Slot, event: Restarted) -> Step:
         given_up = give_up(state, "release.loops", f"not committed after {state.transitions} steps")
         return Decision(given_up.state, (*serving, *given_up.effects))
     if state.phase is Phase.VERIFYING:
-        return Decision(enter(state, Phase.VERIFYING), (*serving, VerifyFiles(candidate.key, candidate.files)))
+        return Decision(enter(state, Phase.VERIFYING), (*serving, verify_of(candidate)))
     # The golden check belongs to this life: the active release serves until the candidate has passed it again.
     trial = replace(state.trial, good=0, extensions=0, passed=False)
     after = replace(state if waits else enter(state, Phase.STAGED), is_gathered=False, trial=trial)

@@ -20,7 +20,7 @@ from shared.errors import StorageError
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import Probation
-from shared.release import Patch, VerifiedModel
+from shared.release import Ground, Patch, VerifiedModel
 
 STATE_SCHEMA: Final = 1
 MAX_LOADS: Final = 4
@@ -62,13 +62,18 @@ class Phase(Enum):
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified release, the variant of it that this device runs, and shorter ways to its files."""
+    """A verified release, the variant of it that this device runs, and shorter ways to its files.
+
+    Attributes:
+        ground: of a learned release, what its file is held against before it is first loaded.
+    """
 
     manifest: Manifest
     manifest_digest: Digest
     variant: str
     assignment_version: int
     patches: tuple[Patch, ...] = ()
+    ground: Ground | None = None
 
     @property
     def key(self) -> str:
@@ -84,6 +89,11 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     def files(self) -> tuple[FileRef, ...]:
         """What must lie on the shelf for it to run: the model's file and the golden set."""
         return self.served.file, self.manifest.golden.file
+
+    @property
+    def brought(self) -> tuple[FileRef, ...]:
+        """What must lie on the shelf while it is taken in: its files, and what a learned one is held against."""
+        return self.files if self.ground is None else (*self.files, self.ground.file)
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +237,14 @@ class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
     retry: bool = False
 
 
+class FilesRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The file is what was signed, and holds what may not be signed that way: it moved further than its base allows."""
+
+    key: str
+    code: str
+    message: str
+
+
 class WarmUpAllowed(msgspec.Struct, frozen=True):
     """There is room to load the candidate beside what runs."""
 
@@ -344,9 +362,10 @@ class SetRolledBack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Event = (
-    Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | WarmUpAllowed | WarmUpDue
-    | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted | OperatorRollback
-    | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver | SetRolledBack
+    Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | FilesRefused | WarmUpAllowed
+    | WarmUpDue | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted
+    | OperatorRollback | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver
+    | SetRolledBack
 )  # fmt: skip
 
 
@@ -375,10 +394,14 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class VerifyFiles(msgspec.Struct, frozen=True):
-    """Hash the files on the shelf once more; answered by FilesVerified or FilesBad."""
+    """Hash the files on the shelf once more; answered by FilesVerified or FilesBad.
+
+    With `ground` the first of them is held against it too; answered by FilesRefused if it does not keep to its bounds.
+    """
 
     key: str
     files: tuple[FileRef, ...]
+    ground: Ground | None = None
 
 
 class RequestWarmUp(msgspec.Struct, frozen=True):

@@ -226,8 +226,8 @@ class Models:
         match effect:
             case Fetch():
                 self._files.fetch(family, effect)
-            case VerifyFiles(key, files):
-                self._files.verify(family, key, files)
+            case VerifyFiles():
+                self._files.verify(family, effect)
             case RequestWarmUp(key):
                 self._warm_up_queue.append((family, key))
             case CancelWork(key):
