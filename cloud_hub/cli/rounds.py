@@ -67,6 +67,7 @@ def start(arguments: argparse.Namespace) -> Exit:
         "version": parse_version(arguments.result),
         "selector": _selector(arguments.selector),
         "evaluate": arguments.evaluate,
+        "learned": arguments.learned,
     }
     for name in ("rounds", "strategy", "min_devices", "quorum", "learning_rate", "epochs", "batch_size", "seed"):
         if getattr(arguments, name) is not None:

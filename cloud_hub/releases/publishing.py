@@ -11,6 +11,7 @@ Not here: the checks of signatures, thresholds and versions (shared/trust/public
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.problems import NotFound
-from cloud_hub.releases import rules, tables
+from cloud_hub.releases import learning, rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.keychange import Changed, change_keys
@@ -125,6 +126,7 @@ class Publishing:
         self._counts = counts
         self._keys = keys
         self._on_published = on_published
+        self._wake = asyncio.Event()
 
     async def root(self) -> str:
         """The newest root, for devices that join."""
@@ -210,14 +212,36 @@ class Publishing:
         return changed
 
     async def run(self) -> None:
-        """Renew snapshot and timestamp in time, until cancelled."""
+        """Renew what the hub signs in time, and publish what it learned, until cancelled."""
         while True:
-            try:
-                await self.renew()
-            except OutriderError as error:
-                # Devices go on with what they have until it expires; the next try is a minute away.
-                logger.error("metadata was not renewed: %s: %s", error.code, error.message)
-            await asyncio.sleep(RENEW_EVERY_S)
+            self._wake.clear()
+            for work, what in ((self.renew, "metadata was not renewed"), (self.publish_learned, "not published")):
+                try:
+                    await work()
+                except OutriderError as error:
+                    # Devices go on with what they have until it expires; the next try is a minute away.
+                    logger.error("%s: %s: %s", what, error.code, error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_EVERY_S):
+                    await self._wake.wait()
+
+    def look_soon(self) -> None:
+        """Something may be ready that the hub learned."""
+        self._wake.set()
+
+    async def publish_learned(self) -> bool:
+        """Sign and publish what the hub learned and is ready; returns whether there was anything."""
+        now_ms = self._clock.wall_ms()
+        rows = await self._database.write(
+            lambda conn: learning.publish_ready(conn, self._blobs, self._keys, now_ms=now_ms)
+        )
+        for row in rows:
+            self._counts.publications.labels("learned").inc()
+            logger.info("learned release published: %s/%s", row.family, row.version)
+        if rows:
+            self._on_published()
+            await self._watch_expiry()
+        return bool(rows)
 
     async def renew(self) -> bool:
         """Sign the online roles again if one of them has lived half its life; returns whether that was so."""
