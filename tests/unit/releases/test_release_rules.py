@@ -154,8 +154,10 @@ def test_families_that_change_together_are_a_set_until_they_are_taken_out_of_it(
 
 
 def test_an_assignment_keeps_its_sets_when_it_is_renewed_or_one_family_changes() -> None:
-    fields = {"device": DeviceId("a"), "seen": 0, "force": False, "now_ms": 1000, "ttl_ms": 500}
-    first = rules.next_assignment(None, (model("digits"), model("faces")), together=True, **fields)
+    first = rules.next_assignment(
+        None, (model("digits"), model("faces")), device=DeviceId("a"), seen=0, force=False, now_ms=1000, ttl_ms=500,
+        together=True,
+    )  # fmt: skip
     assert first is not None
     assert first.together == (("digits", "faces"),)
     for wanted in (None, model("digits", "2.0.0")):
