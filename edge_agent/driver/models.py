@@ -90,7 +90,7 @@ class Models:
             shelf=shelf,
             models_bytes=profile.disk.models_bytes,
             kept=lambda: slots.kept_files(self._slots.values()),
-            make_room=self._collect,
+            make_room=lambda: _collect(self._shelf, self._slots),
         )
         self._files = Files(loop=loop, bringing=bringing, note=note)
         self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
@@ -153,7 +153,7 @@ class Models:
             # A power cut may have come between an end and its collection. Where a slot was lost nothing is removed:
             # what it ran may be offered to it again.
             with contextlib.suppress(StorageError):
-                self._collect()
+                _collect(self._shelf, self._slots)
         if self._slots:
             restarted = Restarted(self._profile.probation)
             self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
@@ -242,7 +242,7 @@ class Models:
             case Note(name, detail):
                 self._note(name, {"family": family, **detail})
             case CollectGarbage():
-                self._collect()
+                _collect(self._shelf, self._slots)
 
     def _route(self, family: FamilyName) -> None:
         """Recompute one route; cheap for requests to read, so it is kept rather than derived for each of them."""
@@ -265,8 +265,9 @@ class Models:
         """A model failed on an acceptable input."""
         self._inbox.post(ForSlot(family, AnswerBad(key=key, code=error.code, message=error.message)))
 
-    def _collect(self) -> None:
-        # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
-        freed = self._shelf.collect(slots.files_to_keep(self._slots.values()))
-        if freed:
-            logger.info("old model files removed", extra={"freed_bytes": freed})
+
+def _collect(shelf: Shelf, states: sets.States) -> None:
+    # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
+    freed = shelf.collect(slots.files_to_keep(states.values()))
+    if freed:
+        logger.info("old model files removed", extra={"freed_bytes": freed})

@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ALL_OLD, ALL_NEW = {"a=1.0.0", "b=1.0.0"}, {"a=2.0.0", "b=2.0.0"}
 SAVES = (9, -6, 6)
-"""Around the loading of the hosts, the switch and the commit, and no more than a trial survives; the machine's tests cut
-everywhere else."""
+"""Around the switch; a fourth time would be one too many for the releases. Tests of the machine cut everywhere."""
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(90)]
 
