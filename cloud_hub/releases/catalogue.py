@@ -22,7 +22,7 @@ from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import learning, rules, tables
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.counts import Counts
-from cloud_hub.releases.learning import Base
+from cloud_hub.releases.learning import LearnedOn
 from cloud_hub.releases.online import KeySource
 from cloud_hub.releases.rules import BuildReport, Push
 from cloud_hub.releases.tables import ModelRow
@@ -94,7 +94,7 @@ class Catalogue:
         rules.check_push(push)
         return await self._take(push, actor=actor)
 
-    async def require_base(self, family: str, version: str) -> Base:
+    async def require_base(self, family: str, version: str) -> LearnedOn:
         """The release that something may be learned on; raises as `learning.require_base`."""
         return await self._database.read(
             lambda conn: learning.require_base(conn, self._blobs, self._keys, family=family, version=version)

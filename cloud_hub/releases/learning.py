@@ -35,7 +35,7 @@ ACTOR: Final = "hub"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class LearnedOn:
     """What a release is learned on.
 
     Attributes:
@@ -58,7 +58,7 @@ class Base:
         return next(variant for variant in self.manifest.variants if variant.name == self.bounds.variant)
 
 
-def require_base(conn: Connection, blobs: Blobs, keys: KeySource, *, family: str, version: str) -> Base:
+def require_base(conn: Connection, blobs: Blobs, keys: KeySource, *, family: str, version: str) -> LearnedOn:
     """The base of this name.
 
     Raises:
@@ -82,10 +82,10 @@ def require_base(conn: Connection, blobs: Blobs, keys: KeySource, *, family: str
     if not {ROOT, TARGETS} <= set(current):
         raise StorageError("the hub has no signed metadata", code="storage.no_repository")
     learned_signer(repository.read_targets(current[TARGETS].document), row.family, keys(current[ROOT].document))
-    return Base(row, manifest)
+    return LearnedOn(row, manifest)
 
 
-def hold_against(base: Base, blobs: Blobs, *, model: Digest) -> Base:
+def hold_against(base: LearnedOn, blobs: Blobs, *, model: Digest) -> LearnedOn:
     """The base with how far this model's head moved from it; blocks.
 
     Raises:
@@ -104,10 +104,10 @@ def hold_against(base: Base, blobs: Blobs, *, model: Digest) -> Base:
             code=error.code,
             hint="learn in smaller steps, or let a person release it: push it as a version of its own",
         ) from error
-    return Base(base.row, base.manifest, shift)
+    return LearnedOn(base.row, base.manifest, shift)
 
 
-def learned_manifest(base: Base, row: ModelRow, measured: Variant) -> Manifest:
+def learned_manifest(base: LearnedOn, row: ModelRow, measured: Variant) -> Manifest:
     """The manifest of a learned release.
 
     Args:

@@ -14,11 +14,11 @@ from msgspec.structs import replace
 
 from shared.errors import TrustError
 from shared.ids import Digest, FamilyName, ModelVersion
-from shared.model import FileRef, Golden, Learning, Manifest, Preparation, target_path
+from shared.model import FileRef, Golden, Learning, Manifest, Preparation, encode_manifest, target_path
 from shared.release import VerifiedAssignment
 from shared.trust import publication, stored
 from shared.trust import repository as repo
-from shared.trust.library import DelegatedRole, Delegations, Metadata, Targets
+from shared.trust.library import DelegatedRole, Delegations, Metadata, TargetFile, Targets
 from shared.trust.roles import family_role, learned_paths, learned_role
 from shared.wire.verification import Judged, StoredJob, StoredRelease
 from tests.fakes.trust_repository import DIGITS, NOW_MS, Device, TrustRepository, make_manifest, promise_again
@@ -135,7 +135,7 @@ def test_delegating_further_under_a_familys_name_makes_no_person(hub: TrustRepos
     forged.delegations = Delegations(keys={key.keyid: key}, roles={name: role})
     hub.roles[name] = repo.add_release(hub.roles[name], own, now_ms=hub.now_ms)
     ref = repo.manifest_ref(own)
-    hub.files[ref.path] = repo.encode_manifest(own)
+    hub.files[ref.path] = encode_manifest(own)
     hub.publish()
     hub.store(name, hub.roles[name], hub.keys["learned"][0])
     promise_again(hub)
@@ -158,14 +158,14 @@ def test_nothing_is_learned_on_a_base_that_a_person_did_not_open(hub: TrustRepos
 
 def test_a_base_that_is_not_released_is_none(hub: TrustRepository, device: Device) -> None:
     never = replace(make_manifest("3.0.0"), learning=BOUNDS)
-    hub.files[repo.manifest_ref(never).path] = repo.encode_manifest(never)
+    hub.files[repo.manifest_ref(never).path] = encode_manifest(never)
     hub.learn(learned(never))
     assert refusal(hub, device) == "trust.unknown_target"
 
 
 def test_a_base_with_bounds_of_the_thiefs_is_not_the_one_that_was_signed(hub: TrustRepository, device: Device) -> None:
     wider = replace(BASE, learning=replace(BOUNDS, max_shift=1e9))
-    hub.files[repo.manifest_ref(wider).path] = repo.encode_manifest(wider)
+    hub.files[repo.manifest_ref(wider).path] = encode_manifest(wider)
     hub.learn(learned(wider))
     assert refusal(hub, device) == "trust.digest"
 
@@ -187,10 +187,10 @@ def test_a_base_of_another_family_is_none(hub: TrustRepository, device: Device) 
     role = learned_role(DIGITS)
     hub.learn(learned())
     ref = repo.manifest_ref(forged)
-    data = repo.encode_manifest(forged)
+    data = encode_manifest(forged)
     hub.files[ref.path] = data
     hub.manifests[LEARNED] = forged
-    hub.roles[role].signed.targets[ref.path] = repo.TargetFile(len(data), {"sha256": ref.digest}, ref.path)
+    hub.roles[role].signed.targets[ref.path] = TargetFile(len(data), {"sha256": ref.digest}, ref.path)
     hub.publish()
     assert refusal(hub, device) == "trust.malformed"
 

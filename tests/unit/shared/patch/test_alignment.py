@@ -9,9 +9,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from shared.patch.onnx_tensors import find_tensors
 
 from shared.errors import InvalidValue
+from shared.onnx_tensors import find_tensors
 from shared.patch import format as form
 from shared.patch import making
 from shared.patch.alignment import Segment, align
