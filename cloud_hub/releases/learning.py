@@ -146,7 +146,9 @@ def publish_ready(conn: Connection, blobs: Blobs, keys: KeySource, *, now_ms: in
         ConfigError, StorageError: a key or a file is not here.
     """
     published = []
-    for row in tables.list_learned(conn):
+    for row in tables.list_ready(conn):
+        if row.push.learned_on is None or row.published_ms is not None:
+            continue
         current = tables.newest_metadata(conn)
         online = keys(current[ROOT].document)
         rows = _sign(current, row, blobs, online, now_ms=now_ms)

@@ -169,10 +169,7 @@ def is_release_file(conn: Connection, digest: str) -> bool:
 
 
 def assigned_digests(conn: Connection, device: str, *, newest: int) -> frozenset[str]:
-    """Digests of all files and patches that the newest so many assignments of a device name.
-
-    Of a learned release the base's too: the device holds it against them.
-    """
+    """Digests of all files and patches that the newest so many assignments of a device name, bases included."""
     query = sa.select(assignments.c.assignment).where(assignments.c.device == device)
     rows = conn.execute(query.order_by(assignments.c.version.desc()).limit(newest))
     named = [msgspec.json.decode(row.assignment, type=Assignment) for row in rows]
@@ -293,13 +290,6 @@ def published_floor(conn: Connection, family: str) -> int:
         models.c.family == family, models.c.published_ms.is_not(None)
     )
     return conn.execute(query).scalar_one() or 0
-
-
-def list_learned(conn: Connection) -> list[ModelRow]:
-    """What the hub learned, is ready, and is not published."""
-    query = sa.select(models).where(models.c.state == "ready", models.c.published_ms.is_(None))
-    rows = [_model(conn, row) for row in conn.execute(query.order_by(models.c.family, models.c.version))]
-    return [row for row in rows if row.push.learned_on is not None]
 
 
 def mark_published(conn: Connection, family: str, version: str, *, at_ms: int, actor: str) -> None:
@@ -469,10 +459,8 @@ def _model(conn: Connection, row: Row[tuple[object, ...]]) -> ModelRow:
     counter = row.release_counter
     if row.state == "ready" and push.learned_on is not None:
         # What was learned has its base's counter, which is stored once.
-        of_base = sa.select(models.c.release_counter).where(
-            models.c.family == push.family, models.c.version == push.learned_on
-        )
-        counter = conn.execute(of_base).scalar_one_or_none()
+        of_base = models.c.family == push.family, models.c.version == push.learned_on
+        counter = conn.execute(sa.select(models.c.release_counter).where(*of_base)).scalar_one_or_none()
     return ModelRow(
         family=FamilyName(row.family),
         version=ModelVersion(row.version),

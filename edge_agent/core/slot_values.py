@@ -1,4 +1,4 @@
-"""The words of the slot machine: phases, the persisted state, events, effects, and the state's bytes.
+"""The words of the slot machine: phases, the persisted state, events and effects.
 
 Rules of this file:
 1. `active` is a committed release or None; a candidate becomes active by committing and in no other way.
@@ -6,7 +6,7 @@ Rules of this file:
    given up meanwhile, is recognised and ignored.
 3. Every effect can be carried out twice with the same result as once: after a crash it may well be.
 
-Not here: what leads to what (edge_agent/core/slots.py).
+Not here: what leads to what (edge_agent/core/slots.py), the state's bytes (edge_agent/core/slot_bytes.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Final
 
 import msgspec
 
-from shared.errors import StorageError
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import Probation
@@ -496,27 +495,3 @@ def timer_event(timer: Timer) -> Event:
 def backoff_ms(tries: int, *, most_ms: int) -> int:
     """1 s after the first failure, twice as long after each further one, at most `most_ms`."""
     return min(most_ms, FIRST_DELAY_MS << min(max(tries, 1) - 1, 20))
-
-
-class _Head(msgspec.Struct):
-    schema: int
-
-
-def encode_state(state: Slot) -> bytes:
-    """The state's bytes for the ledger."""
-    return msgspec.msgpack.encode(state)
-
-
-def decode_state(data: bytes) -> Slot:
-    """The state in these bytes; raises StorageError when they are damaged or from an agent that is newer than this."""
-    try:
-        schema = msgspec.msgpack.decode(data, type=_Head).schema
-        if schema != STATE_SCHEMA:
-            raise StorageError(
-                f"slot state has schema {schema}, this agent knows {STATE_SCHEMA}",
-                code="storage.schema",
-                hint="run the agent version that wrote the state directory, or a newer one",
-            )
-        return msgspec.msgpack.decode(data, type=Slot)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise StorageError(f"slot state cannot be read: {error}", code="storage.slot") from error

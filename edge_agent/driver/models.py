@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from edge_agent.core import health, sets, slots
 from edge_agent.core.offering import offers
 from edge_agent.core.serving import Route
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
@@ -40,8 +41,6 @@ from edge_agent.core.slot_values import (
     SwitchTo,
     VerifyFiles,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from edge_agent.core.variants import Misfit, choose
