@@ -16,7 +16,7 @@ from shared.errors import TrustError
 from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import FileRef, Golden, Learning, Manifest, Preparation, encode_manifest, target_path
 from shared.release import VerifiedAssignment
-from shared.trust import publication, stored
+from shared.trust import ceremony, publication, stored
 from shared.trust import repository as repo
 from shared.trust.library import DelegatedRole, Delegations, Metadata, TargetFile, Targets
 from shared.trust.roles import family_role, learned_paths, learned_role
@@ -328,6 +328,27 @@ def test_only_the_plain_delegation_is_published(hub: TrustRepository) -> None:
         with pytest.raises(TrustError) as caught:
             check(hub, targets)
         assert caught.value.code == "trust.delegation"
+
+
+def test_a_change_of_keys_lets_no_other_delegation_in(hub: TrustRepository) -> None:
+    current = {
+        "root": hub.first_root,
+        "targets": repo.sign(hub.targets, *hub.keys["targets"]),
+        family_role(DIGITS): repo.sign(hub.roles[family_role(DIGITS)], *hub.keys["release"]),
+    }
+
+    def change(targets: Metadata[Targets]) -> None:
+        parts = {"targets": repo.sign(targets, *hub.keys["targets"])}
+        ceremony.check_change(current, parts, now_ms=NOW_MS)
+
+    change(repo.delegate_learned(hub.targets, DIGITS, hub.keys["time"][0].public_key, now_ms=NOW_MS))
+    change(repo.delegate_learned(hub.targets, DIGITS, None, now_ms=NOW_MS))
+    wider = repo.delegate_learned(hub.targets, DIGITS, hub.keys["learned"][0].public_key, now_ms=NOW_MS)
+    assert wider.signed.delegations is not None
+    assert wider.signed.delegations.roles is not None
+    wider.signed.delegations.roles[learned_role(DIGITS)].paths = ["models/digits/*/*"]
+    with pytest.raises(TrustError, match="more than learned"):
+        change(wider)
 
 
 def test_the_key_of_the_targets_or_of_the_root_is_not_the_hubs(hub: TrustRepository) -> None:
