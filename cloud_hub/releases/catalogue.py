@@ -29,7 +29,7 @@ from cloud_hub.releases.tables import ModelRow
 from cloud_hub.releases.workbench import Built, Materials, Workbench
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, InvalidValue, OutriderError, StorageError
+from shared.errors import ConfigError, Conflict, InvalidValue, OutriderError, StorageError, TrustError
 from shared.ids import Digest, ModelVersion
 from shared.model import (
     FileRef,
@@ -264,7 +264,8 @@ class Catalogue:
                         conn, row, built.report, variants=variants, golden=golden, at_ms=at_ms
                     )
                 )
-        except (InvalidValue, Conflict) as error:
+        except (InvalidValue, Conflict, ConfigError, NotFound, TrustError) as error:
+            # Of a learned release also that its base, the delegation or the key has gone meanwhile.
             report = BuildReport(code=error.code, reason=error.message, hint=error.hint)
             await self._end(row, report)
             return

@@ -24,7 +24,7 @@ from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.online import KeySource, OnlineKeys, add_learned, learned_signer, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
-from shared.errors import Conflict, InvalidValue, StorageError, TrustError
+from shared.errors import ConfigError, Conflict, InvalidValue, OutriderError, StorageError, TrustError
 from shared.ids import Digest
 from shared.learned import check_learned_file, check_learned_manifest
 from shared.model import Learning, Lineage, Manifest, Variant, decode_manifest, target_path
@@ -138,20 +138,27 @@ def _with_shift(lineage: Lineage, shift: float) -> Lineage:
     return replace(lineage, metrics={**lineage.metrics, "head.shift": shift})
 
 
-def publish_ready(conn: Connection, blobs: Blobs, keys: KeySource, *, now_ms: int) -> list[ModelRow]:
-    """Sign and publish what was learned and is ready; returns what was.
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What was published, and what could not be signed: people let the hub sign no more, or its key is gone."""
 
-    Raises:
-        Conflict: people let the hub sign no more for such a family.
-        ConfigError, StorageError: a key or a file is not here.
-    """
-    published = []
+    rows: tuple[ModelRow, ...]
+    refused: tuple[tuple[ModelRow, OutriderError], ...]
+
+
+def publish_ready(conn: Connection, blobs: Blobs, keys: KeySource, *, now_ms: int) -> Published:
+    """Sign and publish what was learned and is ready; raises StorageError when a file is gone."""
+    published: list[ModelRow] = []
+    refused: list[tuple[ModelRow, OutriderError]] = []
     for row in tables.list_ready(conn):
         if row.push.learned_on is None or row.published_ms is not None:
             continue
         current = tables.newest_metadata(conn)
-        online = keys(current[ROOT].document)
-        rows = _sign(current, row, blobs, online, now_ms=now_ms)
+        try:
+            rows = _sign(current, row, blobs, keys(current[ROOT].document), now_ms=now_ms)
+        except (Conflict, ConfigError) as error:
+            refused.append((row, error))
+            continue
         tables.add_metadata(conn, rows)
         tables.mark_published(conn, row.family, row.version, at_ms=now_ms, actor=ACTOR)
         audit.record(
@@ -167,7 +174,7 @@ def publish_ready(conn: Connection, blobs: Blobs, keys: KeySource, *, now_ms: in
             },
         )
         published.append(row)
-    return published
+    return Published(tuple(published), tuple(refused))
 
 
 def _sign(

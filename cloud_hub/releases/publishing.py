@@ -26,11 +26,11 @@ from cloud_hub.releases import learning, rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.keychange import Changed, change_keys
-from cloud_hub.releases.online import KeySource, sign_learned, sign_online
+from cloud_hub.releases.online import KeySource, OnlineKeys, sign_learned, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, OutriderError, StorageError, TrustError
+from shared.errors import ConfigError, Conflict, OutriderError, StorageError, TrustError
 from shared.ids import FamilyName
 from shared.trust import publication, repository
 from shared.trust.library import Metadata, Signer, Targets
@@ -127,6 +127,7 @@ class Publishing:
         self._keys = keys
         self._on_published = on_published
         self._wake = asyncio.Event()
+        self._unsigned: set[str] = set()
 
     async def root(self) -> str:
         """The newest root, for devices that join."""
@@ -232,16 +233,21 @@ class Publishing:
     async def publish_learned(self) -> bool:
         """Sign and publish what the hub learned and is ready; returns whether there was anything."""
         now_ms = self._clock.wall_ms()
-        rows = await self._database.write(
+        done = await self._database.write(
             lambda conn: learning.publish_ready(conn, self._blobs, self._keys, now_ms=now_ms)
         )
-        for row in rows:
+        for row, error in done.refused:
+            name = f"{row.family}/{row.version}"
+            if name not in self._unsigned:
+                logger.error("learned release not published: %s: %s: %s", name, error.code, error.message)
+        self._unsigned = {f"{row.family}/{row.version}" for row, _ in done.refused}
+        for row in done.rows:
             self._counts.publications.labels("learned").inc()
             logger.info("learned release published: %s/%s", row.family, row.version)
-        if rows:
+        if done.rows:
             self._on_published()
             await self._watch_expiry()
-        return bool(rows)
+        return bool(done.rows)
 
     async def renew(self) -> bool:
         """Sign the online roles again if one of them has lived half its life; returns whether that was so."""
@@ -252,7 +258,7 @@ class Publishing:
             if not {ROOT, TARGETS} <= set(current):
                 raise _unfounded()
             keys = self._keys(current[ROOT].document)
-            rows = sign_learned(current, keys=keys, now_ms=now_ms)
+            rows = _learned_rows(current, keys=keys, now_ms=now_ms)
             due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
             if not due and not rows:
                 return False
@@ -408,6 +414,15 @@ def _delegations(targets: Metadata[Targets]) -> dict[str, object]:
 
 def _row(metadata: Metadata[Targets], role: str, document: bytes, now_ms: int) -> MetadataRow:
     return MetadataRow(role, metadata.signed.version, document, now_ms, expires_ms(metadata.signed))
+
+
+def _learned_rows(current: Mapping[str, MetadataRow], *, keys: OnlineKeys, now_ms: int) -> list[MetadataRow]:
+    """The hub's own roles that are due. A lost key of theirs must not hold up what all devices wait for."""
+    try:
+        return sign_learned(current, keys=keys, now_ms=now_ms)
+    except ConfigError as error:
+        logger.error("learned releases are not signed again: %s: %s", error.code, error.message)
+        return []
 
 
 def _is_due(row: MetadataRow, now_ms: int) -> bool:
