@@ -67,11 +67,12 @@ def start(arguments: argparse.Namespace) -> Exit:
         "version": parse_version(arguments.result),
         "selector": _selector(arguments.selector),
         "evaluate": arguments.evaluate,
-        "learned": arguments.learned,
     }
     for name in ("rounds", "strategy", "min_devices", "quorum", "learning_rate", "epochs", "batch_size", "seed"):
         if getattr(arguments, name) is not None:
             request[name] = getattr(arguments, name)
+    if arguments.learned:
+        request["learned"] = True
     if arguments.features is not None:
         request["features"] = arguments.features
     if arguments.round_timeout is not None:
