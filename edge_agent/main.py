@@ -134,9 +134,7 @@ async def _compose(
         clock=clock,
         loop=loop,
         ledger=ledger,
-        verifier=LiveVerifier(
-            trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile.name, fetcher=fetcher
-        ),
+        verifier=_verifier(config, identity, profile, fetcher),
         models=models,
         uplink=uplink,
         records=records,
@@ -148,6 +146,11 @@ async def _compose(
     )
     door = Door(path=config.door_path, handle=service.handle, tasks=group, http=config.door.http_address)
     return agent, door, loop
+
+
+def _verifier(config: AgentConfig, identity: Identity, profile: DeviceProfile, fetcher: HubFetcher) -> LiveVerifier:
+    trust_dir = config.state_dir / TRUST_DIR
+    return LiveVerifier(trust_dir=trust_dir, device=identity.device, profile=profile.name, fetcher=fetcher)
 
 
 def _models(
