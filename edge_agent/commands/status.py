@@ -112,9 +112,7 @@ def models_table(models: tuple[ModelState, ...]) -> str:
         )
         for model in models
     ]
-    return screen.table(
-        ("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "TOGETHER WITH", "LAST ERROR"), rows
-    )
+    return screen.table(("MODEL", "PHASE", "VERSION", "VARIANT", "DIGEST", "CANDIDATE", "WITH", "LAST ERROR"), rows)
 
 
 def duration(ms: int) -> str:

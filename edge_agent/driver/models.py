@@ -231,7 +231,9 @@ class Models:
             case RequestWarmUp(key):
                 self._warm_up_queue.append((family, key))
             case CancelWork(key):
-                self._cancel(family, key)
+                self._files.cancel(family)
+                self.hosting.cancel_probes(key)
+                self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
             case StartHost(release):
                 self.hosting.start(family, release)
             case StopHost(key):
@@ -250,12 +252,7 @@ class Models:
             case Note(name, detail):
                 self._note(name, {"family": family, **detail})
             case CollectGarbage():
-                self._collect()
-
-    def _cancel(self, family: FamilyName, key: str) -> None:
-        self._files.cancel(family)
-        self.hosting.cancel_probes(key)
-        self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
+                _collect(self._shelf, self._slots)
 
     def _admit_warm_up(self) -> None:
         if self._warm_up_allowed is not None or not self._warm_up_queue:
@@ -289,8 +286,9 @@ class Models:
         """A model failed on an acceptable input."""
         self._inbox.post(ForSlot(family, AnswerBad(key=key, code=error.code, message=error.message)))
 
-    def _collect(self) -> None:
-        # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
-        freed = self._shelf.collect(slots.files_to_keep(self._slots.values()))
-        if freed:
-            logger.info("old model files removed", extra={"freed_bytes": freed})
+
+def _collect(shelf: Shelf, states: sets.States) -> None:
+    # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
+    freed = shelf.collect(slots.files_to_keep(states.values()))
+    if freed:
+        logger.info("old model files removed", extra={"freed_bytes": freed})

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_OLD, ALL_NEW = {"a=1.0.0", "b=1.0.0"}, {"a=2.0.0", "b=2.0.0"}
-SAVES = (9, -6, 6, -9)
-"""Around the hosts' loading, the switch and the commit; the machine's tests cut everywhere else."""
+SAVES = (9, -6, 6)
+"""Around the switch; a fourth time would be one too many for the releases. Tests of the machine cut everywhere."""
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(90)]
 
