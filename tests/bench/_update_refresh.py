@@ -30,7 +30,7 @@ from shared.errors import OutriderError
 from tests.fakes import classifier
 from tests.fakes.hub_process import HubProcess, wait_until
 
-ROUNDS: Final = 5
+ROUNDS: Final = 3
 HIDDEN: Final = 26_000
 """75 numbers for each hidden unit: 2 MB in int8."""
 BUILD_S: Final = 180.0
@@ -48,7 +48,7 @@ good_answers = 1
 
 
 def median_ms() -> float:
-    """Median over five releases, after a first one that is not counted."""
+    """Median over three releases, after a first one that is not counted."""
     with tempfile.TemporaryDirectory(prefix="or-", dir="/tmp") as place:
         folder = Path(place)
         port, broker_port = free_ports(2)
