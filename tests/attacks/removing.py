@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.attacks.table import Defence
+from tests.attacks.defence import Defence
 
 MAX_RUN_S: Final = 60
 """Without its defence a test may hang, which counts as failed."""
@@ -80,7 +80,9 @@ def run(defences: Sequence[Defence]) -> list[Verdict]:
     """Run all of them in this process."""
     plugin = Removing(defences)
     tests = sorted({defence.test.split("[")[0] for defence in defences})
-    pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *tests], plugins=[plugin])
+    # The tables load the project, and with it packages whose plugins for pytest would have been rewritten else.
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *quiet, *tests], plugins=[plugin])
     return plugin.verdicts()
 
 
