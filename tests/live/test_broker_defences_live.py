@@ -6,6 +6,7 @@ hub: test_hub_devices.py, test_broker_attacks_live.py, test_revocation_live.py.
 
 from __future__ import annotations
 
+import signal
 import socket
 import ssl
 import subprocess
@@ -51,9 +52,14 @@ class Grounds:
         )
         self.lists.write(revoked=(), denied=())
         write_files(BrokerSettings(self.broker, "127.0.0.1", port, binary, HUB))
-        with (folder / "mosquitto.log").open("wb") as log:
+        self.binary = binary
+        self.start()
+
+    def start(self) -> None:
+        """Start the broker on what its folder holds, and wait until it answers."""
+        with (self.folder / "mosquitto.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [binary, "-c", str(self.broker / "mosquitto.conf")], stdout=log, stderr=log, env={}
+                [self.binary, "-c", str(self.broker / "mosquitto.conf")], stdout=log, stderr=log, env={}
             )
         wait_until(self._answers, "the broker")
 
@@ -175,40 +181,38 @@ def test_attack_24_nobody_takes_over_anothers_session(grounds: Grounds, lines: l
     victim = connect(grounds.client(A), lines)
     thief = connect(grounds.client(B), lines, client_id=A)
     thief.publish(topics.up(B, "reported"), b"")
-    assert victim.publish(topics.up(A, "reported"), b"") != REFUSED
+    victim.client.publish(topics.up(A, "reported"), b"", qos=1)
+    wait_until(lambda: not victim.acked.empty() or victim.lost.is_set(), "the broker's answer")
     assert not victim.lost.is_set()
 
 
 def test_attack_25_a_revoked_certificate_does_not_come_in(grounds: Grounds, lines: list[Line]) -> None:
-    thief = grounds.client(B)
-    revoke(grounds, thief)
-    wait_until(lambda: not gets_in(thief, lines), "the list to hold", within_s=3)
-    assert gets_in(grounds.client(A), lines)
+    thief, now_ms = grounds.client(B), grounds.clock.wall_ms()
+    line = revocation.RevokedCertificate(grounds.authority.fingerprint, grounds.serial, now_ms)
+    grounds.lists.write(revoked=[line], denied=())
+    grounds.stop()
+    grounds.start()
+    assert not gets_in(thief, lines)
+    assert gets_in(grounds.client(B), lines)
 
 
 def test_attack_25_who_is_denied_is_heard_no_more_on_the_connection_that_it_has(
     grounds: Grounds, lines: list[Line]
 ) -> None:
-    thief = connect(grounds.client(B), lines)
+    thief, other = connect(grounds.client(B), lines), connect(grounds.client(A), lines)
     assert thief.publish(topics.up(B, "reported"), b"") != REFUSED
-    grounds.lists.write(revoked=(), denied=[B])
-    grounds.process.send_signal(1)
-    wait_until(lambda: thief.publish(topics.up(B, "reported"), b"") == REFUSED, "the denial", within_s=3)
-    assert connect(grounds.client(A), lines).publish(topics.up(A, "reported"), b"") != REFUSED
-
-
-def revoke(grounds: Grounds, device: Device) -> None:
-    """Put the newest certificate that was made onto the list, and have the broker read it."""
-    now_ms = grounds.clock.wall_ms()
-    line = revocation.RevokedCertificate(grounds.authority.fingerprint, grounds.serial, now_ms)
-    grounds.lists.write(revoked=[line], denied=())
-    grounds.process.send_signal(1)
+    mark = grounds.lists.write(revoked=(), denied=[B])
+    grounds.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: other.publish(topics.up_branch(A) + mark, b"") == REFUSED, "the new list")
+    assert thief.publish(topics.up(B, "reported"), b"") == REFUSED
+    assert other.publish(topics.up(A, "reported"), b"") != REFUSED
 
 
 def test_attack_27_a_packet_that_is_too_large_ends_the_connection(grounds: Grounds, lines: list[Line]) -> None:
     flood = connect(grounds.client(A), lines)
     flood.client.publish(topics.up(A, "telemetry"), bytes(limits.MAX_MQTT_PACKET_BYTES + 1), qos=1)
-    assert flood.lost.wait(10)
+    wait_until(lambda: not flood.acked.empty() or flood.lost.is_set(), "the broker's answer")
+    assert flood.lost.is_set()
 
 
 def test_attack_28_no_older_tls(grounds: Grounds) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from typing import Any, Final
 
@@ -109,6 +110,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         _opened(f"pattern readwrite {topics.acl_patterns()[1]}"),
     ),
     against(
+        23,
+        "tests/unit/shared/test_ids.py::test_device_names_that_are_refused",
+        ("shared.ids._NAME", re.compile(r"[^\n]*")),
+    ),
+    against(
         24, _LIVE + "test_attack_24_nobody_takes_over_anothers_session", _without("use_username_as_clientid")
     ),
     against(
@@ -171,7 +177,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     against(
         27,
         "tests/unit/telemetry/test_telemetry_desk.py::test_the_same_batch_again_is_a_duplicate_with_one_effect",
-        ("shared.ids._NAME", None),
+        ("cloud_hub.telemetry.taking.meets", always(False)),
     ),
     against(
         28,
@@ -183,6 +189,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/edge_agent/test_fetcher.py::"
         "test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused",
         ("edge_agent.adapters.tls._furnished", _of_anybody),
+        "edge_agent.adapters.tls.check_dates",
     ),
     against(28, _LIVE + "test_attack_28_no_older_tls", _without("tls_version", instead=("tls_version tlsv1.2",))),
     against(

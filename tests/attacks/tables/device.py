@@ -77,10 +77,26 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(33, _GATE + "test_hostile_litert_is_refused", "shared.model_gate.check_litert"),
     against(33, _GATE + "test_hostile_onnx_is_refused", "shared.model_gate.check_onnx"),
-    against(33, _GATE + "test_what_is_no_graph_is_named", ("shared.model_gate.foreign_format", always(""))),
+    against(
+        33,
+        _GATE + "test_what_is_no_graph_is_named",
+        ("shared.model_gate.foreign_format", always("")),
+        "shared.model_gate.check_onnx",
+        "shared.model_gate.check_litert",
+    ),
+    against(33, _PATCH + "test_any_steps_stay_inside", "shared.patch.applying.check_read"),
+    against(33, _PATCH + "test_any_steps_stay_inside", "shared.patch.applying.check_made"),
     against(33, _PATCH + "test_delta_out_of_bounds_seek_is_refused", "shared.patch.applying.check_read"),
     against(33, _PATCH + "test_delta_that_makes_more_than_promised_is_refused", "shared.patch.applying.check_made"),
-    against(33, _PATCH + "test_delta_bomb_of_dictionaries_is_refused", "shared.patch.applying.check_memory"),
+    against(
+        33,
+        _PATCH + "test_delta_bomb_of_dictionaries_is_refused",
+        "shared.patch.applying.check_memory",
+        ("shared.patch.format.STREAM_MEMORY_BYTES", 2**40),
+    ),
+    against(
+        33, _PATCH + "test_the_unpacker_itself_is_bounded", ("shared.patch.format.STREAM_MEMORY_BYTES", 2**40)
+    ),
     against(33, _PATCH + "test_a_patch_for_another_base_or_result_is_refused", "shared.patch.applying.check_terms"),
     against(
         33,
@@ -97,6 +113,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/machines/test_slot_crashes.py::test_power_cuts_in_every_probation_end_in_a_rollback",
         ("edge_agent.core.slot_steps.MAX_LOADS", 10**9),
         ("edge_agent.core.slot_steps.MAX_TRANSITIONS", 10**9),
+    ),
+    against(
+        34,
+        "tests/machines/test_set_crashes.py::test_attack_34_power_cut_at_every_write_ends_with_all_old_or_all_new",
+        ("edge_agent.core.offering.offers", _one_by_one),
     ),
     against(35, _SHELF + "test_attack_35_a_bit_that_rots_is_found_before_the_file_is_loaded", "edge_agent.adapters.shelf._verify"),
     against(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+from shared.model import decode_manifest
+from shared.release import Floors
 from shared.trust import refresh
 from tests.attacks.defence import Defence, against, always
 
@@ -44,7 +46,12 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         _ASSIGNMENT + "test_an_assignment_must_be_signed_by_a_key_that_the_root_authorises",
         "shared.trust.assignment.check_threshold",
     ),
-    against(2, _BYTES + "test_more_bytes_than_promised_are_refused", "shared.trust.client.check_length"),
+    against(
+        2,
+        _BYTES + "test_more_bytes_than_promised_are_refused",
+        "shared.trust.client.check_length",
+        "shared.trust.metadata.check_promise",
+    ),
     against(
         2,
         _BYTES + "test_an_endless_assignment_is_refused",
@@ -103,6 +110,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         8, _REFRESH + "test_an_older_release_may_be_assigned_above_the_security_floor", "shared.trust.refresh.check_fit"
     ),
     against(8, _ASSIGNMENT + "test_an_older_assignment_is_refused", "shared.trust.assignment.check_newer"),
+    against(
+        8,
+        "tests/unit/edge_agent/test_broken_disk.py::test_floors_that_cannot_be_read_are_lost_and_not_zero",
+        ("edge_agent.adapters.ledger._floors", always(Floors())),
+    ),
     against(10, _ATTACKS + "test_one_root_key_of_three_makes_no_root", _SIGNATURES),
     against(10, _ATTACKS + "test_a_single_key_of_another_role_signs_no_targets", _SIGNATURES),
     against(10, _CHANGES + "test_attack_10_each_single_key_fails_to_change_a_key", _SIGNATURES),
@@ -132,7 +144,12 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/cli/test_key_ceremony.py::test_a_draft_of_strangers_is_not_signed",
         "cloud_hub.commands.keys._require_known",
     ),
-    against(11, _ATTACKS + "test_a_signed_manifest_under_another_name_is_refused", _LISTED),
+    against(
+        11,
+        _ATTACKS + "test_a_signed_manifest_under_another_name_is_refused",
+        _LISTED,
+        ("shared.trust.refresh.open_manifest", lambda data, _assigned: decode_manifest(data)),
+    ),
     against(
         12,
         _ATTACKS + "test_a_chain_of_delegations_is_followed_so_far_and_no_further",
@@ -144,14 +161,23 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         _KEYS + "test_a_role_name_never_becomes_a_path",
         ("shared.trust.roles.quote", lambda text, safe="": text),
     ),
-    against(13, _ATTACKS + "test_a_manifest_cannot_name_a_file_outside_its_release", "shared.model.check_place"),
+    against(
+        13,
+        _ATTACKS + "test_a_manifest_cannot_name_a_file_outside_its_release",
+        "shared.model.check_place",
+        _LISTED,
+    ),
     against(
         14,
         _ATTACKS + "test_json_that_can_be_read_in_two_ways_is_refused_before_any_signature",
         ("shared.trust.strict.parse_json", _any_json),
+        _SIGNATURES,
     ),
     against(
-        14, _ATTACKS + "test_signed_oddities_do_not_pass_for_their_signature", "shared.trust.strict.check_metadata"
+        14,
+        _ATTACKS + "test_signed_oddities_do_not_pass_for_their_signature",
+        "shared.trust.strict.check_metadata",
+        _LISTED,
     ),
     against(
         18, _ATTACKS + "test_an_assignment_replayed_to_another_device_is_refused", "shared.trust.assignment.check_device"

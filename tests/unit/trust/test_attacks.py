@@ -48,8 +48,8 @@ def test_a_hub_in_other_hands_cannot_bring_a_model_of_its_own(hub: TrustReposito
     hub.manifests[("digits", "6.6.6")] = make_manifest("6.6.6", counter=66)
     assert refused(hub, Device(hub.first_root), hub.assign(("digits", "6.6.6"))) == "trust.unknown_target"
     role = hub.roles["models/digits"]
-    ref = repo.manifest_ref(mine)
-    role.signed.targets[ref.path] = TargetFile(ref.length, {"sha256": ref.digest}, ref.path)
+    for file in repo.release_files(mine):
+        role.signed.targets[file.path] = TargetFile(file.length, {"sha256": file.digest}, file.path)
     role.signed.version += 1
     hub.keys["release"] = hub.keys["snapshot"]
     hub.publish()
