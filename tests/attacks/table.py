@@ -1,4 +1,4 @@
-"""All defences, from the tables by subject, and the attacks that have none here. Numbered as in docs/attacks.md."""
+"""All defences, from the tables by subject. Numbered as in docs/attacks.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,3 @@ from tests.attacks.tables import broker, device, hub, trust
 DEFENCES: Final[tuple[Defence, ...]] = tuple(
     sorted((*trust.DEFENCES, *device.DEFENCES, *broker.DEFENCES, *hub.DEFENCES), key=lambda defence: defence.row)
 )
-
-ELSEWHERE: Final[dict[int, str]] = {}
-"""Rows without a test here, and why."""

@@ -47,9 +47,7 @@ class Grounds:
         pair = self.authority.issue_server(["localhost"], now_ms=self.clock.wall_ms(), days=DAYS)
         (self.broker / "server.pem").write_bytes(pair.certificate_pem)
         (self.broker / "server.key").write_bytes(pair.key_pem)
-        self.lists = revocation.AccessLists(
-            self.broker, authorities=[self.authority], hub_name=HUB, clock=self.clock
-        )
+        self.lists = revocation.AccessLists(self.broker, authorities=[self.authority], hub_name=HUB, clock=self.clock)
         self.lists.write(revoked=(), denied=())
         write_files(BrokerSettings(self.broker, "127.0.0.1", port, binary, HUB))
         self.binary = binary

@@ -86,17 +86,24 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     against(
         15,
         _LIVE + "test_attack_15_nothing_is_said_without_tls",
-        _without("cafile", "certfile", "keyfile", "crlfile", "tls_version", "require_certificate", "use_", "allow_",
-                 instead=("allow_anonymous true",)),
+        _without(
+            "cafile",
+            "certfile",
+            "keyfile",
+            "crlfile",
+            "tls_version",
+            "require_certificate",
+            "use_",
+            "allow_",
+            instead=("allow_anonymous true",),
+        ),
     ),
     against(
         15,
         _LIVE + "test_attack_15_without_a_certificate_nobody_comes_in",
         _without("require_certificate", "use_", "allow_", "crlfile", instead=("allow_anonymous true",)),
     ),
-    against(
-        22, _LIVE + "test_attack_22_and_23_nobody_speaks_in_anothers_name", _opened(_EVERYTHING)
-    ),
+    against(22, _LIVE + "test_attack_22_and_23_nobody_speaks_in_anothers_name", _opened(_EVERYTHING)),
     against(
         22,
         _SWITCHBOARD + "test_what_does_not_belong_is_counted",
@@ -114,9 +121,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/shared/test_ids.py::test_device_names_that_are_refused",
         ("shared.ids._NAME", re.compile(r"[^\n]*")),
     ),
-    against(
-        24, _LIVE + "test_attack_24_nobody_takes_over_anothers_session", _without("use_username_as_clientid")
-    ),
+    against(24, _LIVE + "test_attack_24_nobody_takes_over_anothers_session", _without("use_username_as_clientid")),
     against(
         24,
         _STANDING + "test_one_name_in_two_places_is_quarantined_with_the_reason",
@@ -186,8 +191,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(
         28,
-        "tests/unit/edge_agent/test_fetcher.py::"
-        "test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused",
+        "tests/unit/edge_agent/test_fetcher.py::test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused",
         ("edge_agent.adapters.tls._furnished", _of_anybody),
         "edge_agent.adapters.tls.check_dates",
     ),

@@ -55,8 +55,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(
         9,
-        _FETCHER
-        + "test_attack_9_a_server_just_above_the_stall_rule_meets_a_deadline_that_grows_with_the_length",
+        _FETCHER + "test_attack_9_a_server_just_above_the_stall_rule_meets_a_deadline_that_grows_with_the_length",
         ("edge_agent.adapters.fetcher.GRACE_STALLS", 10**9),
     ),
     against(9, _FETCHER + "test_a_server_that_drips_is_given_up", ("edge_agent.adapters.fetcher.MIN_PROGRESS", 0)),
@@ -84,8 +83,6 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "shared.model_gate.check_onnx",
         "shared.model_gate.check_litert",
     ),
-    against(33, _PATCH + "test_any_steps_stay_inside", "shared.patch.applying.check_read"),
-    against(33, _PATCH + "test_any_steps_stay_inside", "shared.patch.applying.check_made"),
     against(33, _PATCH + "test_delta_out_of_bounds_seek_is_refused", "shared.patch.applying.check_read"),
     against(33, _PATCH + "test_delta_that_makes_more_than_promised_is_refused", "shared.patch.applying.check_made"),
     against(
@@ -94,9 +91,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "shared.patch.applying.check_memory",
         ("shared.patch.format.STREAM_MEMORY_BYTES", 2**40),
     ),
-    against(
-        33, _PATCH + "test_the_unpacker_itself_is_bounded", ("shared.patch.format.STREAM_MEMORY_BYTES", 2**40)
-    ),
+    against(33, _PATCH + "test_the_unpacker_itself_is_bounded", ("shared.patch.format.STREAM_MEMORY_BYTES", 2**40)),
     against(33, _PATCH + "test_a_patch_for_another_base_or_result_is_refused", "shared.patch.applying.check_terms"),
     against(
         33,
@@ -119,11 +114,14 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/machines/test_set_crashes.py::test_attack_34_power_cut_at_every_write_ends_with_all_old_or_all_new",
         ("edge_agent.core.offering.offers", _one_by_one),
     ),
-    against(35, _SHELF + "test_attack_35_a_bit_that_rots_is_found_before_the_file_is_loaded", "edge_agent.adapters.shelf._verify"),
     against(
         35,
-        _BRINGING
-        + "test_what_finds_no_room_is_refused_before_a_byte_is_fetched_and_comes_when_there_is_some",
+        _SHELF + "test_attack_35_a_bit_that_rots_is_found_before_the_file_is_loaded",
+        "edge_agent.adapters.shelf._verify",
+    ),
+    against(
+        35,
+        _BRINGING + "test_what_finds_no_room_is_refused_before_a_byte_is_fetched_and_comes_when_there_is_some",
         ("edge_agent.driver.bringing.against_room", always("")),
     ),
     against(

@@ -72,7 +72,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         ("cloud_hub.devices.tables.spend_grant", always(True)),
         ("cloud_hub.devices.rules.check_grant", lambda grant, **_: grant),
     ),
-    against(30, _ROUTES + "test_roles_bound_what_is_possible", ("cloud_hub.ground.auth.Role.rank", property(always(0)))),
+    against(
+        30, _ROUTES + "test_roles_bound_what_is_possible", ("cloud_hub.ground.auth.Role.rank", property(always(0)))
+    ),
     against(30, _CA + "test_the_name_is_the_hubs_choice", ("cloud_hub.ground.ca.Authority.issue_device", _as_asked)),
     against(
         30,
@@ -80,7 +82,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "test_a_device_reads_only_files_of_releases_that_are_assigned_to_it",
         ("cloud_hub.releases.assigning.Assigning.may_read", _yes),
     ),
-    against(31, "tests/unit/ground/test_ground_audit.py::test_tampering_shows", ("cloud_hub.ground.audit._link", _blind)),
+    against(
+        31, "tests/unit/ground/test_ground_audit.py::test_tampering_shows", ("cloud_hub.ground.audit._link", _blind)
+    ),
     against(
         31,
         "tests/unit/ground/test_ground_audit.py::test_tampering_shows[removed]",

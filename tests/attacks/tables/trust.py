@@ -70,9 +70,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(5, _REFRESH + "test_expired_metadata_is_refused", "shared.trust.metadata.check_fresh"),
     against(5, _ATTACKS + "test_a_frozen_hub_is_noticed_whatever_the_clock_says", "shared.trust.metadata.check_fresh"),
-    against(
-        5, _TIME + "test_indefinite_freeze_whatever_the_clock_says", "shared.trust.time.check_attested"
-    ),
+    against(5, _TIME + "test_indefinite_freeze_whatever_the_clock_says", "shared.trust.time.check_attested"),
     against(
         5,
         _TIME + "test_expired_metadata_and_a_clock_of_1970_where_no_time_is_attested",
@@ -88,7 +86,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/edge_agent/test_tls.py::test_the_trusted_time_decides_and_not_the_system_clock",
         "edge_agent.adapters.tls.check_dates",
     ),
-    against(5, _ATTACKS + "test_an_old_assignment_is_refused_beside_fresh_metadata", "shared.trust.assignment.check_expiry"),
+    against(
+        5, _ATTACKS + "test_an_old_assignment_is_refused_beside_fresh_metadata", "shared.trust.assignment.check_expiry"
+    ),
     against(7, _REFRESH + "test_a_second_file_of_the_same_version_is_refused", "shared.trust.metadata.check_promise"),
     against(
         7,
@@ -180,7 +180,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         _LISTED,
     ),
     against(
-        18, _ATTACKS + "test_an_assignment_replayed_to_another_device_is_refused", "shared.trust.assignment.check_device"
+        18,
+        _ATTACKS + "test_an_assignment_replayed_to_another_device_is_refused",
+        "shared.trust.assignment.check_device",
     ),
     against(19, _ATTACKS + "test_a_hub_in_other_hands_cannot_bring_a_model_of_its_own", _SIGNATURES),
     against(19, _CHANGES + "test_attack_19_the_hubs_own_keys_make_no_release", _SIGNATURES),
@@ -198,12 +200,8 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(20, _TIME + "test_time_attestation_altered_after_signing", "shared.trust.time.check_threshold"),
     against(20, _TIME + "test_time_attestation_of_an_impossible_time", "shared.trust.time.check_possible"),
-    against(
-        20, _TIME + "test_time_attestation_below_what_signed_documents_prove", "shared.trust.time.check_possible"
-    ),
-    against(
-        20, _TIME + "test_time_attestation_dropped_is_no_leave_to_go_on", "shared.trust.time.check_attested"
-    ),
+    against(20, _TIME + "test_time_attestation_below_what_signed_documents_prove", "shared.trust.time.check_possible"),
+    against(20, _TIME + "test_time_attestation_dropped_is_no_leave_to_go_on", "shared.trust.time.check_attested"),
     against(
         21,
         _ATTACKS + "test_a_release_for_other_hardware_is_refused_whatever_the_hub_says",

@@ -182,7 +182,13 @@ def test_a_push_is_checked_before_anything_is_built(api: Api, room: ReleaseRoom)
 
 @pytest.mark.parametrize(
     ("field", "name"),
-    [("family", "../../etc"), ("family", "a/b"), ("family", "%2e%2e"), ("version", "../1.0.0"), ("version", "1.0.0/..")],
+    [
+        ("family", "../../etc"),
+        ("family", "a/b"),
+        ("family", "%2e%2e"),
+        ("version", "../1.0.0"),
+        ("version", "1.0.0/.."),
+    ],
 )
 def test_attack_32_a_name_that_would_be_a_path_is_refused(api: Api, room: ReleaseRoom, field: str, name: str) -> None:
     golden, model = (room.desk.blobs.put(data).digest for data in (b"golden", DATA))
