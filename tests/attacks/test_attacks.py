@@ -1,4 +1,4 @@
-"""Each defence is taken out in turn, and its test must then fail (tests/attacks/tables); the page lists every attack."""
+"""Each defence is taken out in turn, and its test must then fail (tests/attacks/tables); the page lists them."""
 
 from __future__ import annotations
 

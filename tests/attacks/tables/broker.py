@@ -163,7 +163,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "test_every_list_begins_later_than_the_one_before_and_never_in_the_future",
         (
             "cloud_hub.ground.revocation.begin_after",
-            lambda _after, *, now_ms: revocation._to_time(now_ms) - revocation.BACKDATE,
+            lambda _after, *, now_ms: revocation._to_time(now_ms) - ca.BACKDATE,
         ),
     ),
     against(

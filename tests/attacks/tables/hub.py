@@ -46,12 +46,12 @@ async def _yes(*_: object) -> bool:
 
 
 async def _whole_body(_scope: object, receive: Any) -> bytes:
-    body = b""
+    body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
 
 
 DEFENCES: Final[tuple[Defence, ...]] = (

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from shared.model import decode_manifest
 from shared.release import Floors
-from shared.trust import refresh
+from shared.trust import strict
 from tests.attacks.defence import Defence, against, always
 
 _ATTACKS: Final = "tests/unit/trust/test_attacks.py::"
@@ -23,15 +23,17 @@ _SIGNATURES: Final = "shared.trust.metadata.check_signatures"
 _LISTED: Final = "shared.trust.refresh.check_listed"
 
 
-def _any_json(data: bytes, **_: Any) -> Any:
-    return json.loads(data)
+def _any_json(data: bytes, **_: Any) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(data)
+    return document
+
+
+_parse_json: Final = strict.parse_json
 
 
 def _bounded_nowhere(data: bytes, *, what: str, max_bytes: int, floats: bool = False) -> dict[str, Any]:
     return _parse_json(data, what=what, max_bytes=2**40, floats=floats)
 
-
-_parse_json = refresh.strict.parse_json
 
 DEFENCES: Final[tuple[Defence, ...]] = (
     against(1, _KEYS + "test_metadata_signed_by_another_key_is_refused", _SIGNATURES),
