@@ -180,6 +180,24 @@ def test_a_push_is_checked_before_anything_is_built(api: Api, room: ReleaseRoom)
     assert is_problem(api("GET", "/v1/releases/digits/1.0.0/proposal"), 409, "conflict.not_ready")
 
 
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("family", "../../etc"),
+        ("family", "a/b"),
+        ("family", "%2e%2e"),
+        ("version", "../1.0.0"),
+        ("version", "1.0.0/.."),
+    ],
+)
+def test_attack_32_a_name_that_would_be_a_path_is_refused(api: Api, room: ReleaseRoom, field: str, name: str) -> None:
+    golden, model = (room.desk.blobs.put(data).digest for data in (b"golden", DATA))
+    body: dict[str, Any] = {
+        "family": "digits", "version": "1.0.0", "model": model, "golden": golden, "labels": list(LABELS), field: name
+    }  # fmt: skip
+    assert is_problem(api("POST", "/v1/models", json=body), 422, f"invalid.{field}")
+
+
 def test_from_proposal_to_assignment(api: Api, room: ReleaseRoom) -> None:
     room.fleet.add("one")
     room.make_ready("1.0.0")
