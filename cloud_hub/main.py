@@ -25,10 +25,10 @@ from cloud_hub.composition.foundation import Foundation
 from cloud_hub.composition.house import compose
 from cloud_hub.config import HubConfig
 from cloud_hub.ground import broker as managed_broker
-from cloud_hub.ground import migrate, tlsport, transport
+from cloud_hub.ground import migrate, rotation, tlsport, transport
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.broker import Broker, BrokerSettings
 from cloud_hub.ground.bus import Bus
-from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
 CLAIM_LOOK_S: Final = 10.0
+CA_LOOK_S: Final = 2.0
 
 
 def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -67,14 +68,14 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     with config.folder.alone(), closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         database.claim()
-        authority = transport.load_authority(config.folder)
-        renew_certificates(config, authority, clock=clock)
+        authorities = load_authorities(config, clock=clock)
+        renew_certificates(config, authorities, clock=clock)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             foundation = Foundation(
                 config=config,
                 clock=clock,
                 database=database,
-                authority=authority,
+                authorities=authorities,
                 metrics=Metrics(),
                 bus=Bus(),
                 link=Link(clock),
@@ -108,16 +109,25 @@ def online_keys(config: HubConfig) -> OnlineKeys:
     )
 
 
-def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock) -> tuple[str, ...]:
+def load_authorities(config: HubConfig, *, clock: Clock) -> Authorities:
+    """The CA, or both during a change; raises ConfigError."""
+    pair = rotation.load(config.folder, now_ms=clock.wall_ms())
+    authorities = Authorities(pair.issuing)
+    authorities.adopt(pair)
+    return authorities
+
+
+def renew_certificates(config: HubConfig, authorities: Authorities, *, clock: Clock) -> tuple[str, ...]:
     """Issue the certificates of our ports anew where names changed or they end soon; returns what was issued."""
     now_ms = clock.wall_ms()
-    if authority.expires_ms <= now_ms:
+    if authorities.expires_ms <= now_ms:
         raise ConfigError(
             "the hub's CA has expired", code="config.ca_expired", hint="check the machine's clock; else make a new hub"
         )
     issued = transport.ensure(
         config.folder,
-        authority,
+        authorities.now.issuing,
+        other=authorities.now.other,
         names=config.server_names,
         broker_names=config.broker_names,
         hub_name=config.broker.hub_name,
@@ -137,11 +147,41 @@ async def _renew_in_time(foundation: Foundation, *, reload: Callable[[], None]) 
     while True:
         await asyncio.sleep(RENEW_LOOK_S)
         try:
-            renew = partial(renew_certificates, foundation.config, foundation.authority, clock=foundation.clock)
+            renew = partial(renew_certificates, foundation.config, foundation.authorities, clock=foundation.clock)
             if await asyncio.to_thread(renew):
                 reload()
         except OutriderError as error:
             logger.error("certificates cannot be renewed: %s", error.message)
+
+
+async def _follow_authorities(
+    foundation: Foundation, *, reload: Callable[[], None], forget: Callable[[], None]
+) -> None:
+    """Notice a step of `outrider-hub ca rotate` and go on with what it left, without a restart of the hub.
+
+    `reload` makes listeners read their files again; `forget` makes the broker drop a CA that is trusted no longer.
+    """
+    config, authorities = foundation.config, foundation.authorities
+    seen = rotation.stamp(config.folder)
+    while True:
+        await asyncio.sleep(CA_LOOK_S)
+        found = rotation.stamp(config.folder)
+        if found == seen:
+            continue
+        try:
+            pair = await asyncio.to_thread(rotation.load, config.folder, now_ms=foundation.clock.wall_ms())
+            before = set(authorities.fingerprints)
+            authorities.adopt(pair)
+            await asyncio.to_thread(renew_certificates, config, authorities, clock=foundation.clock)
+            reload()
+        except OutriderError as error:
+            # Half a step is on disk, or the disk refuses: what was trusted goes on, and this is looked at again.
+            logger.error("the change of the CA cannot be followed: %s", error.message)
+            continue
+        seen = found
+        logger.info("CA %s, phase %s", authorities.fingerprint, pair.phase)
+        if before - set(authorities.fingerprints):
+            forget()
 
 
 async def _keep_claim(foundation: Foundation) -> None:
@@ -178,8 +218,15 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
             try:
                 # An external broker's certificates are its owner's affair.
                 reload = broker.reload if settings is not None else lambda: None
+                restart = broker.restart if settings is not None else lambda: None
                 return await _serve_rooms(
-                    foundation, listener=listener, stop=stop, announce=announce, manager=manager, reload_broker=reload
+                    foundation,
+                    listener=listener,
+                    stop=stop,
+                    announce=announce,
+                    manager=manager,
+                    reload_broker=reload,
+                    restart_broker=restart,
                 )
             finally:
                 notify(manager, "STOPPING=1")
@@ -195,6 +242,7 @@ async def _serve_rooms(
     announce: Callable[[str], None],
     manager: str | None,
     reload_broker: Callable[[], None],
+    restart_broker: Callable[[], None],
 ) -> int:
     config = foundation.config
     # The courier needs someone to hand messages to, the rooms need someone to send with: a short way round.
@@ -213,7 +261,7 @@ async def _serve_rooms(
         house.app,
         certificate=config.folder.server_certificate,
         key=config.folder.server_key,
-        ca=config.folder.ca_certificate,
+        ca=config.folder.broker / "ca.pem",
         ready=https_up,
     )
 
@@ -228,6 +276,7 @@ async def _serve_rooms(
             group.create_task(courier.run(ready=link_up)),
             group.create_task(server.run_on(listener)),
             group.create_task(_renew_in_time(foundation, reload=reload)),
+            group.create_task(_follow_authorities(foundation, reload=reload, forget=restart_broker)),
             group.create_task(_keep_claim(foundation)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))

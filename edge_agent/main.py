@@ -28,6 +28,7 @@ from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.old_records import SqliteOldRecords
 from edge_agent.adapters.outbox import JournalOutbox
+from edge_agent.adapters.renewer import LiveRenewer
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
 from edge_agent.adapters.system import SystemClock, SystemMoments
@@ -42,10 +43,13 @@ from edge_agent.driver.events import MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.identity import TRUST_DIR, Identity, load_identity
+from edge_agent.identity import IDENTITY_DIR, TRUST_DIR, Identity, load_file, load_identity, sweep
+from edge_agent.keeping import translated
+from edge_agent.ports import CertificateLife
 from edge_agent.settings import AgentConfig, Launch
 from shared.profile import DeviceProfile
 
@@ -67,6 +71,8 @@ async def run(launch: Launch) -> int:
     config, profile = launch.config, launch.profile
     with AgentLock(config.state_dir):
         identity = load_identity(config.state_dir)
+        with translated(config.state_dir / IDENTITY_DIR):
+            sweep(config.state_dir / IDENTITY_DIR, generation=load_file(config.state_dir).generation)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
         database = await Database.open(config.database_path, clock=clock)
@@ -103,23 +109,24 @@ async def _compose(
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
-    context = hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
-    fetcher = HubFetcher(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
+    context, hub_url = _hub_context(identity), config.hub.url or identity.hub_url
+    fetcher = HubFetcher(hub_url=hub_url, context=context, clock=clock)
+    cloud = HubCloud(hub_url=hub_url, context=context, clock=clock)
+    courier = _courier(config, identity, loop.inbox, lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=fetcher, report=report)
     uplink = Uplink(
         running=running,
         clock=clock,
         loop=loop,
-        courier=_courier(config, identity, loop.inbox, lambda: uplink),
+        courier=courier,
         outbox=outbox,
         models=models.running,
     )
-    answering = _answering(
-        config, identity, context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
-    )
+    answering = _answering(config, cloud, clock=clock, loop=loop, models=models, uplink=uplink, records=records)
     room = _training_room(config, profile, database, fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
+    renewals = _renewals(config, identity, clock=clock, loop=loop, users=(fetcher, cloud), courier=courier)
     service = Service(
         running=running,
         clock=clock,
@@ -129,6 +136,7 @@ async def _compose(
         records=records,
         answering=answering,
         rounds=rounds,
+        renewals=renewals,
     )
     agent = Agent(
         clock=clock,
@@ -140,6 +148,7 @@ async def _compose(
         records=records,
         answering=answering,
         rounds=rounds,
+        renewals=renewals,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,
@@ -174,8 +183,7 @@ def _models(
 
 def _answering(
     config: AgentConfig,
-    identity: Identity,
-    context: ssl.SSLContext,
+    cloud: HubCloud,
     *,
     clock: SystemClock,
     loop: Loop,
@@ -183,7 +191,6 @@ def _answering(
     uplink: Uplink,
     records: Records,
 ) -> Answering:
-    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
     escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink, records=records)
     return Answering(
         clock=clock,
@@ -216,13 +223,46 @@ def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Call
         host=config.broker.host or identity.broker_host,
         port=config.broker.port or identity.broker_port,
         device=identity.device,
-        context=broker_context(
-            ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
-        ),
+        context=_broker_context(identity),
         on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
         on_lost=lambda reason: uplink().lost(reason),
         on_refused=lambda topic, ref, code, reason: uplink().refused(topic, ref, code, reason),
         on_taken=lambda ref: uplink().taken(ref),
+    )
+
+
+def _renewals(
+    config: AgentConfig,
+    identity: Identity,
+    *,
+    clock: SystemClock,
+    loop: Loop,
+    users: tuple[HubFetcher | HubCloud, ...],
+    courier: MqttCourier,
+) -> Renewals:
+    def adopt() -> None:
+        new = load_identity(config.state_dir)
+        context = _hub_context(new)
+        courier.adopt(_broker_context(new))
+        for user in users:
+            user.adopt(context)
+
+    return Renewals(
+        clock=clock,
+        loop=loop,
+        renewer=LiveRenewer(state_dir=config.state_dir, hub_url=config.hub.url),
+        life=CertificateLife(not_before_ms=identity.not_before_ms, not_after_ms=identity.not_after_ms),
+        adopt=adopt,
+    )
+
+
+def _hub_context(identity: Identity) -> ssl.SSLContext:
+    return hub_context(identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path)
+
+
+def _broker_context(identity: Identity) -> ssl.SSLContext:
+    return broker_context(
+        ca_path=identity.ca_path, certificate_path=identity.certificate_path, key_path=identity.key_path
     )
 
 

@@ -206,6 +206,9 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         assignment_version: newest assignment accepted, 0 for none.
         escalations: how often the hub's larger model was wanted since the start, by what became of it.
         results_lost: results since the start that were never recorded, because the disk was too slow or refused.
+        certificate_expires_ms, certificate_due_ms: when the device's certificate ends, and when it is to be renewed,
+            milliseconds since 1970; 0 while nobody has looked into it.
+        certificate_trouble, certificate_todo: why it was not renewed and what to do; empty when nothing is wrong.
     """
 
     id: str
@@ -233,6 +236,10 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     queue_written_bytes: int = 0
     queue_syncs: int = 0
     results_lost: int = 0
+    certificate_expires_ms: int = 0
+    certificate_due_ms: int = 0
+    certificate_trouble: str = ""
+    certificate_todo: str = ""
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

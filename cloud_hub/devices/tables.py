@@ -159,15 +159,6 @@ def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int
     )
 
 
-def add_certificate(conn: Connection, device: DeviceId, *, fingerprint: str, at_ms: int, expires_ms: int) -> None:
-    """Note a certificate that was issued."""
-    conn.execute(
-        device_certificates.insert().values(
-            fingerprint=fingerprint, device=device, issued_ms=at_ms, expires_ms=expires_ms
-        )
-    )
-
-
 def certificate_owner(conn: Connection, fingerprint: str) -> tuple[DeviceId, bool] | None:
     """Whose certificate this is, and whether it was revoked; None for one that was never issued to a device."""
     row = conn.execute(

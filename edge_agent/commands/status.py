@@ -6,6 +6,7 @@ import argparse
 
 import msgspec
 
+from edge_agent.adapters.system import SystemClock
 from edge_agent.client import Client
 from edge_agent.commands import screen
 from edge_agent.commands.exits import Exit
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
                 ("link", link),
                 ("queue", waiting),
                 ("assignment", str(state.assignment_version) if state.assignment_version else "none yet"),
+                ("certificate", certificate(state, wall_ms=SystemClock().wall_ms())),
                 ("requests", f"{state.answered} answered, {state.refused} refused"),
             ]
         )
@@ -41,6 +43,18 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
     if state.models:
         screen.show("\n" + models_table(state.models))
     return Exit.DONE
+
+
+def certificate(state: AgentState, *, wall_ms: int) -> str:
+    """When the certificate ends and is renewed, or why it is not."""
+    if not state.certificate_expires_ms:
+        return "not looked into yet"
+    left_ms, due_ms = state.certificate_expires_ms - wall_ms, state.certificate_due_ms - wall_ms
+    text = f"expires in {duration(left_ms)}" if left_ms > 0 else f"expired {duration(-left_ms)} ago"
+    if state.certificate_trouble:
+        todo = f"; {state.certificate_todo}" if state.certificate_todo else ""
+        return f"{text}, not renewed: {state.certificate_trouble}{todo}"
+    return f"{text}, to be renewed in {duration(due_ms)}" if due_ms > 0 else f"{text}, to be renewed now"
 
 
 def document_of(state: AgentState) -> dict[str, object]:

@@ -18,6 +18,7 @@ from edge_agent.driver.events import (
     ForIntake,
     ForLink,
     ForPump,
+    ForRenewal,
     ForSlot,
     ForTraining,
     HeartbeatDue,
@@ -32,6 +33,7 @@ from edge_agent.driver.events import (
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import Uplink
 from edge_agent.ports import Ledger, Vitals
@@ -66,6 +68,7 @@ class Agent:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        renewals: Renewals,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
@@ -80,6 +83,7 @@ class Agent:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._renewals = renewals
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -90,6 +94,7 @@ class Agent:
         """Restore what was, then begin to connect."""
         await self._models.restore()
         self._rounds.start()
+        self._renewals.start()
         self._inbox.post(ReconcileDue())
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
@@ -133,6 +138,8 @@ class Agent:
                 await self._on_intake(intake_event)
             case ForTraining(training_event):
                 self._rounds.handle(training_event)
+            case ForRenewal(renewal_event):
+                self._renewals.handle(renewal_event)
             case TaskCame(task):
                 await self._rounds.on_task(task)
             case MessageArrived(topic, payload):

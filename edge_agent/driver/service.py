@@ -22,6 +22,7 @@ from edge_agent.driver.events import ForLink, ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.uplink import RunningDevice, Uplink
 from shared.clock import Clock
@@ -61,6 +62,7 @@ class Service:
         records: Records,
         answering: Answering,
         rounds: Rounds,
+        renewals: Renewals,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -70,6 +72,7 @@ class Service:
         self._records = records
         self._answering = answering
         self._rounds = rounds
+        self._renewals = renewals
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
@@ -124,6 +127,7 @@ class Service:
 
     def _status(self, request: Status) -> Reply:
         depth = self._records.depth()
+        trouble, todo = self._renewals.trouble
         return AgentState(
             id=request.id,
             device=self._running.device,
@@ -149,6 +153,10 @@ class Service:
             refused=self._answering.refused,
             hosts=self._models.hosting.pids(),
             escalations=self._answering.escalations,
+            certificate_expires_ms=self._renewals.expires_ms,
+            certificate_due_ms=self._renewals.due_ms,
+            certificate_trouble=trouble,
+            certificate_todo=todo,
             results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 

@@ -19,10 +19,11 @@ from edge_agent.driver.events import ForIntake, MessageArrived, Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.ports import HostAnswer
+from edge_agent.ports import CertificateLife, HostAnswer
 from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, TransferError, TrustError, Unreachable
 from shared.ids import DeviceId
@@ -41,6 +42,7 @@ from tests.fakes.courier import FakeBroker, FakeCourier
 from tests.fakes.hosts import FakeHosts
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.outbox import FakeOutbox
+from tests.fakes.renewer import FakeRenewer
 from tests.fakes.rounds import FakeReplies, FakeSamples, FakeTrainers
 from tests.fakes.shelf import FakeShelf
 
@@ -212,6 +214,9 @@ class AgentWorld:
         self.trainers = FakeTrainers()
         self.tasks = FakeShelf()
         self.learns = True
+        self.renewer = FakeRenewer()
+        self.certificate = CertificateLife(not_before_ms=1, not_after_ms=10**15)
+        self.adopted: list[int] = []
         self.cloud = FakeCloud()
         self.policy = Policy()
         self.cache_entries = 0
@@ -347,6 +352,13 @@ class AgentWorld:
             routes=self.models.routes,
             send=partial(self.uplink.send, "round"),
         )
+        self.renewals = Renewals(
+            clock=self.clock,
+            loop=loop,
+            renewer=self.renewer,
+            life=self.certificate,
+            adopt=lambda: self.adopted.append(self.clock.wall_ms()),
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -356,6 +368,7 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            renewals=self.renewals,
         )
         self.agent = Agent(
             clock=self.clock,
@@ -367,6 +380,7 @@ class AgentWorld:
             records=self.records,
             answering=self.answering,
             rounds=self.rounds,
+            renewals=self.renewals,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,

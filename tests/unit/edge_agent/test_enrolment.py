@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 
-from edge_agent import enrolment
+from edge_agent import keeping
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import load_identity
@@ -258,12 +258,13 @@ def test_a_crash_at_any_step_leaves_all_or_nothing(
 
 def test_nothing_of_the_key_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
-    real_write = enrolment._write
+    real_write = keeping.write_new
 
-    def write(path: Path, data: bytes, *, mode: int) -> None:
+    def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         real_write(path, data, mode=mode)
         modes.append(stat.S_IMODE(path.stat().st_mode))
 
-    monkeypatch.setattr(enrolment, "_write", write)
+    monkeypatch.setattr(keeping, "write_new", write)
     go(Hub(tmp_path / "hub"), tmp_path / "state")
+    assert len(modes) == 5
     assert set(modes) == {0o600}
