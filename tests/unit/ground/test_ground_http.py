@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cloud_hub.ground import audit, bounds, problems, routes
-from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal, Role, issue_api_token, require, require_device
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bounds import Bounds
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
