@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import signal
 import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,18 +25,44 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cloud_hub.commands import authority as ca_commands
 from cloud_hub.ground import rotation
 from cloud_hub.ground.folder import DataFolder
+from edge_agent.adapters.system import SystemClock
 from edge_agent.client import Client
+from edge_agent.commands.checks import check_certificate
+from edge_agent.enrolment import enroll
 from edge_agent.identity import load_identity
-from shared.errors import Conflict, OutriderError
+from shared.errors import Conflict, OutriderError, TrustError
 from shared.ids import DeviceId
 from shared.renewal import csr_digest, proof_message
 from tests.fakes.hub_parts import csr_for, key_pem
 from tests.fakes.hub_process import Device, HubProcess, Line, wait_until
-from tests.live.test_agent_enrol_live import ROOT, agent, free_ports
+from tests.live.test_agent_enrol_live import ROOT, free_ports
 
 pytestmark = pytest.mark.live
 DAY_S = 86_400
 SHORT = {"OUTRIDER_HUB_CERTIFICATES__DEVICE_DAYS": str(6 / DAY_S)}
+
+
+class QuickHub(HubProcess):
+    """Makes its join tokens over HTTPS: a process less for each."""
+
+    def join_token(self, *arguments: str) -> str:
+        assert not arguments
+        answer = self.call("POST", "/v1/tokens", {"kind": "join"}, token=self.admin)
+        assert answer.status == 201, answer
+        return str(answer.body["token"])
+
+
+def enrolled(hub: HubProcess, state: Path, *, name: str, token: str = "") -> Path:
+    """A state directory as `outrider-agent enroll` leaves it."""
+    enroll(
+        token=token or hub.join_token(),
+        state_dir=state,
+        profile="x86-gateway",
+        name=name,
+        force=False,
+        clock=SystemClock(),
+    )
+    return state
 
 
 @pytest.fixture
@@ -44,7 +70,7 @@ def hub(short_tmp: Path, mosquitto_path: str) -> Iterator[HubProcess]:
     folder = short_tmp / "hub"
     folder.mkdir()
     port, broker_port = free_ports(2)
-    made = HubProcess(folder, port=port, broker_port=broker_port)
+    made = QuickHub(folder, port=port, broker_port=broker_port)
     made.init()
     yield made
     made.stop()
@@ -76,6 +102,26 @@ def link(state: Path) -> str:
         return "no agent yet"
 
 
+def renewed_while_writing(state: Path, first: int, written: Counter[str]) -> bool:
+    """Write a reading, and look whether the certificate is another one."""
+    with Client(state / "door.sock") as client:
+        client.reading("level", float(written["level"]))
+    written["level"] += 1
+    return serial(state) != first
+
+
+def level_readings(hub: HubProcess) -> int:
+    """How many of those readings the hub has."""
+    path, token = "/v1/telemetry/dev-a?class=reading&limit=500", hub.admin
+    after, count = 0, 0
+    while True:
+        page = hub.call("GET", f"{path}&after={after}", token=token).body
+        count += len([item for item in page["items"] if item["body"].get("name") == "level"])
+        if page["next"] is None:
+            return count
+        after = page["next"]
+
+
 def serial(state: Path) -> int:
     return x509.load_pem_x509_certificate(load_identity(state).certificate_path.read_bytes()).serial_number
 
@@ -87,17 +133,14 @@ def renewals(hub: HubProcess) -> list[dict[str, Any]]:
 
 def test_a_certificate_renews_itself_and_an_expired_one_comes_back(hub: HubProcess, short_tmp: Path) -> None:
     hub.start(env=SHORT)
-    state = short_tmp / "agent"
-    done = agent("enroll", hub.join_token(), "--name", "dev-a", "--profile", "x86-gateway", state=state)
-    assert done.returncode == 0, done.stderr
-    first = serial(state)
+    state = enrolled(hub, short_tmp / "agent", name="dev-a")
+    first, written = serial(state), Counter[str]()
     with running(state):
         wait_until(lambda: link(state) == "online", "the link")
-        wait_until(lambda: serial(state) != first, "the renewal")
+        wait_until(lambda: renewed_while_writing(state, first, written), "the renewal")
         wait_until(lambda: link(state) == "online", "the link with the new certificate")
         with Client(state / "door.sock") as client:
             seen = client.status()
-            client.reading("level", 1.5)
         assert (seen.boot, seen.certificate_trouble) == (1, "")
         assert seen.certificate_expires_ms > seen.certificate_due_ms > 0
     second = serial(state)
@@ -112,12 +155,13 @@ def test_a_certificate_renews_itself_and_an_expired_one_comes_back(hub: HubProce
     line.abandon()
     with pytest.raises(OSError, match=r"(?i)expired|alert|eof|reset|closed"):
         hub.call("GET", "/v1/whoami", context=context)
-    doctor = json.loads(agent("doctor", "--json", state=state).stdout)
-    (found,) = [item for item in doctor["findings"] if item["check"] == "identity"]
-    assert (found["result"], "renew" in found["todo"]) == ("warn", True), found
+    found = check_certificate(identity, wall_ms=SystemClock().wall_ms())
+    assert (found.result, "it renews what has expired" in found.todo) == ("warn", True), found
     with running(state):
         wait_until(lambda: serial(state) != second, "the renewal of what had expired")
         wait_until(lambda: link(state) == "online", "the link")
+        wait_until(lambda: level_readings(hub) == written["level"], "every reading is at the hub, once")
+    assert written["level"] > 0
     rows = renewals(hub)
     assert {row["action"] for row in rows} == {"certificate.renewed"}
     assert any(row["detail"]["had_expired"] for row in rows)
@@ -149,9 +193,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     for device in (awake, asleep):
         assert comes_in(device, trusting_new(hub, device))
     # Whoever pinned the old one follows its link: a token of before, and a device that has slept.
-    state = short_tmp / "late"
-    done = agent("enroll", old_token, "--name", "late", "--profile", "x86-gateway", state=state)
-    assert done.returncode == 0, done.stderr
+    state = enrolled(hub, short_tmp / "late", name="late", token=old_token)
     assert old_ca in load_identity(state).ca_path.read_text()
     assert "2 devices have no certificate of the new CA yet: asleep, awake" in refused(hub, "finish")
 
@@ -162,8 +204,9 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     wait_until(lambda: not comes_in(asleep, context) and comes_in(awake, awake.context()), "the broker has too")
     assert hub.call("GET", "/v1/whoami", context=awake.context()).status == 200
     assert hub.call("GET", "/v1/whoami", context=context).status == 403
-    stranger = agent("enroll", old_token, "--name", "too-late", state=short_tmp / "x")
-    assert "has changed its CA since" in stranger.stderr
+    with pytest.raises(TrustError) as caught:
+        enrolled(hub, short_tmp / "x", name="too-late", token=old_token)
+    assert "has changed its CA since; ask for a new token" in caught.value.hint
 
 
 def rotate(hub: HubProcess, step: str, *, force: bool = False) -> str:
