@@ -26,12 +26,12 @@ class TestCa:
 
     __test__ = False
 
-    def __init__(self, folder: Path, *, name: str = "test-ca") -> None:
+    def __init__(self, folder: Path, *, name: str = "test-ca", days: int = 10) -> None:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.certificate = (
-            self._builder(self._name, self._key.public_key(), days=10)
+            self._builder(self._name, self._key.public_key(), days=days)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
             .sign(self._key, hashes.SHA256())
@@ -49,13 +49,14 @@ class TestCa:
         """SHA-256 of the certificate's DER, hex."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
-    def server(self, file: str = "server") -> Pair:
-        """A certificate for localhost and 127.0.0.1."""
+    def server(self, file: str = "server", *, days: int = 5, is_client: bool = False) -> Pair:
+        """A certificate for localhost and 127.0.0.1; negative days make an expired one, `is_client` one of a device."""
         names: list[x509.GeneralName] = [
             x509.DNSName("localhost"),
             x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
         ]
-        return self._issue(file, common_name="localhost", usage=ExtendedKeyUsageOID.SERVER_AUTH, names=names)
+        usage = ExtendedKeyUsageOID.CLIENT_AUTH if is_client else ExtendedKeyUsageOID.SERVER_AUTH
+        return self._issue(file, common_name="localhost", usage=usage, names=names, days=days)
 
     def client(self, common_name: str, *, days: int = 5) -> Pair:
         """A client certificate; negative days make an expired one."""

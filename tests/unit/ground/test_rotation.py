@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 from cloud_hub import files
+from cloud_hub.config import HubConfig
 from cloud_hub.ground import rotation, transport
 from cloud_hub.ground.authorities import Authorities
-from cloud_hub.ground.ca import make_ca, subject_hash
+from cloud_hub.ground.ca import CA_DAYS, make_ca, subject_hash
 from cloud_hub.ground.folder import DataFolder
-from shared.errors import Conflict
+from cloud_hub.main import load_authorities, renew_certificates
+from shared.errors import ConfigError, Conflict
 from shared.ids import DeviceId
 from shared.trust.authority import vouched
-from tests.fakes.hub_parts import NOW_MS, der, new_csr
+from tests.fakes.clock import FakeClock
+from tests.fakes.hub_parts import DAY_MS, NOW_MS, der, new_csr
 
 Step = Callable[[DataFolder], None]
 
@@ -180,3 +183,12 @@ def test_authorities_are_found_as_openssl_looks_for_them(tmp_path: Path) -> None
         except FileNotFoundError:
             pytest.skip("openssl is not installed")
         assert subject_hash(path.read_text()) == done.stdout.strip()
+
+
+def test_a_hub_whose_ca_has_expired_does_not_start(tmp_path: Path) -> None:
+    new_folder(tmp_path)
+    config = HubConfig(data_dir=str(tmp_path))
+    clock = FakeClock(wall_ms=NOW_MS + CA_DAYS * DAY_MS + DAY_MS)
+    with pytest.raises(ConfigError) as caught:
+        renew_certificates(config, load_authorities(config, clock=clock), clock=clock)
+    assert caught.value.code == "config.ca_expired"
