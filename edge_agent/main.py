@@ -109,10 +109,7 @@ async def _compose(
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
-    context, hub_url = _hub_context(identity), config.hub.url or identity.hub_url
-    fetcher = HubFetcher(hub_url=hub_url, context=context, clock=clock)
-    cloud = HubCloud(hub_url=hub_url, context=context, clock=clock)
-    courier = _courier(config, identity, loop.inbox, lambda: uplink)
+    fetcher, cloud, courier, renewals = _certified(config, identity, clock=clock, loop=loop, uplink=lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, fetcher=fetcher, report=report)
     uplink = Uplink(
         running=running,
@@ -126,7 +123,6 @@ async def _compose(
     room = _training_room(config, profile, database, fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
-    renewals = _renewals(config, identity, clock=clock, loop=loop, users=(fetcher, cloud), courier=courier)
     service = Service(
         running=running,
         clock=clock,
@@ -231,29 +227,30 @@ def _courier(config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Call
     )
 
 
-def _renewals(
-    config: AgentConfig,
-    identity: Identity,
-    *,
-    clock: SystemClock,
-    loop: Loop,
-    users: tuple[HubFetcher | HubCloud, ...],
-    courier: MqttCourier,
-) -> Renewals:
+def _certified(
+    config: AgentConfig, identity: Identity, *, clock: SystemClock, loop: Loop, uplink: Callable[[], Uplink]
+) -> tuple[HubFetcher, HubCloud, MqttCourier, Renewals]:
+    """Whoever shows the device's certificate, and who renews it and hands them the new one."""
+    context, hub_url = _hub_context(identity), config.hub.url or identity.hub_url
+    fetcher = HubFetcher(hub_url=hub_url, context=context, clock=clock)
+    cloud = HubCloud(hub_url=hub_url, context=context, clock=clock)
+    courier = _courier(config, identity, loop.inbox, uplink)
+
     def adopt() -> None:
         new = load_identity(config.state_dir)
         context = _hub_context(new)
         courier.adopt(_broker_context(new))
-        for user in users:
-            user.adopt(context)
+        fetcher.adopt(context)
+        cloud.adopt(context)
 
-    return Renewals(
+    renewals = Renewals(
         clock=clock,
         loop=loop,
         renewer=LiveRenewer(state_dir=config.state_dir, hub_url=config.hub.url),
         life=CertificateLife(not_before_ms=identity.not_before_ms, not_after_ms=identity.not_after_ms),
         adopt=adopt,
     )
+    return fetcher, cloud, courier, renewals
 
 
 def _hub_context(identity: Identity) -> ssl.SSLContext:
