@@ -82,6 +82,19 @@ def dated_context(
     return _furnished(context, ca_path, certificate_path=certificate_path, key_path=key_path, minimum=minimum)
 
 
+def dated_trust(ca_pem: str, *, now_ms: Callable[[], int]) -> ssl.SSLContext:
+    """The same for CAs at hand, PEM, showing no certificate of ours; raises ValueError when they do not parse."""
+    context = DatedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.now_ms = now_ms
+    context.sslsocket_class = DatedSocket
+    _relax(context, ssl.TLSVersion.TLSv1_2)
+    try:
+        context.load_verify_locations(cadata=ca_pem)
+    except ssl.SSLError as error:
+        raise ValueError(str(error)) from error
+    return context
+
+
 def undated_context(ca_path: Path) -> ssl.SSLContext:
     """A context for the question for the time, and for nothing else; raises TransferRefused."""
     return _furnished(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ca_path)
@@ -124,8 +137,7 @@ def _furnished(
     key_path: Path | None = None,
     minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
 ) -> ssl.SSLContext:
-    context.minimum_version = minimum
-    context.verify_flags = ssl.VerifyFlags(context.verify_flags | NO_CHECK_TIME)
+    _relax(context, minimum)
     try:
         context.load_verify_locations(cafile=ca_path)
         if certificate_path is not None:
@@ -137,3 +149,8 @@ def _furnished(
             hint="run `outrider-agent doctor`",
         ) from error
     return context
+
+
+def _relax(context: ssl.SSLContext, minimum: ssl.TLSVersion) -> None:
+    context.minimum_version = minimum
+    context.verify_flags = ssl.VerifyFlags(context.verify_flags | NO_CHECK_TIME)

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 
-from edge_agent import enrolment
+from edge_agent import keeping
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import load_identity
@@ -82,7 +82,7 @@ def test_a_device_is_enrolled_with_a_key_that_it_made(tmp_path: Path) -> None:
     key = load_pem_private_key(result.identity.key_path.read_bytes(), password=None)
     certificate = load_pem_x509_certificate(result.identity.certificate_path.read_bytes())
     assert key.public_key() == certificate.public_key()
-    assert result.identity.issued_ms == int(certificate.not_valid_before_utc.timestamp()) * 1000
+    assert result.identity.not_before_ms == int(certificate.not_valid_before_utc.timestamp()) * 1000
     assert stat.S_IMODE(result.identity.key_path.stat().st_mode) == 0o600
     assert stat.S_IMODE((state / "identity").stat().st_mode) == 0o700
     assert json.loads((state / "trust" / "root.json").read_text())["signed"]["_type"] == "root"
@@ -259,12 +259,13 @@ def test_a_crash_at_any_step_leaves_all_or_nothing(
 
 def test_nothing_of_the_key_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
-    real_write = enrolment._write
+    real_write = keeping.write_new
 
-    def write(path: Path, data: bytes, *, mode: int) -> None:
+    def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         real_write(path, data, mode=mode)
         modes.append(stat.S_IMODE(path.stat().st_mode))
 
-    monkeypatch.setattr(enrolment, "_write", write)
+    monkeypatch.setattr(keeping, "write_new", write)
     go(Hub(tmp_path / "hub"), tmp_path / "state")
+    assert len(modes) == 5
     assert set(modes) == {0o600}
