@@ -7,15 +7,16 @@ Rules of this file:
    `do_handshake`, which is where this happens: http.client does it in `connect`, paho right after wrapping.
 2. Only the question for the time itself goes without dates (`undated_context`): its answer is signed. It shows no
    client certificate, which might have expired, and carries nothing secret.
-3. Only the hub's own CA is trusted. The CA's dates are not looked at: it is pinned by its bytes.
+3. Only the hub's own CAs are trusted: one, or two during a change. The dates of the one that signed count too.
 
 Not here: what the time is (edge_agent/core/trusted_time.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,9 @@ class DatedSocket(ssl.SSLSocket):
         try:
             context = self.context
             assert isinstance(context, DatedContext)
-            check_dates(self.getpeercert() or {}, now_ms=context.now_ms())
+            now_ms, certificate = context.now_ms(), self.getpeercert() or {}
+            check_dates(certificate, now_ms=now_ms)
+            check_issuer(certificate, context.get_ca_certs(), now_ms=now_ms)
         except BaseException:
             self.close()
             raise
@@ -111,6 +114,16 @@ def check_dates(certificate: Mapping[str, Any], *, now_ms: int) -> None:
         raise WrongDates(f"it is not valid before {certificate['notBefore']}")
     if now_ms > last_s * 1000:
         raise WrongDates(f"it expired on {certificate['notAfter']}")
+
+
+def check_issuer(certificate: Mapping[str, Any], trusted: Sequence[Mapping[str, Any]], *, now_ms: int) -> None:
+    """Raise WrongDates unless a CA by the name of the one that signed this is valid at this time."""
+    for authority in trusted:
+        if authority.get("subject") == certificate.get("issuer"):
+            with contextlib.suppress(WrongDates):
+                check_dates(authority, now_ms=now_ms)
+                return
+    raise WrongDates("the CA that signed it is not valid at this time")
 
 
 def refused_certificate(who: str, error: ssl.SSLCertVerificationError, *, code: str) -> TransferRefused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.https import HttpsServer, Request, answer
 from tests.fakes.pki import TestCa
 
+NOW_MS = int(time.time() * 1000)
 Change = Callable[[dict[str, object]], dict[str, object]]
 
 
@@ -68,7 +70,7 @@ def go(
     with hub.serve() as server:
         token = hub.token(server.url)
         result = enroll(
-            token=token, state_dir=state, profile="pi4", name="dev-a", force=force, clock=FakeClock(wall_ms=9)
+            token=token, state_dir=state, profile="pi4", name="dev-a", force=force, clock=FakeClock(wall_ms=NOW_MS)
         )
         return result, server.requests
 
@@ -99,7 +101,7 @@ def test_an_impostor_gets_neither_token_nor_request(tmp_path: Path) -> None:
     with impostor.serve() as server:
         token = impostor.token(server.url, fingerprint=real.fingerprint)
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock())
+            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.ca_fingerprint"
 
@@ -111,7 +113,7 @@ def test_one_who_only_repeats_the_true_ca_gets_nothing_either(tmp_path: Path) ->
     with HttpsServer(other, lambda _, handler: answer(handler, 200, real.pem)) as server:
         token = encode_join_token(JoinToken(hub_url=server.url, ca_fingerprint=real.fingerprint, secret=b"s" * 32))
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock())
+            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.hub_certificate"
 
@@ -168,11 +170,11 @@ def test_the_hubs_no_is_passed_on_with_its_code(tmp_path: Path) -> None:
 def test_what_is_no_token_and_nobody_there_are_told_apart(tmp_path: Path, free_port: int) -> None:
     hub = Hub(tmp_path / "hub")
     with pytest.raises(InvalidValue):
-        enroll(token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock())
+        enroll(token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
     with pytest.raises(Unreachable) as caught:
         enroll(
             token=hub.token(f"https://localhost:{free_port}"),
-            state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(),
+            state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS),
         )  # fmt: skip
     assert "not spent" in caught.value.hint
 
@@ -205,8 +207,8 @@ def test_a_second_enrolment_needs_force_and_sets_the_former_state_aside(tmp_path
     assert (state / "agent.db").exists()
     other, _ = go(Hub(tmp_path / "other", device="dev-b"), state, force=True)
     assert other.identity.device == "dev-b"
-    assert other.moved_aside == (state / "agent.db.before-9", state / "trust.before-9")
-    assert (state / "agent.db.before-9").read_bytes() == b"queue and floors"
+    assert other.moved_aside == (state / f"agent.db.before-{NOW_MS}", state / f"trust.before-{NOW_MS}")
+    assert (state / f"agent.db.before-{NOW_MS}").read_bytes() == b"queue and floors"
 
 
 def test_a_running_agent_is_not_enrolled_under_its_feet(tmp_path: Path) -> None:
