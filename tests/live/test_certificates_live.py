@@ -178,6 +178,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     assert rotate(hub, "begin") == "begun"
     assert "2 devices were not told of the next CA yet: asleep, awake" in refused(hub, "switch")
     wait_until(lambda: len(authorities(hub)) == 2, "the hub has seen the next CA")
+    wait_until(lambda: lists(hub) == 2, "a revocation list of each")
     renew(hub, awake)
     assert (awake.folder / "ca.pem").read_text().count("BEGIN") == 2
     assert "1 devices were not told of the next CA yet: asleep" in refused(hub, "switch")
@@ -185,6 +186,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     new_ca = rotation.load(DataFolder(hub.data), now_ms=0).issuing.fingerprint
     wait_until(lambda: len(authorities(hub)) == 3, "the hub has switched")
 
+    assert lists(hub) == 2
     # The hub's ports have certificates of the new CA, and take those of both.
     wait_until(lambda: issuer_of(shown(hub), awake) == new_ca, "the port's certificate of the new CA")
     assert not line.lost.is_set()
@@ -260,6 +262,11 @@ def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
     except (ValueError, InvalidSignature):
         return False
     return True
+
+
+def lists(hub: HubProcess) -> int:
+    """How many revocation lists the broker reads."""
+    return (hub.data / "broker" / "crl.pem").read_text().count("BEGIN X509 CRL")
 
 
 def trusting_new(hub: HubProcess, device: Device) -> ssl.SSLContext:

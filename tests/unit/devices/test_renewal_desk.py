@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from cloud_hub.devices import certificate_tables, renewing, rules, tables
 from cloud_hub.devices.desk import Desk, Enrolled, RenewalRequest, Renewed, readiness
+from cloud_hub.devices.standing import listed
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.database import Database
@@ -275,3 +276,43 @@ def test_the_fleet_is_counted_during_a_change_of_the_ca(room: Room) -> None:
     with pytest.raises(NotAllowed):
         asyncio.run(room.desk.device_of(der(renewed.certificate_pem)))
     assert hashlib.sha256(der(by_new.ca_pem[: len(new.pem)])).hexdigest() == new.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["revoked", "quarantined"])
+def test_a_device_that_is_not_welcome_gets_no_new_certificate(room: Room, kind: str) -> None:
+    standings = room.desk.standings
+    act = standings.revoke if kind == "revoked" else standings.quarantine
+    asyncio.run(act("pi-1", reason="stolen", actor="op"))
+    error = room.refused(room.request(csr_for(new_key())))
+    assert error.code == f"renew.{kind}"
+    assert room.audit() == ["certificate.renewal_refused"]
+    if kind == "quarantined":
+        asyncio.run(standings.lift("pi-1", actor="op"))
+        assert room.renew(room.request(csr_for(new_key()))).device == "pi-1"
+
+
+def test_a_repeated_request_of_a_device_that_is_not_welcome_is_refused_too(room: Room) -> None:
+    request = room.request(csr_for(new_key()))
+    room.renew(request)
+    asyncio.run(room.desk.standings.quarantine("pi-1", reason="odd", actor="op"))
+    assert room.refused(request).code == "renew.quarantined"
+
+
+def test_renewed_certificates_are_revoked_with_the_first_by_their_own_ca(room: Room) -> None:
+    old, new = room.authority, make_authority()
+    room.authorities.adopt(TrustedPair(phase="switched", issuing=new, other=old))
+    renewed = room.renew(room.request(csr_for(new_key())))
+    serials = [
+        x509.load_pem_x509_certificate(pem.encode()).serial_number for pem in (room.pem, renewed.certificate_pem)
+    ]
+    now_ms = room.clock.wall_ms()
+    live = room.database.read_now(lambda conn: tables.live_serials(conn, DEVICE, now_ms=now_ms))
+    assert sorted(live) == sorted(serials)
+    assert not room.database.read_now(lambda conn: tables.has_unlistable(conn, DEVICE, now_ms=now_ms))
+    asyncio.run(room.desk.standings.revoke("pi-1", reason="stolen", actor="op"))
+    lines, denied = room.database.read_now(lambda conn: listed(conn, now_ms=now_ms))
+    assert {(line.authority, line.serial) for line in lines} == {
+        (old.fingerprint, serials[0]),
+        (new.fingerprint, serials[1]),
+    }
+    assert denied == (DEVICE,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edge_agent.core.trusted_time import WRONG_DATES
 from edge_agent.ports import CertificateLife
 from shared.errors import StorageError, TransferRefused
 from shared.inference import AgentState, Measure, Status
@@ -9,6 +10,7 @@ from tests.fakes.agent_world import AgentWorld, until
 from tests.fakes.renewer import FakeRenewer
 
 FAR_MS = 10**15
+DAY_MS = 86_400_000
 EXPIRED = CertificateLife(not_before_ms=1, not_after_ms=2)
 FRESH = CertificateLife(not_before_ms=1, not_after_ms=FAR_MS)
 REVOKED = TransferRefused("the certificate was revoked", code="renew.revoked", hint="enrol again")
@@ -88,5 +90,35 @@ def test_a_certificate_that_cannot_be_loaded_stops_nothing() -> None:
     async def story() -> None:
         await until(lambda: world.renewals.expires_ms == FAR_MS, "renewed")
         await until(lambda: world.uplink.online, "the link is up")
+
+    world.life(story)
+
+
+def test_the_trusted_time_decides_as_soon_as_the_hub_has_told_it() -> None:
+    """A clock that stands still has the certificate look young; it has ended."""
+    world = AgentWorld()
+    now_ms = world.clock.wall_ms()
+    world.certificate = CertificateLife(not_before_ms=now_ms - DAY_MS, not_after_ms=now_ms + 29 * DAY_MS)
+    world.renewer = FakeRenewer(FRESH)
+
+    async def story() -> None:
+        await until(lambda: world.uplink.online, "the link is up")
+        assert world.renewer.asked == 0
+        world.time_source.says = now_ms + 365 * DAY_MS
+        world.timekeeping.ask()
+        await until(lambda: bool(world.adopted), "renewed at once")
+
+    world.life(story)
+
+
+def test_dates_of_the_hub_that_do_not_agree_have_the_time_asked_again() -> None:
+    world = AgentWorld()
+    world.time_source.says = world.clock.wall_ms()
+    wrong = TransferRefused("it expired", code=WRONG_DATES)
+    world.certificate, world.renewer = EXPIRED, FakeRenewer(wrong, FRESH)
+
+    async def story() -> None:
+        await until(lambda: len(world.time_source.asked) >= 2, "asked at the start, and again")
+        await until(lambda: bool(world.adopted), "renewed at the second try")
 
     world.life(story)

@@ -101,7 +101,14 @@ def test_an_impostor_gets_neither_token_nor_request(tmp_path: Path) -> None:
     with impostor.serve() as server:
         token = impostor.token(server.url, fingerprint=real.fingerprint)
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
+            enroll(
+                token=token,
+                state_dir=tmp_path / "s",
+                profile="pi4",
+                name=None,
+                force=False,
+                clock=FakeClock(wall_ms=NOW_MS),
+            )
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.ca_fingerprint"
 
@@ -113,7 +120,14 @@ def test_one_who_only_repeats_the_true_ca_gets_nothing_either(tmp_path: Path) ->
     with HttpsServer(other, lambda _, handler: answer(handler, 200, real.pem)) as server:
         token = encode_join_token(JoinToken(hub_url=server.url, ca_fingerprint=real.fingerprint, secret=b"s" * 32))
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
+            enroll(
+                token=token,
+                state_dir=tmp_path / "s",
+                profile="pi4",
+                name=None,
+                force=False,
+                clock=FakeClock(wall_ms=NOW_MS),
+            )
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.hub_certificate"
 
@@ -170,7 +184,9 @@ def test_the_hubs_no_is_passed_on_with_its_code(tmp_path: Path) -> None:
 def test_what_is_no_token_and_nobody_there_are_told_apart(tmp_path: Path, free_port: int) -> None:
     hub = Hub(tmp_path / "hub")
     with pytest.raises(InvalidValue):
-        enroll(token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS))
+        enroll(
+            token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS)
+        )
     with pytest.raises(Unreachable) as caught:
         enroll(
             token=hub.token(f"https://localhost:{free_port}"),

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from cryptography import x509
 
-from cloud_hub import files
+from cloud_hub import files, main
 from cloud_hub.config import HubConfig
 from cloud_hub.ground import rotation, transport
 from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.ca import CA_DAYS, make_ca, subject_hash
 from cloud_hub.ground.folder import DataFolder
+from cloud_hub.ground.revocation import AccessLists, RevokedCertificate, read_state
 from cloud_hub.main import load_authorities, renew_certificates
 from shared.errors import ConfigError, Conflict
 from shared.ids import DeviceId
 from shared.trust.ca_links import vouched
+from tests.fakes.agent_world import until
 from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, NOW_MS, der, new_csr
 
@@ -192,3 +198,110 @@ def test_a_hub_whose_ca_has_expired_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         renew_certificates(config, load_authorities(config, clock=clock), clock=clock)
     assert caught.value.code == "config.ca_expired"
+
+
+def listed(folder: DataFolder) -> list[tuple[x509.Name, set[int]]]:
+    """Of whom there are lists, and what is on them."""
+    ends = b"-----END X509 CRL-----\n"
+    found = [x509.load_pem_x509_crl(part + ends) for part in (folder.broker / "crl.pem").read_bytes().split(ends)[:-1]]
+    return [(one.issuer, {line.serial_number for line in one}) for one in found]
+
+
+def names_of(folder: DataFolder) -> list[x509.Name]:
+    pair = rotation.load(folder, now_ms=NOW_MS)
+    return [x509.load_pem_x509_certificate(one.pem.encode()).subject for one in pair.all]
+
+
+def test_each_ca_that_is_trusted_has_a_revocation_list_in_every_phase(tmp_path: Path) -> None:
+    """A broker that trusts a CA without a list of it keeps all devices of that CA out."""
+    folder, clock = new_folder(tmp_path), FakeClock(wall_ms=NOW_MS)
+    config = HubConfig(data_dir=str(tmp_path))
+    first = authorities(folder).fingerprint
+    revoked = [RevokedCertificate(authority=first, serial=7, revoked_ms=NOW_MS)]
+
+    def write() -> None:
+        lists = AccessLists(folder.broker, authorities=load_authorities(config, clock=clock), hub_name="h", clock=clock)
+        lists.write(revoked=revoked, denied=())
+        assert not lists.is_due()
+
+    renew_certificates(config, load_authorities(config, clock=clock), clock=clock)
+    write()
+    for phase, step in STEPS:
+        step(folder)
+        assert rotation.phase_of(folder) == phase
+        # Before the database was asked: who starts the broker now finds a list of each, and what was listed still is.
+        renew_certificates(config, load_authorities(config, clock=clock), clock=clock)
+        assert {name for name, _ in listed(folder)} >= set(names_of(folder))
+        assert any(7 in serials for _, serials in listed(folder))
+        write()
+        assert [name for name, _ in listed(folder)] == names_of(folder)
+    assert [serials for _, serials in listed(folder)] == [set()], "the first CA is trusted no longer"
+
+
+def test_a_list_that_lacks_a_ca_is_due(tmp_path: Path) -> None:
+    folder, clock = new_folder(tmp_path), FakeClock(wall_ms=NOW_MS)
+    trusted = authorities(folder)
+    lists = AccessLists(folder.broker, authorities=trusted, hub_name="h", clock=clock)
+    lists.write(revoked=(), denied=())
+    assert not lists.is_due()
+    begin(folder)
+    trusted.adopt(rotation.load(folder, now_ms=NOW_MS))
+    assert lists.is_due()
+
+
+def test_the_running_hub_lists_a_ca_before_the_broker_trusts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, clock = new_folder(tmp_path), FakeClock(wall_ms=NOW_MS)
+    config = HubConfig(data_dir=str(tmp_path))
+    trusted = load_authorities(config, clock=clock)
+    renew_certificates(config, trusted, clock=clock)
+    foundation: Any = SimpleNamespace(config=config, clock=clock, authorities=trusted)
+    lists = AccessLists(folder.broker, authorities=trusted, hub_name="h", clock=clock)
+    events: list[str] = []
+    failures = ["the disk is full"]
+
+    def cas() -> int:
+        return len(list((folder.broker / "cas").iterdir()))
+
+    async def list_all() -> bool:
+        events.append(f"list while {cas()} trusted")
+        if failures:
+            failures.pop()
+            return False
+        lists.write(revoked=(), denied=())
+        return True
+
+    def reload() -> None:
+        state = read_state(folder.broker / "crl.pem")
+        assert state is not None
+        events.append(f"reload with {cas()} trusted and {len(state.authorities)} listed")
+
+    def reloads() -> int:
+        return sum(event.startswith("reload") for event in events)
+
+    monkeypatch.setattr(main, "CA_LOOK_S", 0.005)
+
+    async def go() -> None:
+        follow = main._follow_authorities(
+            foundation, turn=asyncio.Lock(), list_all=list_all, reload=reload, forget=lambda: events.append("forget")
+        )
+        task = asyncio.create_task(follow)
+        for wanted, (_, step) in zip((1, 2, 3), STEPS, strict=True):
+            await asyncio.sleep(0)
+            step(folder)
+            await until(lambda wanted=wanted: reloads() == wanted, "the step is followed")
+        await until(lambda: "forget" in events, "the old CA is forgotten")
+        task.cancel()
+
+    asyncio.run(go())
+    assert events == [
+        "list while 1 trusted",
+        "list while 1 trusted",
+        "reload with 2 trusted and 2 listed",
+        "list while 2 trusted",
+        "reload with 2 trusted and 2 listed",
+        "list while 2 trusted",
+        "reload with 1 trusted and 1 listed",
+        "forget",
+    ]
