@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from cloud_hub.devices import certificate_tables, rules, tables
 from cloud_hub.devices.certificate_tables import Issue
+from cloud_hub.devices.readiness import Readiness, readiness
 from cloud_hub.devices.renewing import RenewalRequest, Renewing
 from cloud_hub.devices.rules import Standing
 from cloud_hub.devices.standing import Changed, Standings, write_lists
@@ -444,35 +445,6 @@ def make_join_token(
         detail={"device": device, "profile": profile, "uses": uses, "expires_ms": grant.expires_ms},
     )
     return join.encode_join_token(join.JoinToken(hub_url=hub_url, ca_fingerprint=ca_fingerprint, secret=secret))
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """How far a fleet has followed a change of the CA.
-
-    Attributes:
-        live: devices with a certificate that is good now.
-        asleep: devices whose newest certificate has expired, which may still come back to renew it.
-        untold: live ones that were not told of the CA yet.
-        unsigned: live ones whose certificate is not of the CA.
-    """
-
-    live: int
-    asleep: int
-    untold: tuple[DeviceId, ...]
-    unsigned: tuple[DeviceId, ...]
-
-
-def readiness(conn: Connection, *, ca_fingerprint: str, now_ms: int) -> Readiness:
-    """How far the fleet has followed a change to this CA, in the caller's transaction."""
-    trust = certificate_tables.trust_of_devices(conn)
-    live = sum(each.expires_ms > now_ms for each in trust)
-    return Readiness(
-        live=live,
-        asleep=len(trust) - live,
-        untold=rules.without_bundle(trust, wanted=ca_fingerprint, now_ms=now_ms),
-        unsigned=rules.not_of(trust, issuer=ca_fingerprint, now_ms=now_ms),
-    )
 
 
 def _secret_sha256(token: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,8 +278,8 @@ def test_the_running_hub_lists_a_ca_before_the_broker_trusts_it(
         assert state is not None
         events.append(f"reload with {cas()} trusted and {len(state.authorities)} listed")
 
-    def reloads() -> int:
-        return sum(event.startswith("reload") for event in events)
+    def has_reloaded(times: int) -> bool:
+        return sum(event.startswith("reload") for event in events) == times
 
     monkeypatch.setattr(main, "CA_LOOK_S", 0.005)
 
@@ -290,7 +291,7 @@ def test_the_running_hub_lists_a_ca_before_the_broker_trusts_it(
         for wanted, (_, step) in zip((1, 2, 3), STEPS, strict=True):
             await asyncio.sleep(0)
             step(folder)
-            await until(lambda wanted=wanted: reloads() == wanted, "the step is followed")
+            await until(partial(has_reloaded, wanted), "the step is followed")
         await until(lambda: "forget" in events, "the old CA is forgotten")
         task.cancel()
 
