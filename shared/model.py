@@ -221,8 +221,7 @@ def check_manifest(manifest: Manifest) -> None:
         _refuse("variants must be present and have distinct names")
     for file in (manifest.golden.file, *(variant.file for variant in manifest.variants)):
         parse_digest(file.digest)
-        if not file.path.startswith(prefix) or not _FILE_NAME.fullmatch(file.path[len(prefix) :]):
-            _refuse(f"file {file.path[:120]!r} does not lie in {prefix!r}")
+        check_place(file.path, prefix)
         if not 0 < file.length <= limits.MAX_MODEL_BYTES:
             _refuse(f"file {file.path[:120]!r} has a length of {file.length} bytes")
     if manifest.golden.file.length > limits.MAX_GOLDEN_BYTES:
@@ -237,6 +236,12 @@ def check_manifest(manifest: Manifest) -> None:
             _refuse(
                 f"variant {variant.name!r} records {len(variant.answers)} answers for {manifest.golden.samples} samples"
             )
+
+
+def check_place(path: str, prefix: str) -> None:
+    """Raise InvalidValue unless this is a plain file name below the release's own prefix."""
+    if not path.startswith(prefix) or not _FILE_NAME.fullmatch(path[len(prefix) :]):
+        _refuse(f"file {path[:120]!r} does not lie in {prefix!r}")
 
 
 def check_signature(signature: Signature) -> None:

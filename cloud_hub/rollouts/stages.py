@@ -123,7 +123,7 @@ def judge(
         return _become(member, Condition.HARMED, failure, at_ms=at_ms)
     deadline_ms = rollout.spec.deadline_s * 1000
     since_ms = max(member.offered_ms, watching_since_ms)
-    silent_ms = 0 if sighting.online else at_ms - max(since_ms, sighting.last_seen_ms)
+    silent_ms = silence_ms(sighting, since_ms=since_ms, at_ms=at_ms)
     if silent_ms >= deadline_ms:
         why = f"silent for {silent_ms // 1000} s since it was offered the release"
         return _become(member, Condition.HARMED, why, at_ms=at_ms)
@@ -132,6 +132,11 @@ def judge(
     if sighting.online and member.condition is Condition.OFFERED and at_ms - since_ms >= deadline_ms:
         return _become(member, Condition.UNRESOLVED, _where(sighting, answers, rollout), at_ms=at_ms)
     return member
+
+
+def silence_ms(sighting: Sighting, *, since_ms: int, at_ms: int) -> int:
+    """How long nothing was heard of a device, counted from `since_ms` at the earliest; zero while it is online."""
+    return 0 if sighting.online else at_ms - max(since_ms, sighting.last_seen_ms)
 
 
 def is_back(member: Member, sighting: Sighting | None) -> bool:

@@ -47,8 +47,7 @@ def apply(*, patch: ReadAt, patch_length: int, base: ReadAt, write: Callable[[An
             it was), `.result` (what came out is not what was promised). What was written is then worth nothing.
     """
     head = form.decode_head(patch(0, min(form.HEADER_BYTES, patch_length)), patch_length=patch_length)
-    if head.terms != terms:
-        raise PatchFailed("the patch is for other files", code="transfer.patch.terms", hint=FETCH_WHOLE)
+    check_terms(head, terms)
     streams = _open_streams(patch, head)
     digest = hashlib.sha256()
     written = 0
@@ -74,9 +73,32 @@ def _open_streams(patch: ReadAt, head: Head) -> list[_Stream]:
             dictionaries += form.dictionary_bytes(patch(at, min(stream.packed, form.LZMA_HEADER_BYTES)))
         streams.append(_Stream(patch, stream, at=at))
         at += stream.packed
+    check_memory(dictionaries)
+    return streams
+
+
+def check_terms(head: Head, terms: Terms) -> None:
+    """Raise PatchFailed unless the patch is for these files."""
+    if head.terms != terms:
+        raise PatchFailed("the patch is for other files", code="transfer.patch.terms", hint=FETCH_WHOLE)
+
+
+def check_made(kind: int, length: int, *, left: int) -> None:
+    """Raise PatchFailed unless a step makes whole numbers, at least one byte, and no more than is left."""
+    if not 0 < length <= left or kind > form.ADD_WORDS or length % form.WIDTHS.get(kind, 1):
+        raise malformed("a step makes what does not fit")
+
+
+def check_read(offset: int, length: int, *, base_length: int) -> None:
+    """Raise PatchFailed unless a step reads inside the base."""
+    if not 0 <= offset <= base_length - length:
+        raise malformed("a step reads outside the base")
+
+
+def check_memory(dictionaries: int) -> None:
+    """Raise PatchFailed unless the decoders' dictionaries together are within their bound."""
     if dictionaries > form.MAX_DICTIONARY_BYTES:
         raise malformed(f"its streams ask for {dictionaries} bytes of memory")
-    return streams
 
 
 def _steps(stream: _Stream, terms: Terms) -> Iterator[tuple[int, int, int]]:
@@ -85,13 +107,11 @@ def _steps(stream: _Stream, terms: Terms) -> Iterator[tuple[int, int, int]]:
     while left:
         number = stream.varint()
         kind, length = number & 7, number >> 3
-        if not 0 < length <= left or kind > form.ADD_WORDS or length % form.WIDTHS.get(kind, 1):
-            raise malformed("a step makes what does not fit")
+        check_made(kind, length, left=left)
         if kind != form.LITERAL:
             number = stream.varint()
             base_at += number >> 1 ^ -(number & 1)
-            if not 0 <= base_at <= terms.base_length - length:
-                raise malformed("a step reads outside the base")
+            check_read(base_at, length, base_length=terms.base_length)
         yield kind, base_at, length
         if kind != form.LITERAL:
             base_at += length

@@ -120,20 +120,10 @@ def verify_assignment(
     assignment, signed = open_assignment(document, root)
     check_device(assignment, device)
     check_assignment(assignment)
-    if assignment.version < floors.assignment_version:
-        raise TrustError(
-            f"assignment {assignment.version} is older than {floors.assignment_version}, which was accepted before",
-            code="trust.rollback",
-            hint="to go back to an older release, assign it again: the new assignment gets a higher version",
-        )
+    check_newer(assignment, floors)
     if assignment.version == floors.assignment_version and previous is not None:
         _check_same(assignment, signed, previous)
-    if max(now_ms, assignment.issued_ms) >= assignment.expires_ms:
-        raise TrustError(
-            f"assignment {assignment.version} has expired",
-            code="trust.freeze",
-            hint="check the device's clock; if it is right, let the hub sign the assignment again",
-        )
+    check_expiry(assignment, now_ms=now_ms)
     return assignment
 
 
@@ -165,6 +155,26 @@ def check_device(assignment: Assignment, device: DeviceId) -> None:
             f"the assignment is for {assignment.device!r}, this device is {device!r}",
             code="trust.wrong_device",
             hint="someone shows this device what was signed for another one; look at the broker's access rules",
+        )
+
+
+def check_newer(assignment: Assignment, floors: Floors) -> None:
+    """Raise TrustError `trust.rollback` when a newer one was accepted before."""
+    if assignment.version < floors.assignment_version:
+        raise TrustError(
+            f"assignment {assignment.version} is older than {floors.assignment_version}, which was accepted before",
+            code="trust.rollback",
+            hint="to go back to an older release, assign it again: the new assignment gets a higher version",
+        )
+
+
+def check_expiry(assignment: Assignment, *, now_ms: int) -> None:
+    """Raise TrustError `trust.freeze` when it has expired at this moment, or by its own dates."""
+    if max(now_ms, assignment.issued_ms) >= assignment.expires_ms:
+        raise TrustError(
+            f"assignment {assignment.version} has expired",
+            code="trust.freeze",
+            hint="check the device's clock; if it is right, let the hub sign the assignment again",
         )
 
 

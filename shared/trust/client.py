@@ -237,10 +237,7 @@ class Client:
         data = yield Need(name=name, max_bytes=max_bytes)
         if data is None:
             raise missing(name)
-        if len(data) > max_bytes:
-            raise TrustError(
-                f"{name} has more than the {max_bytes} bytes that may be", code="trust.endless_data", hint=md.RESEND
-            )
+        check_length(data, max_bytes=max_bytes, name=name)
         return data
 
 
@@ -259,12 +256,7 @@ def search(path: str, root: Root, load: Loader) -> Steps[Found | None]:
         role, delegator_name = stack.pop()
         if role in visited:
             continue
-        if len(visited) > MAX_ROLES_PER_SEARCH:
-            raise TrustError(
-                f"more than {MAX_ROLES_PER_SEARCH} roles would have to be asked for {path[:120]!r}",
-                code="trust.endless_data",
-                hint="delegate less deeply; a family needs one role",
-            )
+        check_depth(len(visited), path=path)
         visited.add(role)
         targets = yield from load(role, loaded[delegator_name], delegator_name)
         loaded[role] = targets
@@ -280,6 +272,24 @@ def search(path: str, root: Root, load: Loader) -> Steps[Found | None]:
                     break
         stack.extend(reversed(children))
     return None
+
+
+def check_length(data: bytes, *, max_bytes: int, name: str) -> None:
+    """Raise TrustError `trust.endless_data` when a file has more bytes than were promised or may be."""
+    if len(data) > max_bytes:
+        raise TrustError(
+            f"{name} has more than the {max_bytes} bytes that may be", code="trust.endless_data", hint=md.RESEND
+        )
+
+
+def check_depth(visited: int, *, path: str) -> None:
+    """Raise TrustError `trust.endless_data` when a search has visited so many roles already."""
+    if visited > MAX_ROLES_PER_SEARCH:
+        raise TrustError(
+            f"more than {MAX_ROLES_PER_SEARCH} roles would have to be asked for {path[:120]!r}",
+            code="trust.endless_data",
+            hint="delegate less deeply; a family needs one role",
+        )
 
 
 def promised(snapshot: Snapshot, role: str) -> MetaFile:

@@ -3,12 +3,15 @@
     python -m tests.attacks [ROW …]        one line of JSON for each defence
 
 Each test runs twice, as it is and without the defence. Every fixture is made anew for each run, so that none of them
-was built while the defence was there.
+was built while the defence was there. Only an assertion or an error of the test itself counts as its failure: one that
+fails while it is set up says nothing of the attack.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
+import warnings
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,20 +19,30 @@ import msgspec
 import pytest
 from _pytest.runner import runtestprotocol
 
-from tests.attacks.table import Defence
+from tests.attacks.defence import Defence
 
 MAX_RUN_S: Final = 60
-"""Without its defence a test may hang, which counts as failed."""
+"""Of one test as it is."""
+MAX_BARE_S: Final = 5
+"""Without its defence a test may hang, which counts as failed: none of them takes that long with it."""
+MAX_WHY_CHARS: Final = 160
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """How one test did: `guarded` with the defence, `bare` without it."""
+    """How one test did.
+
+    Attributes:
+        guarded: with the defence: `passed`, `failed`, `broken` (before or after the test itself) or `skipped`.
+        bare: without it.
+        why: what failed then, for people.
+    """
 
     row: int
     test: str
     removed: str
     guarded: str
     bare: str
+    why: str = ""
 
     @property
     def holds(self) -> bool:
@@ -37,41 +50,42 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return (self.guarded == "passed" and self.bare == "failed") or self.guarded == "skipped"
 
 
+class Run(msgspec.Struct, frozen=True):
+    """What became of one run of one test."""
+
+    outcome: str
+    why: str = ""
+
+
 class Removing:
     """A plugin for pytest that runs each collected test as the table says."""
 
     def __init__(self, defences: Sequence[Defence]) -> None:
         self._defences = defences
-        self._runs: dict[Defence, list[tuple[str, str]]] = {defence: [] for defence in defences}
+        self._runs: dict[Defence, list[tuple[Run, Run]]] = {defence: [] for defence in defences}
 
     def verdicts(self) -> list[Verdict]:
         """One for each defence; a parametrized test counts as failed when any of its cases did."""
-        return [
-            Verdict(
-                row=defence.row,
-                test=defence.test,
-                removed=defence.names,
-                guarded=_worst([guarded for guarded, _ in runs]),
-                bare="failed" if any(bare == "failed" for _, bare in runs) else "passed" if runs else "missing",
-            )
-            for defence, runs in self._runs.items()
-        ]
+        return [_verdict(defence, runs) for defence, runs in self._runs.items()]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
         """Run the item once for each defence that names it, and once as it is."""
         asked = [defence for defence in self._defences if item.nodeid.split("[")[0] == defence.test.split("[")[0]]
         asked = [defence for defence in asked if "[" not in defence.test or defence.test == item.nodeid]
-        if not asked:
+        # One case that fails is enough; the others would only take their time.
+        waiting = [defence for defence in asked if not any(bare.outcome == "failed" for _, bare in self._runs[defence])]
+        if not waiting:
             return True
-        guarded = _run(item)
-        for defence in asked:
-            bare = "skipped"
-            if guarded == "passed":
+        guarded = _run(item, within_s=MAX_RUN_S)
+        for defence in waiting:
+            bare = Run("skipped")
+            if guarded.outcome == "passed":
                 with pytest.MonkeyPatch.context() as patch:
                     for place, stand_in in defence.removals:
                         patch.setattr(place, stand_in)
-                    bare = _run(item)
+                    bare = _run(item, within_s=MAX_BARE_S)
+                _forget()
             self._runs[defence].append((guarded, bare))
         return True
 
@@ -79,17 +93,33 @@ class Removing:
 def run(defences: Sequence[Defence]) -> list[Verdict]:
     """Run all of them in this process."""
     plugin = Removing(defences)
-    tests = sorted({defence.test.split("[")[0] for defence in defences})
-    pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *tests], plugins=[plugin])
+    tests = sorted({defence.test for defence in defences})
+    # The tables load the project, and with it packages whose plugins for pytest would have been rewritten else.
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *quiet, *tests], plugins=[plugin])
     return plugin.verdicts()
 
 
-def _run(item: pytest.Item) -> str:
+def _verdict(defence: Defence, runs: Sequence[tuple[Run, Run]]) -> Verdict:
+    guarded, bare = [one for one, _ in runs], [one for _, one in runs]
+    failed = [one for one in bare if one.outcome == "failed"]
+    worst = _worst(bare) if not failed else failed[0]
+    return Verdict(
+        row=defence.row,
+        test=defence.test,
+        removed=defence.names,
+        guarded=_worst(guarded).outcome,
+        bare=worst.outcome,
+        why=worst.why,
+    )
+
+
+def _run(item: pytest.Item, *, within_s: int) -> Run:
     def expire(*_: Any) -> None:
-        raise TimeoutError(f"{item.nodeid} ran longer than {MAX_RUN_S} s")
+        raise TimeoutError(f"longer than {within_s} s")
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(MAX_RUN_S)
+    signal.alarm(within_s)
     try:
         if hasattr(item, "_initrequest"):
             item._initrequest()
@@ -97,11 +127,26 @@ def _run(item: pytest.Item) -> str:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    return _worst([report.outcome for report in reports])
+    return _worst([_told(report) for report in reports])
 
 
-def _worst(outcomes: Sequence[str]) -> str:
-    for outcome in ("failed", "skipped", "passed"):
-        if outcome in outcomes:
-            return outcome
-    return "missing"
+def _told(report: pytest.TestReport) -> Run:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    why = str(getattr(crash, "message", "")).splitlines()[:1]
+    outcome = "broken" if report.failed and report.when != "call" else report.outcome
+    return Run(outcome, why[0][:MAX_WHY_CHARS] if why else "")
+
+
+def _worst(runs: Sequence[Run]) -> Run:
+    for outcome in ("failed", "broken", "skipped", "passed"):
+        for one in runs:
+            if one.outcome == outcome:
+                return one
+    return Run("missing")
+
+
+def _forget() -> None:
+    """Let go of what a failed test has left open, before it is held against the next one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()

@@ -16,7 +16,9 @@ from fastapi import FastAPI
 from cloud_hub.ground import problems
 from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Role, issue_api_token
 from cloud_hub.ground.problems import NotAllowed
+from cloud_hub.releases import tables
 from cloud_hub.releases.routes import router
+from cloud_hub.releases.tables import PatchRow
 from shared.ids import DeviceId
 from tests.fakes.release_room import LABELS, ReleaseRoom
 
@@ -178,6 +180,24 @@ def test_a_push_is_checked_before_anything_is_built(api: Api, room: ReleaseRoom)
     assert is_problem(api("GET", "/v1/releases/digits/1.0.0/proposal"), 409, "conflict.not_ready")
 
 
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("family", "../../etc"),
+        ("family", "a/b"),
+        ("family", "%2e%2e"),
+        ("version", "../1.0.0"),
+        ("version", "1.0.0/.."),
+    ],
+)
+def test_attack_32_a_name_that_would_be_a_path_is_refused(api: Api, room: ReleaseRoom, field: str, name: str) -> None:
+    golden, model = (room.desk.blobs.put(data).digest for data in (b"golden", DATA))
+    body: dict[str, Any] = {
+        "family": "digits", "version": "1.0.0", "model": model, "golden": golden, "labels": list(LABELS), field: name
+    }  # fmt: skip
+    assert is_problem(api("POST", "/v1/models", json=body), 422, f"invalid.{field}")
+
+
 def test_from_proposal_to_assignment(api: Api, room: ReleaseRoom) -> None:
     room.fleet.add("one")
     room.make_ready("1.0.0")
@@ -225,6 +245,20 @@ def test_lists_come_in_pages(api: Api, room: ReleaseRoom) -> None:
     assert seen == names
     assert len(api("GET", "/v1/models", params={"family": "alpha"}).json()["items"]) == 2
     assert is_problem(api("GET", "/v1/models", params={"limit": 0}), 422, "invalid.request")
+
+
+def test_a_model_names_the_patches_to_its_files(api: Api, room: ReleaseRoom) -> None:
+    old, new = (room.make_ready(version).files[-1] for version in ("1.0.0", "1.1.0"))
+    assert api("GET", "/v1/models/digits/1.1.0").json()["patches"] == []
+    row = PatchRow(
+        base=old.digest, result=new.digest, digest=new.digest, length=5, full_length=20, full_packed=20, reason="",
+        made_ms=1,
+    )  # fmt: skip
+    room.database.write_now(lambda conn: tables.add_patch(conn, row))
+    (patch,) = api("GET", "/v1/models/digits/1.1.0", role=Role.VIEWER).json()["patches"]
+    assert (patch["path"], patch["base_version"]) == (new.path, "1.0.0")
+    assert (patch["length"], patch["share"]) == (5, 0.25)
+    assert api("GET", "/v1/models/digits/1.0.0").json()["patches"] == []
 
 
 def test_operations_have_stable_names(api: Api) -> None:

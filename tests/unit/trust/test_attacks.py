@@ -12,6 +12,7 @@ from shared.ids import DeviceId, Digest
 from shared.model import encode_manifest
 from shared.release import AssignedModel, Floors
 from shared.trust import client as workflow
+from shared.trust import refresh
 from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, DelegatedRole, Delegations, Metadata, TargetFile, Targets
@@ -48,8 +49,8 @@ def test_a_hub_in_other_hands_cannot_bring_a_model_of_its_own(hub: TrustReposito
     hub.manifests[("digits", "6.6.6")] = make_manifest("6.6.6", counter=66)
     assert refused(hub, Device(hub.first_root), hub.assign(("digits", "6.6.6"))) == "trust.unknown_target"
     role = hub.roles["models/digits"]
-    ref = repo.manifest_ref(mine)
-    role.signed.targets[ref.path] = TargetFile(ref.length, {"sha256": ref.digest}, ref.path)
+    for file in repo.release_files(mine):
+        role.signed.targets[file.path] = TargetFile(file.length, {"sha256": file.digest}, file.path)
     role.signed.version += 1
     hub.keys["release"] = hub.keys["snapshot"]
     hub.publish()
@@ -144,7 +145,8 @@ def test_one_root_key_of_three_makes_no_root(hub: TrustRepository) -> None:
     for thief in roots:
         mine = msgspec.structs.replace(strict, assignment=hub.public("timestamp"))
         hub.files["2.root.json"] = repo.sign(repo.new_root(mine, now_ms=NOW_MS, version=2), thief)
-        assert refused(hub, Device(first)) == "trust.signature"
+        theirs = sign_assignment(hub.assignment(DIGITS), hub.keys["timestamp"][0])
+        assert refused(hub, Device(first), theirs) == "trust.signature"
     hub.files["2.root.json"] = repo.sign(repo.new_root(strict, now_ms=NOW_MS, version=2), *roots[1:])
     Device(first).verify(hub.assign(DIGITS), hub.serve)
 
@@ -283,6 +285,7 @@ def test_a_release_for_other_hardware_is_refused_whatever_the_hub_says(hub: Trus
     assert refused(hub, Device(hub.first_root, profile="jetson"), document) == "trust.wrong_hardware"
     assert refused(hub, Device(hub.first_root, profile=""), document) == "trust.wrong_hardware"
     Device(hub.first_root, profile="pi5").verify(document, hub.serve)
+    refresh.check_fit(make_manifest(profiles=()), profile="any", floors=Floors())
 
 
 # 13: names that would be paths
@@ -325,6 +328,16 @@ def test_a_frozen_hub_is_noticed_whatever_the_clock_says(hub: TrustRepository, w
     newer = hub.assign(DIGITS)
     hub.files = frozen
     assert refused(hub, device, newer, wall_ms=wall_ms) == "trust.freeze"
+
+
+def test_an_old_assignment_is_refused_beside_fresh_metadata(hub: TrustRepository) -> None:
+    """The hub's metadata is of today; only what this device is to run has been held back for a month."""
+    held_back = hub.assign(DIGITS)
+    hub.now_ms += 30 * DAY_MS
+    hub.publish()
+    device = Device(hub.first_root)
+    assert refused(hub, device, held_back, wall_ms=hub.now_ms) == "trust.freeze"
+    device.verify(hub.assign(DIGITS), hub.serve, wall_ms=hub.now_ms)
 
 
 def test_signed_oddities_do_not_pass_for_their_signature(hub: TrustRepository) -> None:

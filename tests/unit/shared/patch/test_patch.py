@@ -67,11 +67,24 @@ def noise(count: int, seed: int = 1) -> bytes:
 
 
 def refused(patch: bytes, base: bytes, result: bytes) -> PatchFailed:
-    """The refusal; nothing more than promised may have been written before it."""
+    """The refusal; before it nothing is read outside the base, and nothing more than promised is written."""
     written = bytearray()
+    reads: list[tuple[int, int]] = []
+
+    def read(at: int, count: int) -> bytes:
+        reads.append((at, count))
+        return base[at : at + count]
+
     with pytest.raises(PatchFailed) as caught:
-        applied(patch, base, terms_of(base, result), written=written)
+        applying.apply(
+            patch=lambda at, count: patch[at : at + count],
+            patch_length=len(patch),
+            base=read,
+            write=written.extend,
+            terms=terms_of(base, result),
+        )
     assert len(written) <= len(result)
+    assert all(at >= 0 and at + count <= len(base) for at, count in reads)
     return caught.value
 
 
@@ -217,24 +230,7 @@ def test_a_patch_with_flipped_bits_makes_its_result_or_nothing(sample: tuple[byt
 @given(steps=st.binary(max_size=60), streams=st.dictionaries(st.integers(1, 8), st.binary(max_size=80)))
 def test_any_steps_stay_inside(steps: bytes, streams: dict[int, bytes]) -> None:
     base, result = noise(64), noise(80)
-    reads: list[tuple[int, int]] = []
-    patch = patch_of(base, result, {0: steps, **streams})
-
-    def read(at: int, count: int) -> bytes:
-        reads.append((at, count))
-        return base[at : at + count]
-
-    written = bytearray()
-    with pytest.raises(PatchFailed):
-        applying.apply(
-            patch=lambda at, count: patch[at : at + count],
-            patch_length=len(patch),
-            base=read,
-            write=written.extend,
-            terms=terms_of(base, result),
-        )
-    assert len(written) <= len(result)
-    assert all(at >= 0 and at + count <= len(base) for at, count in reads)
+    refused(patch_of(base, result, {0: steps, **streams}), base, result)
 
 
 def test_delta_out_of_bounds_seek_is_refused() -> None:
@@ -253,7 +249,7 @@ def test_delta_out_of_bounds_seek_is_refused() -> None:
 
 def test_delta_that_makes_more_than_promised_is_refused() -> None:
     base, result = noise(1000), noise(1000)
-    for steps in (step(form.COPY, 1001, 0), step(form.COPY, 999, 0) + step(form.LITERAL, 2), step(form.LITERAL, 2**59)):
+    for steps in (step(form.COPY, 999, 0) + step(form.LITERAL, 2), step(form.COPY, 1001, 0), step(form.LITERAL, 2**59)):
         assert "does not fit" in refused(patch_of(base, result, {0: steps, 1: bytes(2)}), base, result).message
 
 
