@@ -4,7 +4,7 @@
 
     blobs        files by digest                       blobs.py
     catalogue    pushed models, built one by one       catalogue.py (workbench.py, builder.py)
-    publishing   proposals, signed metadata            publishing.py
+    publishing   proposals, signed metadata            publishing.py (learning.py: what the hub signs by itself)
     patches      shorter ways to new files             patches.py (patch_job.py)
     assigning    who shall run what                    assigning.py
     attesting    what time it is, signed               attesting.py
