@@ -27,6 +27,8 @@ from shared.errors import ConfigError
 PREFIX: Final = "OUTRIDER_HUB_"
 DEFAULT_DATA: Final = "/var/lib/outrider-hub"
 DAY_S: Final = 24 * 3600
+SHORTEST_LIFE_S: Final = 4
+"""Of a device's certificate: its dates are whole seconds, and a renewal takes one."""
 _HOST: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _LOCAL: Final = ("localhost", "127.0.0.1")
 _ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
@@ -82,10 +84,17 @@ class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Certificates(msgspec.Struct, frozen=True, kw_only=True):
-    """How long certificates live."""
+    """How long certificates live.
 
-    device_days: int = 30
+    Attributes:
+        device_days: of devices, which renew at two thirds; parts of a day are allowed.
+        server_days: of the hub's own ports.
+        renew_expired_days: how long after its end a device's certificate may still be renewed; 0 for not at all.
+    """
+
+    device_days: float = 30
     server_days: int = 90
+    renew_expired_days: float = 365
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,6 +306,7 @@ def _faults(config: HubConfig) -> list[str]:
         for key, port in (("listen.port", config.listen.port), ("broker.port", config.broker.port))
         if not 1 <= port <= 65535
     ]
+    faults += _certificate_faults(config.certificates)
     if config.broker.mode == "managed" and config.listen.port == config.broker.port:
         faults.append(f"listen.port and broker.port are both {config.listen.port}; they must differ")
     hosts = [("listen.host", config.listen.host), ("broker.host", config.broker.host)]
@@ -311,13 +321,24 @@ def _faults(config: HubConfig) -> list[str]:
         # Not shown: it may hold a password.
         faults.append("database.url: it is not postgresql+psycopg://USER@HOST/NAME, without a password")
     for key, number, most in (
-        ("certificates.device_days", config.certificates.device_days, 825),
         ("certificates.server_days", config.certificates.server_days, 825),
         ("tokens.join_ttl_s", config.tokens.join_ttl_s, 366 * DAY_S),
         ("tokens.api_ttl_s", config.tokens.api_ttl_s, 3660 * DAY_S),
     ):
         if not 1 <= number <= most:
             faults.append(f"{key}: {number} is not between 1 and {most}")
+    return faults
+
+
+def _certificate_faults(certificates: Certificates) -> list[str]:
+    """Comparisons that a number which is none does not pass."""
+    faults = []
+    if not SHORTEST_LIFE_S <= certificates.device_days * DAY_S <= 825 * DAY_S:
+        faults.append(
+            f"certificates.device_days: {certificates.device_days:g} is not between {SHORTEST_LIFE_S} s and 825 days"
+        )
+    if not 0 <= certificates.renew_expired_days <= 3660:
+        faults.append(f"certificates.renew_expired_days: {certificates.renew_expired_days:g} is not between 0 and 3660")
     return faults
 
 

@@ -27,11 +27,11 @@ from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
 from cloud_hub.devices.desk import write_lists
 from cloud_hub.ground import broker as managed_broker
-from cloud_hub.ground import migrate, tlsport, transport
+from cloud_hub.ground import migrate, rotation, tlsport, transport
 from cloud_hub.ground.access import BrokerAccess
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.broker import Broker, BrokerSettings
 from cloud_hub.ground.bus import Bus
-from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import HubCourier, Inbound, Link, LinkSettings
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
 CLAIM_LOOK_S: Final = 10.0
+CA_LOOK_S: Final = 2.0
 
 
 def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -70,13 +71,11 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     with config.folder.alone(), closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         database.claim()
-        authority = transport.load_authority(config.folder)
-        renew_certificates(config, authority, clock=clock)
+        authorities = load_authorities(config, clock=clock)
+        renew_certificates(config, authorities, clock=clock)
         keys = online_keys(config.folder.keys)
         keys(newest_root(database))
-        lists = AccessLists(
-            config.folder.broker, authorities=(authority,), hub_name=config.broker.hub_name, clock=clock
-        )
+        lists = AccessLists(config.folder.broker, authorities=authorities, hub_name=config.broker.hub_name, clock=clock)
         # Before the broker starts: a list that has ended while the hub was down would keep the whole fleet out.
         write_lists(database, lists, clock=clock)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -84,7 +83,7 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 config=config,
                 clock=clock,
                 database=database,
-                authority=authority,
+                authorities=authorities,
                 metrics=Metrics(),
                 bus=Bus(),
                 link=Link(clock),
@@ -109,16 +108,25 @@ def require_own_packages() -> None:
         )
 
 
-def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock) -> tuple[str, ...]:
+def load_authorities(config: HubConfig, *, clock: Clock) -> Authorities:
+    """The CA, or both during a change; raises ConfigError."""
+    pair = rotation.load(config.folder, now_ms=clock.wall_ms())
+    authorities = Authorities(pair.issuing)
+    authorities.adopt(pair)
+    return authorities
+
+
+def renew_certificates(config: HubConfig, authorities: Authorities, *, clock: Clock) -> tuple[str, ...]:
     """Issue the certificates of our ports anew where names changed or they end soon; returns what was issued."""
     now_ms = clock.wall_ms()
-    if authority.expires_ms <= now_ms:
+    if authorities.expires_ms <= now_ms:
         raise ConfigError(
             "the hub's CA has expired", code="config.ca_expired", hint="check the machine's clock; else make a new hub"
         )
     issued = transport.ensure(
         config.folder,
-        authority,
+        authorities.now.issuing,
+        other=authorities.now.other,
         names=config.server_names,
         broker_names=config.broker_names,
         hub_name=config.broker.hub_name,
@@ -130,7 +138,7 @@ def renew_certificates(config: HubConfig, authority: Authority, *, clock: Clock)
     return issued
 
 
-async def _renew_in_time(foundation: Foundation, *, reload: Callable[[], None]) -> None:
+async def _renew_in_time(foundation: Foundation, *, turn: asyncio.Lock, reload: Callable[[], None]) -> None:
     """Renew certificates while the hub runs, long before they end: a hub that is never restarted must not go dark.
 
     Listeners load the new ones for new connections; the hub's own link to the broker does so when it next connects.
@@ -138,11 +146,55 @@ async def _renew_in_time(foundation: Foundation, *, reload: Callable[[], None]) 
     while True:
         await asyncio.sleep(RENEW_LOOK_S)
         try:
-            renew = partial(renew_certificates, foundation.config, foundation.authority, clock=foundation.clock)
-            if await asyncio.to_thread(renew):
-                reload()
+            renew = partial(renew_certificates, foundation.config, foundation.authorities, clock=foundation.clock)
+            async with turn:
+                if await asyncio.to_thread(renew):
+                    reload()
         except OutriderError as error:
             logger.error("certificates cannot be renewed: %s", error.message)
+
+
+async def _follow_authorities(
+    foundation: Foundation,
+    *,
+    turn: asyncio.Lock,
+    list_all: Callable[[], Awaitable[bool]],
+    reload: Callable[[], None],
+    forget: Callable[[], None],
+) -> None:
+    """Notice a step of `outrider-hub ca rotate` and go on with what it left, without a restart of the hub.
+
+    Args:
+        foundation: the hub's.
+        turn: held while files of certificates are made.
+        list_all: writes a revocation list of each CA that is trusted now and has the broker read it; whether it could.
+        reload: makes listeners read their files again.
+        forget: makes the broker drop a CA that is trusted no longer.
+    """
+    config, authorities = foundation.config, foundation.authorities
+    seen, before = rotation.stamp(config.folder), set(authorities.fingerprints)
+    while True:
+        await asyncio.sleep(CA_LOOK_S)
+        found = rotation.stamp(config.folder)
+        if found == seen:
+            continue
+        try:
+            pair = await asyncio.to_thread(rotation.load, config.folder, now_ms=foundation.clock.wall_ms())
+            async with turn:
+                authorities.adopt(pair)
+                # First: a broker that trusts a CA of which it has no list keeps all devices of that CA out.
+                if not await list_all():
+                    continue
+                await asyncio.to_thread(renew_certificates, config, authorities, clock=foundation.clock)
+            reload()
+        except OutriderError as error:
+            # Half a step is on disk, or the disk refuses: what was trusted goes on, and this is looked at again.
+            logger.error("the change of the CA cannot be followed: %s", error.message)
+            continue
+        logger.info("CA %s, phase %s", authorities.fingerprint, pair.phase)
+        if before - set(authorities.fingerprints):
+            forget()
+        seen, before = found, set(authorities.fingerprints)
 
 
 async def _keep_claim(foundation: Foundation) -> None:
@@ -179,8 +231,15 @@ async def _serve(foundation: Foundation, *, announce: Callable[[str], None], man
             try:
                 # An external broker's certificates are its owner's affair.
                 reload = broker.reload if settings is not None else lambda: None
+                restart = broker.restart if settings is not None else lambda: None
                 return await _serve_rooms(
-                    foundation, listener=listener, stop=stop, announce=announce, manager=manager, reload_broker=reload
+                    foundation,
+                    listener=listener,
+                    stop=stop,
+                    announce=announce,
+                    manager=manager,
+                    reload_broker=reload,
+                    restart_broker=restart,
                 )
             finally:
                 notify(manager, "STOPPING=1")
@@ -196,6 +255,7 @@ async def _serve_rooms(
     announce: Callable[[str], None],
     manager: str | None,
     reload_broker: Callable[[], None],
+    restart_broker: Callable[[], None],
 ) -> int:
     config = foundation.config
     # The courier needs someone to hand messages to, the rooms need someone to send with: a short way round.
@@ -207,7 +267,7 @@ async def _serve_rooms(
     courier = HubCourier(_link_settings(config), on_messages=deliver, metrics=foundation.metrics, link=foundation.link)
     access = BrokerAccess(
         foundation.lists,
-        authority=foundation.authority,
+        authorities=foundation.authorities,
         link=_link_settings(config),
         reload=reload_broker,
         clock=foundation.clock,
@@ -221,7 +281,7 @@ async def _serve_rooms(
         house.app,
         certificate=config.folder.server_certificate,
         key=config.folder.server_key,
-        ca=config.folder.ca_certificate,
+        ca=config.folder.broker / "ca.pem",
         ready=https_up,
     )
 
@@ -229,13 +289,16 @@ async def _serve_rooms(
         server.reload_certificate()
         reload_broker()
 
+    turn, list_all = asyncio.Lock(), house.devices.standings.enforce
+    follow = partial(_follow_authorities, foundation, turn=turn, list_all=list_all, reload=reload)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_forever(loop)) for loop in house.loops]
         tasks += [
             group.create_task(house.switchboard.run()),
             group.create_task(courier.run(ready=link_up)),
             group.create_task(server.run_on(listener)),
-            group.create_task(_renew_in_time(foundation, reload=reload)),
+            group.create_task(_renew_in_time(foundation, turn=turn, reload=reload)),
+            group.create_task(follow(forget=restart_broker)),
             group.create_task(_keep_claim(foundation)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))

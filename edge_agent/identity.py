@@ -2,11 +2,16 @@
 
     device.key      P-256 private key, PKCS #8 PEM, 0600; never leaves the device
     device.pem      the client certificate that the hub signed for it
-    ca.pem          the hub's CA, the only one that is trusted
-    identity.json   names and addresses; written last, so that without it nothing counts as enrolled
+    ca.pem          the hub's CA, the only one that is trusted; two while the hub changes it
+    identity.json   names, addresses and dates; written last, so that without it nothing counts as enrolled
+    refusal.json    why the hub does not renew the certificate, if it does not; a note for people
 
-Not here: how the files are made (`enrolment.py`), and looking into the certificate (`commands/doctor.py`, which may
-load `cryptography`; the daemon must not).
+A renewal writes `device-N.key`, `device-N.pem` and `ca-N.pem` beside these and then replaces `identity.json`, which
+names N: that one rename is the whole switch, so that no power cut can leave a key without its certificate. What is not
+named is garbage, and swept.
+
+Not here: how the files are made (`enrolment.py`, `renewal.py`), and looking into the certificate (`certificates.py`,
+which may load `cryptography`; the daemon must not).
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ class IdentityFile(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         profile: the profile that the device was enrolled with.
         enrolled_ms: the device's wall clock then.
-        issued_ms: when its certificate begins to be valid, by the hub's clock; 0 where that was not noted.
+        generation: how often the certificate was renewed since; names the files.
+        not_before_ms, not_after_ms: the certificate's dates; 0 where nobody has looked into it yet.
     """
 
     device: str
@@ -39,7 +45,18 @@ class IdentityFile(msgspec.Struct, frozen=True, kw_only=True):
     broker_port: int
     profile: str
     enrolled_ms: int
-    issued_ms: int = 0
+    generation: int = 0
+    not_before_ms: int = 0
+    not_after_ms: int = 0
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `refusal.json`: the hub's word, and the device's wall clock then."""
+
+    code: str
+    message: str
+    hint: str
+    at_ms: int
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,11 +70,61 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     key_path: Path
     certificate_path: Path
     ca_path: Path
-    issued_ms: int = 0
+    not_before_ms: int = 0
+    not_after_ms: int = 0
+
+
+def file_names(generation: int) -> tuple[str, str, str]:
+    """Names of key, certificate and CA of this generation."""
+    if generation == 0:
+        return "device.key", "device.pem", "ca.pem"
+    return f"device-{generation}.key", f"device-{generation}.pem", f"ca-{generation}.pem"
 
 
 def load_identity(state_dir: Path) -> Identity:
     """The identity below the state directory; raises ConfigError (`config.not_enrolled`, `config.identity`)."""
+    folder = state_dir / IDENTITY_DIR
+    file = load_file(state_dir)
+    paths = tuple(folder / name for name in file_names(file.generation))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise _unusable(folder, f"missing: {', '.join(missing)}")
+    return Identity(
+        device=parse_device_id(file.device),
+        hub_url=file.hub_url,
+        broker_host=file.broker_host,
+        broker_port=file.broker_port,
+        profile=file.profile,
+        key_path=paths[0],
+        certificate_path=paths[1],
+        ca_path=paths[2],
+        not_before_ms=file.not_before_ms,
+        not_after_ms=file.not_after_ms,
+    )
+
+
+def load_refusal(state_dir: Path) -> Refusal | None:
+    """Why the hub does not renew this device's certificate; None when it does, or nobody has asked."""
+    try:
+        return msgspec.json.decode((state_dir / IDENTITY_DIR / "refusal.json").read_bytes(), type=Refusal)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def sweep(folder: Path, *, generation: int) -> None:
+    """Remove what renewals left that `identity.json` does not name: former pairs, and ones that were never named."""
+    named = set(file_names(generation))
+    for pattern in ("device-*.key", "device-*.pem", "ca-*.pem"):
+        for path in folder.glob(pattern):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+    if generation:
+        for name in file_names(0):
+            (folder / name).unlink(missing_ok=True)
+
+
+def load_file(state_dir: Path) -> IdentityFile:
+    """What `identity.json` says; raises ConfigError as `load_identity` does."""
     folder = state_dir / IDENTITY_DIR
     try:
         data = (folder / "identity.json").read_bytes()
@@ -73,27 +140,15 @@ def load_identity(state_dir: Path) -> Identity:
             code="config.identity",
             hint="run the command as the user that runs the agent",
         ) from error
-    paths = {name: folder / name for name in ("device.key", "device.pem", "ca.pem")}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
     try:
         file = msgspec.json.decode(data, type=IdentityFile)
-        device = parse_device_id(file.device)
+        parse_device_id(file.device)
         check_hub_url(file.hub_url)
+        if file.generation < 0:
+            raise InvalidValue(f"generation {file.generation}")
     except (msgspec.MsgspecError, InvalidValue) as error:
         raise _unusable(folder, str(error)) from error
-    if missing:
-        raise _unusable(folder, f"missing: {', '.join(missing)}")
-    return Identity(
-        device=device,
-        hub_url=file.hub_url,
-        broker_host=file.broker_host,
-        broker_port=file.broker_port,
-        profile=file.profile,
-        key_path=paths["device.key"],
-        certificate_path=paths["device.pem"],
-        ca_path=paths["ca.pem"],
-        issued_ms=file.issued_ms,
-    )
+    return file
 
 
 def check_hub_url(url: str) -> tuple[str, int]:

@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
-import ssl
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,12 +18,9 @@ from typing import Final
 from edge_agent import runtimes
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.cloud import HubCloud
-from edge_agent.adapters.courier import MqttCourier, broker_context
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.door import Door
-from edge_agent.adapters.fetcher import HubFetcher
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
-from edge_agent.adapters.hub_time import HubTime
 from edge_agent.adapters.ledger import SqliteLedger
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.adapters.old_records import SqliteOldRecords
@@ -34,27 +28,25 @@ from edge_agent.adapters.outbox import JournalOutbox
 from edge_agent.adapters.patcher import LivePatcher
 from edge_agent.adapters.samples import SqliteReplies, SqliteSamples
 from edge_agent.adapters.shelf import FileShelf
-from edge_agent.adapters.sources import SourcedFetcher
 from edge_agent.adapters.system import SystemClock, SystemMoments
-from edge_agent.adapters.tls import dated_context, undated_context
 from edge_agent.adapters.trainers import LiveTrainers, TrainerOptions
-from edge_agent.adapters.verifier import LiveVerifier
 from edge_agent.adapters.vitals import Vitals
+from edge_agent.connections import connect
 from edge_agent.core.journal import bounds_for
 from edge_agent.driver.agent import Agent
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.bringing import Supplies
 from edge_agent.driver.escalation import Escalation
-from edge_agent.driver.events import MessageArrived, Noted, Stop
+from edge_agent.driver.events import Noted, Stop
 from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
-from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.identity import TRUST_DIR, Identity, load_identity
+from edge_agent.identity import IDENTITY_DIR, TRUST_DIR, Identity, load_file, load_identity, sweep
+from edge_agent.keeping import translated
 from edge_agent.settings import AgentConfig, Launch
 from edge_agent.update_ports import Fetcher
 from shared.profile import DeviceProfile
@@ -77,6 +69,8 @@ async def run(launch: Launch) -> int:
     config, profile = launch.config, launch.profile
     with AgentLock(config.state_dir):
         identity = load_identity(config.state_dir)
+        with translated(config.state_dir / IDENTITY_DIR):
+            sweep(config.state_dir / IDENTITY_DIR, generation=load_file(config.state_dir).generation)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
         has_forgotten = not config.database_path.exists() and _has_accepted(config.state_dir / TRUST_DIR)
@@ -113,7 +107,7 @@ async def _compose(
     records = Records(clock=clock, loop=loop, outbox=outbox)
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
-    hub = _hub(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger)
+    hub = connect(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger, uplink=lambda: uplink)
     supplies = _supplies(config, hub.fetcher, ledger=ledger)
     report = partial(_report, lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
@@ -121,13 +115,11 @@ async def _compose(
         running=running,
         clock=clock,
         loop=loop,
-        courier=_courier(config, identity, loop.inbox, lambda: uplink, now_ms=hub.timekeeping.now_ms),
+        courier=hub.courier,
         outbox=outbox,
         models=models.running,
     )
-    answering = _answering(
-        config, identity, hub.context, clock=clock, loop=loop, models=models, uplink=uplink, records=records
-    )
+    answering = _answering(config, hub.cloud, clock=clock, loop=loop, models=models, uplink=uplink, records=records)
     room = _training_room(config, profile, database, supplies.fetcher)
     routes, send = models.routes, partial(uplink.send, "round")
     rounds = Rounds(device=identity.device, clock=clock, loop=loop, room=room, routes=routes, send=send)
@@ -141,6 +133,7 @@ async def _compose(
         answering=answering,
         rounds=rounds,
         timekeeping=hub.timekeeping,
+        renewals=hub.renewals,
         meter=supplies.meter,
     )
     agent = Agent(
@@ -153,6 +146,7 @@ async def _compose(
         answering=answering,
         rounds=rounds,
         timekeeping=hub.timekeeping,
+        renewals=hub.renewals,
         vitals=Vitals(state_dir=config.state_dir),
         heartbeat_ms=config.intervals.heartbeat_ms,
         vitals_ms=config.intervals.vitals_ms,
@@ -163,49 +157,6 @@ async def _compose(
 
 def _report(uplink: Callable[[], Uplink]) -> None:
     uplink().report_soon()
-
-
-@dataclass(frozen=True, slots=True)
-class _Hub:
-    """What reaches the hub over HTTPS, and what is built on that."""
-
-    context: ssl.SSLContext
-    fetcher: Fetcher
-    verifier: LiveVerifier
-    timekeeping: Timekeeping
-
-
-def _hub(
-    config: AgentConfig, identity: Identity, *, profile: str, clock: SystemClock, loop: Loop, ledger: SqliteLedger
-) -> _Hub:
-    url = config.hub.url or identity.hub_url
-
-    def now_ms() -> int:  # connections go by the time, and who finds that out needs connections
-        return timekeeping.now_ms()
-
-    context = dated_context(
-        identity.ca_path,
-        now_ms=now_ms,
-        certificate_path=identity.certificate_path,
-        key_path=identity.key_path,
-    )
-    fetcher: Fetcher = HubFetcher(hub_url=url, context=context, clock=clock)
-    if config.updates.mirror:
-        mirror = HubFetcher(hub_url=config.updates.mirror, context=context, clock=clock)
-        fetcher = SourcedFetcher(hub=fetcher, mirrors=(mirror,), clock=clock)
-    verifier = LiveVerifier(
-        trust_dir=config.state_dir / TRUST_DIR, device=identity.device, profile=profile, fetcher=fetcher
-    )
-    undated = HubFetcher(hub_url=url, context=undated_context(identity.ca_path), clock=clock)
-    timekeeping = Timekeeping(
-        clock=clock,
-        loop=loop,
-        ledger=ledger,
-        source=HubTime(fetcher=undated, verifier=verifier, device=identity.device, random=secrets.token_bytes),
-        note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
-        issued_ms=identity.issued_ms,
-    )
-    return _Hub(context=context, fetcher=fetcher, verifier=verifier, timekeeping=timekeeping)
 
 
 def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
@@ -241,8 +192,7 @@ def _models(
 
 def _answering(
     config: AgentConfig,
-    identity: Identity,
-    context: ssl.SSLContext,
+    cloud: HubCloud,
     *,
     clock: SystemClock,
     loop: Loop,
@@ -250,7 +200,6 @@ def _answering(
     uplink: Uplink,
     records: Records,
 ) -> Answering:
-    cloud = HubCloud(hub_url=config.hub.url or identity.hub_url, context=context, clock=clock)
     escalation = Escalation(cloud=cloud, policy=config.cascade, clock=clock, loop=loop, uplink=uplink, records=records)
     return Answering(
         clock=clock,
@@ -273,26 +222,6 @@ def _training_room(config: AgentConfig, profile: DeviceProfile, database: Databa
         tasks=FileShelf(config.state_dir / "rounds"),
         fetcher=fetcher,
         enabled=config.training.enabled,
-    )
-
-
-def _courier(
-    config: AgentConfig, identity: Identity, inbox: Inbox, uplink: Callable[[], Uplink], *, now_ms: Callable[[], int]
-) -> MqttCourier:
-    return MqttCourier(
-        host=config.broker.host or identity.broker_host,
-        port=config.broker.port or identity.broker_port,
-        device=identity.device,
-        context=broker_context(
-            ca_path=identity.ca_path,
-            certificate_path=identity.certificate_path,
-            key_path=identity.key_path,
-            now_ms=now_ms,
-        ),
-        on_message=lambda topic, payload: inbox.post(MessageArrived(topic, payload)),
-        on_lost=lambda reason: uplink().lost(reason),
-        on_refused=lambda topic, ref, code, reason: uplink().refused(topic, ref, code, reason),
-        on_taken=lambda ref: uplink().taken(ref),
     )
 
 

@@ -452,3 +452,26 @@ class Cloud(Protocol):
     def close(self) -> None:
         """Give up what is on its way and hang up. Safe to call twice."""
         ...
+
+
+class CertificateLife(msgspec.Struct, frozen=True, kw_only=True):
+    """From when to when the device's certificate is good, milliseconds since 1970; zeros while nobody has looked."""
+
+    not_before_ms: int = 0
+    not_after_ms: int = 0
+
+
+class Renewer(Protocol):
+    """Has the device's certificate renewed, in a short-lived child."""
+
+    async def renew(self) -> CertificateLife:
+        """Trade the certificate for one with a new key; when this returns, the new pair is on disk and counts.
+
+        Raises:
+            OutriderError: nothing was changed; a code of `shared.renewal.REFUSED_FOR_GOOD` will not pass by itself.
+        """
+        ...
+
+    async def look(self) -> CertificateLife:
+        """The dates of the certificate at hand; raises OutriderError."""
+        ...

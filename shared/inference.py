@@ -219,6 +219,9 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         updates: bytes fetched for releases in the last 24 hours (`day_bytes`) and ever, what is left of a budget
             (`daily_bytes`, `left_bytes`, only where there is one), and what became of patches.
         results_lost: results since the start that were never recorded, because the disk was too slow or refused.
+        certificate_expires_ms, certificate_due_ms: when the device's certificate ends, and when it is to be renewed,
+            milliseconds since 1970; 0 while nobody has looked into it.
+        certificate_trouble, certificate_todo: why it was not renewed and what to do; empty when nothing is wrong.
     """
 
     id: str
@@ -252,6 +255,10 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     clock_error_ms: int = 0
     assignment_waits: str = ""
     updates: dict[str, int] = {}
+    certificate_expires_ms: int = 0
+    certificate_due_ms: int = 0
+    certificate_trouble: str = ""
+    certificate_todo: str = ""
 
 
 Reply = Answer | Done | Refusal | Description | AgentState

@@ -78,7 +78,12 @@ def parse_url(text: str) -> tuple[str, int]:
 
 
 def fetch_ca(url: str) -> str:
-    """The CA certificate that the hub at this address claims, as PEM. Unverified: check its fingerprint before use."""
+    """What the hub at this address says of its CAs, PEM; unverified, and the one that issues first.
+
+    During a change of the CA there are two, and the link between them (`shared/trust/ca_links.py`).
+    """
+    from shared.trust.ca_links import fingerprints  # cryptography: no other command of this module needs it
+
     host, port = parse_url(url)
     blind = ssl.create_default_context()
     blind.check_hostname = False
@@ -95,10 +100,10 @@ def fetch_ca(url: str) -> str:
         raise Unreachable(f"{url} answered {response.status} to GET /v1/ca", code="hub.not_a_hub", hint="check the URL")
     pem = data.decode("ascii", errors="replace")
     try:
-        fingerprint(pem)
-    except InvalidValue as error:
+        fingerprints(pem)
+    except ValueError as error:
         raise TrustError(
-            f"what {url} shows as its CA is not exactly one certificate",
+            f"what {url} shows as its CA is no certificate, or too many",
             code="trust.ca",
             hint="check the address: this is no hub, or somebody else answers for it",
         ) from error

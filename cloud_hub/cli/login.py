@@ -8,7 +8,6 @@ compare and agree; a script may not. The token travels only on a second link, ve
 from __future__ import annotations
 
 import argparse
-import hmac
 import re
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from cloud_hub.cli.exits import Exit
 from cloud_hub.cli.hub import Hub, fetch_ca, fingerprint, parse_url
 from shared.errors import InvalidValue, TrustError
 from shared.limits import KIB
+from shared.trust.ca_links import fingerprints, vouched
 
 _CONTEXT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> Exit:
         raise InvalidValue(f"context name {name[:80]!r} is not valid", hint="use letters, digits, '.', '_' and '-'")
     token = _token(arguments)
     ca_pem = _ca(arguments, url)
-    context = Context(url=url, token=token, ca_pem=ca_pem, fingerprint=fingerprint(ca_pem))
+    context = Context(url=url, token=token, ca_pem=ca_pem, fingerprint=fingerprints(ca_pem)[0])
     who = Hub(context).get("/v1/whoami", WhoAmI)
     saved = load_contexts()
     path = save_contexts(
@@ -69,13 +69,14 @@ def _ca(arguments: argparse.Namespace, url: str) -> str:
         pem = _small_file(arguments.ca, what="CA certificate")
         fingerprint(pem)
         return pem
-    pem = fetch_ca(url)
-    found = fingerprint(pem)
+    published = fetch_ca(url)
+    found = fingerprints(published)[0]
     if arguments.fingerprint is not None:
         wanted = arguments.fingerprint.replace(":", "").strip().lower()
         if not re.fullmatch(r"[0-9a-f]{64}", wanted):
             raise InvalidValue("the fingerprint is not 64 hex digits", code="invalid.fingerprint")
-        if not hmac.compare_digest(wanted, found):
+        pem = vouched(published, pins=frozenset({wanted}))
+        if not pem:
             raise TrustError(
                 f"the CA at {url} has fingerprint {found}, not the one that was given",
                 code="trust.ca",
@@ -91,7 +92,7 @@ def _ca(arguments: argparse.Namespace, url: str) -> str:
         )
     if not screen.confirm("is this what `outrider-hub ca show` prints on the hub?"):
         raise TrustError("the CA's fingerprint was not confirmed; nothing was saved", code="trust.ca")
-    return pem
+    return vouched(published, pins=frozenset({found}))
 
 
 def _small_file(name: str, *, what: str) -> str:

@@ -30,6 +30,12 @@ def build() -> Parser:
     show = _leaf(inner, "show", "print the CA's fingerprint and file", run="authority:show")
     show.add_argument("--pem", action="store_true", help="print the certificate itself")
     show.add_argument("--json", action="store_true", help="print one JSON document")
+    rotate = _leaf(inner, "rotate", "change the CA, step by step", run="authority:rotate")
+    rotate.add_argument(
+        "step", choices=("begin", "switch", "finish"), help="make the next CA; let it issue; forget the old one"
+    )
+    rotate.add_argument("--force", action="store_true", help="also while devices are not ready; they are listed")
+    rotate.add_argument("--json", action="store_true", help="print one JSON document")
     doctor = _leaf(commands, "doctor", "check what the hub stands on, and say what to do", run="doctor:run")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -9,7 +9,7 @@ from contextlib import closing
 from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.devices.desk import make_join_token
-from cloud_hub.ground import migrate, transport
+from cloud_hub.ground import migrate, rotation
 from cloud_hub.ground.auth import issue_api_token, parse_role
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import local_user
@@ -31,7 +31,7 @@ def create(arguments: argparse.Namespace) -> int:
     with closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         if arguments.kind == "join":
-            authority = transport.load_authority(config.folder)
+            authority = rotation.load(config.folder, now_ms=now_ms).issuing
             ttl_ms = (arguments.ttl or config.tokens.join_ttl_s) * 1000
             text = database.write_now(
                 lambda conn: make_join_token(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cloud_hub.config import HubConfig
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus
-from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.courier import Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -22,7 +22,7 @@ class Foundation:
     config: HubConfig
     clock: Clock
     database: Database
-    authority: Authority
+    authorities: Authorities
     metrics: Metrics
     bus: Bus
     link: Link

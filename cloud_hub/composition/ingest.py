@@ -37,13 +37,14 @@ def devices(
     return devices_room.Desk(
         database=foundation.database,
         clock=foundation.clock,
-        authority=foundation.authority,
+        authorities=foundation.authorities,
         bus=foundation.bus,
         metrics=foundation.metrics,
         settings=devices_room.EnrolSettings(
             hub_url=config.hub_url,
             broker=devices_room.BrokerAddress(host=config.broker_host, port=config.broker.port),
             certificate_days=config.certificates.device_days,
+            renew_expired_days=config.certificates.renew_expired_days,
         ),
         root=root,
         standings=standings,

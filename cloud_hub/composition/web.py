@@ -27,6 +27,9 @@ ENROL_PER_MINUTE: Final = 60
 TIME_BURST: Final = 300
 TIME_PER_MINUTE: Final = 300
 """Questions for the time from one address: a whole fleet may start behind one."""
+RENEW_BURST: Final = 600
+RENEW_PER_MINUTE: Final = 120
+"""From one address, behind which there may be a fleet; each device has its own limit once it has proved itself."""
 INFER_BURST: Final = 1000
 INFER_PER_MINUTE: Final = 30_000
 """How often one principal may ask for answers: a fleet's devices share the engines."""
@@ -79,9 +82,10 @@ def application(
         "clock": foundation.clock,
         "metrics": foundation.metrics,
         "metrics_open": config.metrics.open,
-        "ca_pem": foundation.authority.pem,
+        "authorities": foundation.authorities,
         "enrol_rate": Buckets(burst=ENROL_BURST, per_minute=ENROL_PER_MINUTE),
         "time_rate": Buckets(burst=TIME_BURST, per_minute=TIME_PER_MINUTE),
+        "renew_rate": Buckets(burst=RENEW_BURST, per_minute=RENEW_PER_MINUTE),
         "token_ttl": {"join": config.tokens.join_ttl_s * 1000, "api": config.tokens.api_ttl_s * 1000},
     }
     for name, value in {**common, **state}.items():

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices import rules, tables
+from cloud_hub.devices import certificate_tables, rules, tables
+from cloud_hub.devices.certificate_tables import Issue
+from cloud_hub.devices.readiness import Readiness, readiness
+from cloud_hub.devices.renewing import RenewalRequest, Renewing
 from cloud_hub.devices.rules import Standing
 from cloud_hub.devices.standing import Changed, Standings, write_lists
 from cloud_hub.devices.tables import Device
 from cloud_hub.ground import audit
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
-from cloud_hub.ground.ca import Authority, check_csr
+from cloud_hub.ground.ca import check_csr
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, NotFound
@@ -30,6 +34,7 @@ from shared import join, limits
 from shared.clock import Clock
 from shared.errors import InvalidValue, OutriderError, ProtocolViolation
 from shared.ids import DeviceId, parse_device_id
+from shared.renewal import csr_digest
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Birth, Death, Reported
 
@@ -40,9 +45,13 @@ __all__ = [
     "Device",
     "EnrolSettings",
     "Enrolled",
+    "Readiness",
+    "RenewalRequest",
+    "Renewed",
     "Standing",
     "Standings",
     "make_join_token",
+    "readiness",
     "write_lists",
 ]
 
@@ -59,11 +68,23 @@ class BrokerAddress:
 
 @dataclass(frozen=True, slots=True)
 class EnrolSettings:
-    """What a device is told when it joins, and how long its certificate lives."""
+    """What a device is told when it joins, how long its certificate lives, and how late it may still be renewed."""
 
     hub_url: str
     broker: BrokerAddress
-    certificate_days: int
+    certificate_days: float
+    renew_expired_days: float = 365
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """A device with a new certificate."""
+
+    device: DeviceId
+    certificate_pem: str
+    ca_pem: str
+    hub_url: str
+    broker: BrokerAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,7 @@ class Desk:
     Args:
         database: the hub's.
         clock: for stamps and expiry.
-        authority: signs devices' certificates.
+        authorities: sign devices' certificates.
         bus: hears of births, deaths and reports after they are stored.
         metrics: counts who is online and who tried to join.
         settings: what new devices are told.
@@ -101,7 +122,7 @@ class Desk:
         *,
         database: Database,
         clock: Clock,
-        authority: Authority,
+        authorities: Authorities,
         bus: Bus,
         metrics: Metrics,
         settings: EnrolSettings,
@@ -111,11 +132,19 @@ class Desk:
         self.standings = standings
         self._database = database
         self._clock = clock
-        self._authority = authority
+        self._authorities = authorities
+        self._renewing = Renewing(
+            database=database,
+            clock=clock,
+            authorities=authorities,
+            certificate_days=settings.certificate_days,
+            expired_days=settings.renew_expired_days,
+        )
         self._bus = bus
         self._metrics = metrics
         self._settings = settings
         self._root = root
+        self._renewals = metrics.counter("outrider_hub_renewals_total", "Tries to renew.", ("outcome",))
         self._enrolments = metrics.counter("outrider_hub_enrolments_total", "Tries to enrol.", ("outcome",))
 
     # Joining
@@ -128,7 +157,7 @@ class Desk:
             lambda conn: make_join_token(
                 conn,
                 hub_url=self._settings.hub_url,
-                ca_fingerprint=self._authority.fingerprint,
+                ca_fingerprint=self._authorities.fingerprint,
                 name=name,
                 device=device,
                 profile=profile,
@@ -193,18 +222,11 @@ class Desk:
             tables.reset_device(conn, device, profile=profile, at_ms=now_ms)
         else:
             tables.add_device(conn, device, profile=profile, at_ms=now_ms)
-        certificate = self._authority.issue_device(
+        certificate = self._authorities.issue_device(
             csr_pem, device=device, now_ms=now_ms, days=self._settings.certificate_days
         )
-        tables.add_certificate(
-            conn,
-            device,
-            fingerprint=certificate.fingerprint,
-            serial=certificate.serial,
-            authority=certificate.authority,
-            at_ms=now_ms,
-            expires_ms=certificate.expires_ms,
-        )
+        issue = Issue(told=self._authorities.fingerprints, csr_sha256=csr_digest(csr_pem))
+        certificate_tables.record_issued(conn, device, certificate, issue=issue, at_ms=now_ms)
         audit.record(
             conn,
             at_ms=now_ms,
@@ -216,7 +238,7 @@ class Desk:
         return Enrolled(
             device=device,
             certificate_pem=certificate.pem,
-            ca_pem=self._authority.pem,
+            ca_pem=self._authorities.pem,
             hub_url=self._settings.hub_url,
             broker=self._settings.broker,
             root=root,
@@ -240,9 +262,25 @@ class Desk:
             )
         )
 
+    async def renew(self, request: RenewalRequest, *, address: str) -> Renewed:
+        """Trade a certificate, in its time or not, for one with a new key; raises as `Renewing.renew` does."""
+        try:
+            device, certificate = await self._renewing.renew(request, address=address)
+        except OutriderError:
+            self._renewals.labels("refused").inc()
+            raise
+        self._renewals.labels("ok").inc()
+        return Renewed(
+            device=device,
+            certificate_pem=certificate.pem,
+            ca_pem=self._authorities.pem,
+            hub_url=self._settings.hub_url,
+            broker=self._settings.broker,
+        )
+
     async def device_of(self, certificate_der: bytes) -> DeviceId:
         """The device that a verified client certificate stands for; raises NotAllowed for any other certificate."""
-        peer = self._authority.check_client(certificate_der, now_ms=self._clock.wall_ms())
+        peer = self._authorities.check_client(certificate_der, now_ms=self._clock.wall_ms())
         owner = None
         if peer is not None:
             fingerprint = peer.fingerprint

@@ -1,6 +1,7 @@
-"""REST of the devices room: `/v1/enroll`, `/v1/devices`.
+"""REST of the devices room: `/v1/enroll`, `/v1/renew`, `/v1/devices`.
 
-The desk is at `app.state.devices`, the limiter of enrolments at `app.state.enrol_rate` (both set by main.py).
+The desk is at `app.state.devices`, the limiters by address at `app.state.enrol_rate` and
+`app.state.renew_rate` (set by the composition).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from cloud_hub.devices.desk import Desk, Device
+from cloud_hub.devices.desk import Desk, Device, RenewalRequest
 from cloud_hub.ground.auth import Principal, Role, require
 from cloud_hub.ground.problems import Throttled
 from cloud_hub.ground.rates import Buckets, source_of
@@ -50,6 +51,25 @@ class EnrolledOut(BaseModel):
     hub_url: str
     broker: BrokerOut
     root: str
+
+
+class RenewIn(BaseModel):
+    """A device that wants a new certificate; `proof` is the old key's signature, Base64 (`shared/renewal.py`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    certificate_pem: str = Field(max_length=limits.MAX_CSR_BYTES)
+    csr_pem: str = Field(max_length=limits.MAX_CSR_BYTES)
+    proof: str = Field(max_length=256)
+
+
+class RenewedOut(BaseModel):
+    """The new certificate, and what may have changed since the last one."""
+
+    device: str
+    certificate_pem: str
+    ca_pem: str
+    hub_url: str
+    broker: BrokerOut
 
 
 class DeviceOut(BaseModel):
@@ -104,6 +124,27 @@ async def enroll(request: Request, body: EnrolIn) -> EnrolledOut:
         hub_url=enrolled.hub_url,
         broker=BrokerOut(host=enrolled.broker.host, port=enrolled.broker.port),
         root=enrolled.root,
+    )
+
+
+@router.post("/renew", operation_id="renew_certificate")
+async def renew(request: Request, body: RenewIn) -> RenewedOut:
+    """Trade a certificate, in its time or expired, for one with a new key. The old key's signature is the proof."""
+    address = request.client.host if request.client else "unknown"
+    rate: Buckets = request.app.state.renew_rate
+    clock: Clock = request.app.state.clock
+    wait_s = rate.take(source_of(address), now_ms=clock.mono_ms())
+    if wait_s:
+        raise Throttled("too many tries to renew from this address", retry_after_s=wait_s, hint="wait and try again")
+    renewed = await _desk(request).renew(
+        RenewalRequest(certificate_pem=body.certificate_pem, csr_pem=body.csr_pem, proof=body.proof), address=address
+    )
+    return RenewedOut(
+        device=renewed.device,
+        certificate_pem=renewed.certificate_pem,
+        ca_pem=renewed.ca_pem,
+        hub_url=renewed.hub_url,
+        broker=BrokerOut(host=renewed.broker.host, port=renewed.broker.port),
     )
 
 

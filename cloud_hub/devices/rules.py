@@ -6,7 +6,7 @@ device's disk is replaced or emptied; its counters then begin anew, so an unknow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -63,6 +63,69 @@ class ReportMark:
 
     boot: int
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateStanding:
+    """Whose certificate it is, and what was done to it or its device since."""
+
+    device: DeviceId
+    is_revoked: bool
+    is_quarantined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTrust:
+    """A device's newest certificate: when it ends, who signed it, which CAs the device was told with it.
+
+    Issuer and list are empty for a certificate of before this was noted.
+    """
+
+    device: DeviceId
+    expires_ms: int
+    issuer: str
+    told: frozenset[str]
+
+
+def check_renewal(
+    standing: CertificateStanding | None, *, name: str, ends_ms: int, expired_ms: int, now_ms: int
+) -> DeviceId:
+    """The device whose certificate may be renewed, or the reason why it may not.
+
+    Args:
+        standing: what is known of the certificate.
+        name, ends_ms: what it says itself.
+        expired_ms: how long after its end it may still be renewed; 0 for not at all.
+        now_ms: the hub's clock.
+    """
+    again = "enrol the device again with a new join token: `outrider-hub token create --kind join --device NAME`"
+    if standing is None or standing.device != name:
+        raise NotAllowed(
+            "the certificate is not one of this hub's devices", code="renew.unknown_certificate", hint=again
+        )
+    if standing.is_revoked:
+        raise NotAllowed("the certificate was revoked", code="renew.revoked", hint=again)
+    if standing.is_quarantined:
+        raise NotAllowed(
+            "the device is in quarantine",
+            code="renew.quarantined",
+            hint="find out whether somebody else has its key; then enrol it again",
+        )
+    if now_ms >= ends_ms and not expired_ms:
+        raise NotAllowed("certificates that have expired are not renewed here", code="renew.disabled", hint=again)
+    if now_ms >= ends_ms + expired_ms:
+        raise NotAllowed("the certificate has expired too long ago", code="renew.too_old", hint=again)
+    return standing.device
+
+
+def without_bundle(trust: Sequence[DeviceTrust], *, wanted: str, now_ms: int) -> tuple[DeviceId, ...]:
+    """Devices with a live certificate that were not told of this CA yet."""
+    return tuple(each.device for each in trust if each.expires_ms > now_ms and wanted not in each.told)
+
+
+def not_of(trust: Sequence[DeviceTrust], *, issuer: str, now_ms: int) -> tuple[DeviceId, ...]:
+    """Devices whose newest certificate is live and was not signed by this CA."""
+    return tuple(each.device for each in trust if each.expires_ms > now_ms and each.issuer != issuer)
 
 
 def check_grant(grant: JoinGrant | None, *, now_ms: int) -> JoinGrant:

@@ -183,22 +183,6 @@ def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int
     revoke_certificates(conn, device, at_ms=at_ms)
 
 
-def add_certificate(
-    conn: Connection, device: DeviceId, *, fingerprint: str, serial: int, authority: str, at_ms: int, expires_ms: int
-) -> None:
-    """Note a certificate that was issued: `authority` is the fingerprint of the CA that signed it."""
-    conn.execute(
-        device_certificates.insert().values(
-            fingerprint=fingerprint,
-            device=device,
-            issued_ms=at_ms,
-            expires_ms=expires_ms,
-            serial=f"{serial:x}",
-            authority=authority,
-        )
-    )
-
-
 def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
     """Whose certificate this is; None for one that was never issued to a device."""
     row = conn.execute(

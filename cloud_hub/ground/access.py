@@ -23,7 +23,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from cloud_hub.ground.ca import Authority
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.courier import LinkSettings
 from cloud_hub.ground.revocation import AccessLists, RevokedCertificate
 from shared.clock import Clock
@@ -48,7 +48,7 @@ class BrokerAccess:
 
     Args:
         lists: the files that the broker reads.
-        authority: issues the certificates for visits.
+        authorities: issue the certificates for visits.
         link: where the broker is.
         reload: has the broker read its files again; does nothing where the broker is its owner's affair.
         clock: for certificates and deadlines.
@@ -58,13 +58,13 @@ class BrokerAccess:
         self,
         lists: AccessLists,
         *,
-        authority: Authority,
+        authorities: Authorities,
         link: LinkSettings,
         reload: Callable[[], None],
         clock: Clock,
     ) -> None:
         self.lists = lists
-        self._authority = authority
+        self._authorities = authorities
         self._link = link
         self._reload = reload
         self._clock = clock
@@ -112,7 +112,7 @@ class BrokerAccess:
         deadline_ms = self._clock.mono_ms() + VISIT_MS
 
         def visit() -> bool:
-            pair = self._authority.issue_client(device, now_ms=self._clock.wall_ms(), days=VISIT_DAYS)
+            pair = self._authorities.issue_client(device, now_ms=self._clock.wall_ms(), days=VISIT_DAYS)
             with tempfile.TemporaryDirectory(prefix=".visit-", dir=self._link.certificate.parent) as folder:
                 certificate, key = Path(folder) / "visit.pem", Path(folder) / "visit.key"
                 certificate.write_bytes(pair.certificate_pem)

@@ -66,6 +66,7 @@ def configuration(settings: BrokerSettings, *, user: str | None) -> str:
             *([f"user {user}"] if user else []),
             f"listener {settings.port} {settings.host}",
             f"cafile {folder / 'ca.pem'}",
+            f"capath {folder / 'cas'}",
             f"certfile {folder / 'server.pem'}",
             f"keyfile {folder / 'server.key'}",
             f"crlfile {folder / revocation.LIST_NAME}",
@@ -142,11 +143,18 @@ class Broker:
         self._log_path = settings.folder / "mosquitto.log"
         self._log_began = 0
         self._process: asyncio.subprocess.Process | None = None
+        self._is_restarting = False
 
     def reload(self) -> None:
         """Let it read its certificates and access list again (SIGHUP, mosquitto(8)); live sessions stay."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGHUP)
+
+    def restart(self) -> None:
+        """End it and start another at once: what it must forget it only forgets that way. Sessions come back."""
+        if self._process is not None and self._process.returncode is None:
+            self._is_restarting = True
+            self._process.send_signal(signal.SIGTERM)
 
     async def run(self, *, ready: asyncio.Event) -> None:
         """Keep a broker running until cancelled; sets `ready` when it first answers.
@@ -174,6 +182,10 @@ class Broker:
                 await self._attend(process)
             finally:
                 await _end(process)
+            if self._is_restarting:
+                self._is_restarting = False
+                logger.info("broker is started anew")
+                continue
             failures = 0 if self._clock.mono_ms() - began_ms > _STEADY_MS else failures + 1
             pause_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else _BACKOFF_S[0]
             logger.error("broker ended with status %s, next start in %s s", process.returncode, pause_s)

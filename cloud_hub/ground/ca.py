@@ -3,7 +3,7 @@
 Rules:
 1. A device's common name is the one that the hub assigned; nothing of the request but the public key is used.
 2. A device's certificate can only be a client's (EKU clientAuth, no CA); a server's can only be a server's.
-3. Certificates begin an hour before they are made, because clocks differ.
+3. Certificates begin up to an hour before they are made, because clocks differ.
 
 Values and bytes only: `transport.py` keeps them in files.
 """
@@ -34,6 +34,8 @@ HUB_NAME: Final = "hub"
 """Common name of the hub's own MQTT client, and its user name on the broker, unless it is given another one."""
 
 _HUB_NAME: Final = re.compile(rf"{HUB_NAME}(\.[a-z0-9]([a-z0-9-]{{0,30}}[a-z0-9])?)?")
+DeviceKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+
 _CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
 
 
@@ -62,6 +64,18 @@ class PeerCertificate:
 
     name: str
     fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCertificate:
+    """A client certificate that this CA signed, whatever its dates; `issuer` is the CA's fingerprint."""
+
+    name: str
+    fingerprint: str
+    begins_ms: int
+    ends_ms: int
+    key: DeviceKey
+    issuer: str
 
 
 class Authority:
@@ -96,7 +110,12 @@ class Authority:
         """When the CA's own certificate ends."""
         return _to_ms(self._certificate.not_valid_after_utc)
 
-    def issue_server(self, names: Sequence[str], *, now_ms: int, days: int) -> IssuedPair:
+    @property
+    def key_identifier(self) -> bytes:
+        """What its revocation lists name it by (RFC 5280, section 4.2.1.2, the first method)."""
+        return x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()).digest
+
+    def issue_server(self, names: Sequence[str], *, now_ms: int, days: float) -> IssuedPair:
         """A server certificate for these host names and addresses, the first of them as common name."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(
@@ -117,7 +136,7 @@ class Authority:
         )
         return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
-    def issue_device(self, csr_pem: str, *, device: DeviceId, now_ms: int, days: int) -> DeviceCertificate:
+    def issue_device(self, csr_pem: str, *, device: DeviceId, now_ms: int, days: float) -> DeviceCertificate:
         """A client certificate for the key in a checked request; raises InvalidValue as `check_csr` does."""
         certificate = self._sign(
             check_csr(csr_pem),
@@ -143,22 +162,66 @@ class Authority:
 
     def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:
         """What a client certificate says, or None when this CA did not sign it, or not for a client, or not for now."""
+        shown = self.examine(der)
+        if shown is None or not shown.begins_ms <= now_ms < shown.ends_ms:
+            return None
+        return PeerCertificate(name=shown.name, fingerprint=shown.fingerprint)
+
+    def examine(self, der: bytes) -> ShownCertificate | None:
+        """The same without a look at the clock: with what has expired one may ask for a new one, and do no more."""
         try:
             certificate = x509.load_der_x509_certificate(der)
             certificate.verify_directly_issued_by(self._certificate)
             usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
             names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+            key = certificate.public_key()
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
             return None
+        if list(usage) != [ExtendedKeyUsageOID.CLIENT_AUTH] or len(names) != 1:
+            return None
+        if not isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
+            return None
+        return ShownCertificate(
+            name=str(names[0].value),
+            fingerprint=fingerprint(certificate),
+            begins_ms=_to_ms(certificate.not_valid_before_utc),
+            ends_ms=_to_ms(certificate.not_valid_after_utc),
+            key=key,
+            issuer=self.fingerprint,
+        )
+
+    def has_signed(self, certificate_pem: bytes) -> bool:
+        """Whether a certificate, in its time or not, is of this CA."""
+        try:
+            x509.load_pem_x509_certificate(certificate_pem).verify_directly_issued_by(self._certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def link_to(self, other: Authority, *, now_ms: int) -> str:
+        """This CA's word that the other one follows it, PEM: the other's name and key in a certificate of ours.
+
+        Nothing is verified along it by TLS: this CA may have no other below it. Who pinned this CA and is shown the
+        link believes the other one (`shared/trust/ca_links.py`).
+        """
         now = _to_time(now_ms)
-        in_time = certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
-        if not in_time or list(usage) != [ExtendedKeyUsageOID.CLIENT_AUTH] or len(names) != 1:
-            return None
-        return PeerCertificate(name=str(names[0].value), fingerprint=fingerprint(certificate))
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(other._certificate.subject)
+            .issuer_name(self._certificate.subject)
+            .public_key(other._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - BACKDATE)
+            .not_valid_after(self._certificate.not_valid_after_utc)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _sign(
         self,
-        key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
+        key: DeviceKey,
         *,
         name: str,
         now_ms: int,
@@ -168,13 +231,15 @@ class Authority:
     ) -> x509.Certificate:
         now = _to_time(now_ms)
         ends = min(now + timedelta(days=days), self._certificate.not_valid_after_utc)
+        # Two thirds of a life are counted from its beginning: what lives for a minute must not begin an hour ago.
+        begins = now - min(BACKDATE, timedelta(days=days) / 24)
         builder = (
             x509.CertificateBuilder()
             .subject_name(_common_name(name))
             .issuer_name(self._certificate.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - BACKDATE)
+            .not_valid_before(begins)
             .not_valid_after(ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
@@ -208,7 +273,7 @@ def make_ca(*, now_ms: int, label: str, days: int = CA_DAYS) -> IssuedPair:
     return IssuedPair(certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
 
-def check_csr(csr_pem: str) -> ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey:
+def check_csr(csr_pem: str) -> DeviceKey:
     """The public key of a certificate request; raises InvalidValue when it is too large, unproven or of a wrong kind.
 
     The request's signature proves that whoever sends it holds the private key.
@@ -235,9 +300,39 @@ def check_csr(csr_pem: str) -> ec.EllipticCurvePublicKey | ed25519.Ed25519Public
     )
 
 
+def is_proof(key: DeviceKey, *, signature: bytes, message: bytes) -> bool:
+    """Whether the holder of this key has signed this message: ECDSA over SHA-256, or Ed25519."""
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+        else:
+            key.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def read_certificate(certificate_pem: str) -> bytes | None:
+    """The DER of the one certificate in this text; None when it is none."""
+    try:
+        return x509.load_pem_x509_certificate(certificate_pem.encode()).public_bytes(serialization.Encoding.DER)
+    except ValueError:
+        return None
+
+
 def fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of the DER form, hex: how a CA is pinned and a certificate is looked up."""
     return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
+
+
+def subject_hash(certificate_pem: str) -> str:
+    """What OpenSSL looks a CA up by in a directory (X509_NAME_hash(3)): SHA-1 of the name in its canonical form."""
+    subject = x509.load_pem_x509_certificate(certificate_pem.encode()).subject
+    canonical = x509.Name([x509.NameAttribute(each.oid, _folded(str(each.value))) for each in subject])
+    der = canonical.public_bytes()
+    content = der[2:] if der[1] < 0x80 else der[2 + (der[1] & 0x7F) :]
+    digest = hashlib.sha1(content, usedforsecurity=False).digest()
+    return f"{int.from_bytes(digest[:4], 'little'):08x}"
 
 
 def check_hub_name(name: str) -> bool:
@@ -274,6 +369,11 @@ def needs_renewal(certificate_pem: bytes, *, names: Sequence[str], now_ms: int) 
 
 def _common_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _folded(text: str) -> str:
+    """One blank between words, and ASCII in lower case (asn1_string_canon in OpenSSL's x_name.c)."""
+    return "".join(letter.lower() if letter.isascii() else letter for letter in " ".join(text.split()))
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -3,7 +3,8 @@
 hub.toml              configuration
 hub.db                everything but files, unless that is on PostgreSQL
 hub.lock              held by the one hub that runs here
-ca/ca.pem, ca.key     the certificate authority
+ca/ca.pem, ca.key     the certificate authority that issues
+ca/next.*, old.*      the other one while it is changed (ground/rotation.py)
 tls/server.pem, .key  the HTTPS port
 keys/*.key            online signing keys (cloud_hub/keyring.py)
 broker/               the managed broker's files, and the hub's client certificate
@@ -33,6 +34,8 @@ class DataFolder:
         self.lock = self.root / "hub.lock"
         self.ca_certificate = self.root / "ca" / "ca.pem"
         self.ca_key = self.root / "ca" / "ca.key"
+        self.next_ca = self.root / "ca" / "next.pem", self.root / "ca" / "next.key"
+        self.old_ca = self.root / "ca" / "old.pem", self.root / "ca" / "old.key"
         self.server_certificate = self.root / "tls" / "server.pem"
         self.server_key = self.root / "tls" / "server.key"
         self.keys = self.root / "keys"

@@ -56,6 +56,8 @@ STATUS: Final[Mapping[str, int]] = {
     "protocol": 400,
     "protocol.too_large": 413,
     "rate": 429,
+    "renew": 403,
+    "renew.same_key": 422,
     "rounds": 422,
     "rounds.flower_missing": 501,
     "rounds.worker_lost": 503,

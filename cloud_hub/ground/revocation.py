@@ -23,6 +23,7 @@ from typing import Final
 from cryptography import x509
 
 from cloud_hub.ground import folder as files
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.ca import BACKDATE, Authority
 from shared.clock import Clock
 from shared.ids import DeviceId
@@ -45,11 +46,19 @@ class RevokedCertificate:
 
 @dataclass(frozen=True, slots=True)
 class ListState:
-    """From when to when the lists in a file hold: the latest begin, the earliest end, and how many lines they have."""
+    """From when to when the lists in a file hold: the latest begin, the earliest end, and how many lines they have.
+
+    `authorities` are the key identifiers of the CAs that have a list there.
+    """
 
     began_ms: int
     expires_ms: int
     certificates: int
+    authorities: frozenset[bytes] = frozenset()
+
+    def has_all(self, trusted: Sequence[Authority]) -> bool:
+        """Whether each of these CAs has a list; one that is trusted and has none locks its devices out."""
+        return self.authorities >= {authority.key_identifier for authority in trusted}
 
     @property
     def made_ms(self) -> int:
@@ -104,6 +113,7 @@ def read_state(path: Path) -> ListState | None:
         began_ms=max(_to_ms(one.last_update_utc) for one in lists),
         expires_ms=min(map(_to_ms, ends)),
         certificates=sum(len(one) for one in lists),
+        authorities=frozenset(_key_identifier(one) for one in lists),
     )
 
 
@@ -126,14 +136,14 @@ class AccessLists:
 
     Args:
         folder: the broker's.
-        authorities: the CAs that the broker trusts; each has a list in the file.
+        authorities: the CAs that the broker trusts, now; each has a list in the file.
         hub_name: as whom the hub comes in at the broker.
         clock: for the lists' times.
     """
 
-    def __init__(self, folder: Path, *, authorities: Sequence[Authority], hub_name: str, clock: Clock) -> None:
+    def __init__(self, folder: Path, *, authorities: Authorities, hub_name: str, clock: Clock) -> None:
         self._list, self._access = folder / LIST_NAME, folder / ACCESS_NAME
-        self._authorities = tuple(authorities)
+        self._authorities = authorities
         self._hub_name = hub_name
         self._clock = clock
 
@@ -142,26 +152,45 @@ class AccessLists:
         return read_state(self._list)
 
     def is_due(self) -> bool:
-        """Whether the list on the disk is a day old, from a clock that was ahead, or missing."""
+        """Whether a list on the disk is a day old, from a clock that was ahead, or missing."""
         state, now_ms = self.state(), self._clock.wall_ms()
-        return state is None or not state.made_ms <= now_ms + RENEW_MS // 2 or now_ms - state.made_ms >= RENEW_MS
+        if state is None or not state.has_all(self._authorities.now.all):
+            return True
+        return not state.made_ms <= now_ms + RENEW_MS // 2 or now_ms - state.made_ms >= RENEW_MS
 
     def write(self, *, revoked: Collection[RevokedCertificate], denied: Collection[DeviceId]) -> str:
         """Write both files and return the mark of the new access list; raises StorageError."""
         before, now_ms = self.state(), self._clock.wall_ms()
         after_ms = None if before is None else before.began_ms
-        lists = [make_list(one, revoked, now_ms=now_ms, after_ms=after_ms) for one in self._authorities]
+        lists = [make_list(one, revoked, now_ms=now_ms, after_ms=after_ms) for one in self._authorities.now.all]
         mark = f"list-{int(begin_after(after_ms, now_ms=now_ms).timestamp())}"
         files.write(self._list, b"".join(lists))
         files.write(self._access, access_list(self._hub_name, denied=denied, mark=mark).encode())
         return mark
 
 
-def ensure_list(folder: Path, authority: Authority, *, now_ms: int) -> None:
-    """Write an empty list where there is none: a broker does not start without the file that it was told of."""
+def ensure_lists(folder: Path, trusted: Sequence[Authority], *, now_ms: int) -> None:
+    """Add an empty list for each CA that has none: a broker does not start without the file that it was told of.
+
+    What belongs onto it is added by whoever has the database, before the broker is told.
+    """
     path = folder / LIST_NAME
-    if not path.is_file():
-        files.write(path, make_list(authority, (), now_ms=now_ms, after_ms=None))
+    state = read_state(path)
+    known = frozenset() if state is None else state.authorities
+    missing = [authority for authority in trusted if authority.key_identifier not in known]
+    if missing:
+        before = b"" if state is None else path.read_bytes()
+        after_ms = None if state is None else state.began_ms
+        made = [make_list(authority, (), now_ms=now_ms, after_ms=after_ms) for authority in missing]
+        files.write(path, b"".join([before, *made]))
+
+
+def _key_identifier(one: x509.CertificateRevocationList) -> bytes:
+    try:
+        found = one.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except (ValueError, x509.ExtensionNotFound):
+        return b""
+    return found or b""
 
 
 def _split(data: bytes) -> list[bytes]:

@@ -1,6 +1,7 @@
 """REST of the ground: the CA, who am I, the audit log, health and metrics.
 
-From `app.state`: `gate`, `database`, `metrics`, `ca_pem`, `metrics_open` and `parts` (what must be up to be ready).
+From `app.state`: `gate`, `database`, `metrics`, `authorities`, `metrics_open` and `parts` (what must be up for it to
+be ready).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from cloud_hub.ground import audit
 from cloud_hub.ground.auth import Principal, Role, require, require_any
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import CONTENT_TYPE, Metrics
 from shared import limits
@@ -50,8 +52,9 @@ class AuditPageOut(BaseModel):
 
 @router.get("/v1/ca", operation_id="get_ca", response_class=PlainTextResponse)
 async def get_ca(request: Request) -> PlainTextResponse:
-    """The hub's CA certificate, PEM. Compare its fingerprint before you trust it."""
-    return PlainTextResponse(request.app.state.ca_pem, media_type="application/x-pem-file")
+    """The hub's CA certificate, PEM; two and what links them during a change. Compare the pin before you trust it."""
+    authorities: Authorities = request.app.state.authorities
+    return PlainTextResponse(authorities.published, media_type="application/x-pem-file")
 
 
 @router.get("/v1/whoami", operation_id="whoami")

@@ -113,7 +113,7 @@ class HttpsServer(uvicorn.Server):
         )
         super().__init__(config)
         self._ready = ready
-        self._certificate, self._key = certificate, key
+        self._certificate, self._key, self._ca = certificate, key, ca
         self._context = _server_context(certificate=certificate, key=key, ca=ca)
 
     @contextlib.contextmanager
@@ -125,6 +125,9 @@ class HttpsServer(uvicorn.Server):
         """Show the certificate that is on disk now to whoever connects from here on; raises ConfigError."""
         try:
             self._context.load_cert_chain(self._certificate, self._key)
+            # Adds a second CA. One that is trusted no longer stays here until the next start, and opens nothing: whose
+            # certificate it is, is asked of the authorities that are trusted now (`Gate`).
+            self._context.load_verify_locations(cafile=self._ca)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
                 f"{self._certificate} cannot be loaded: {error}",

@@ -14,9 +14,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from cloud_hub.ground import folder as files
-from cloud_hub.ground.ca import Authority, IssuedPair, common_name, needs_renewal
+from cloud_hub.ground.ca import Authority, IssuedPair, common_name, needs_renewal, subject_hash
 from cloud_hub.ground.folder import DataFolder
-from cloud_hub.ground.revocation import ensure_list
+from cloud_hub.ground.revocation import ensure_lists
 
 
 def load_authority(folder: DataFolder) -> Authority:
@@ -33,11 +33,13 @@ def ensure(
     hub_name: str,
     now_ms: int,
     days: int,
+    other: Authority | None = None,
 ) -> tuple[str, ...]:
     """Issue what needs it; returns what was issued, as paths below the data directory.
 
     Args:
         folder, authority: where to, and by whom.
+        other: a second CA whose certificates are taken, during a change.
         names, broker_names: in the certificates of the HTTPS port and of the managed broker.
         hub_name: as whom the hub comes in at the broker.
         now_ms, days: from when on, and for how long.
@@ -49,7 +51,7 @@ def ensure(
     def pair(
         certificate: Path, key: Path, *, wanted: Sequence[str], make: Callable[[], IssuedPair], owner: str = ""
     ) -> None:
-        if _is_good(certificate, key, names=wanted, owner=owner, now_ms=now_ms):
+        if _is_good(certificate, key, authority, names=wanted, owner=owner, now_ms=now_ms):
             return
         made = make()
         files.write(key, made.key_pem)
@@ -75,14 +77,44 @@ def ensure(
         owner=hub_name,
         make=lambda: authority.issue_client(hub_name, now_ms=now_ms, days=days),
     )
-    ca = folder.broker / "ca.pem"
-    if not ca.is_file() or ca.read_bytes() != authority.pem.encode():
-        files.write(ca, authority.pem.encode())
-    ensure_list(folder.broker, authority, now_ms=now_ms)
+    trusted = (authority,) if other is None else (authority, other)
+    # First: to trust a CA that has no list is to lock all its devices out.
+    ensure_lists(folder.broker, trusted, now_ms=now_ms)
+    _tell_trust(folder, trusted)
     return tuple(issued)
 
 
-def _is_good(certificate: Path, key: Path, *, names: Sequence[str], owner: str, now_ms: int) -> bool:
+def _tell_trust(folder: DataFolder, trusted: Sequence[Authority]) -> None:
+    """Write who is trusted: one file for the ports, and a directory for the broker.
+
+    mosquitto reads its file of CAs only when it starts; in a directory OpenSSL looks for one when it needs it, so that
+    a second CA is taken without a restart (mosquitto.conf(5), capath). To forget one takes a restart.
+    """
+    bundle = "".join(authority.pem for authority in trusted).encode()
+    ca = folder.broker / "ca.pem"
+    if not ca.is_file() or ca.read_bytes() != bundle:
+        files.write(ca, bundle)
+    directory = folder.broker / "cas"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    wanted = {f"{subject_hash(authority.pem)}.{number}": authority for number, authority in _numbered(trusted)}
+    for path in directory.iterdir():
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+    for name, authority in wanted.items():
+        path = directory / name
+        if not path.is_file() or path.read_text() != authority.pem:
+            files.write(path, authority.pem.encode())
+
+
+def _numbered(trusted: Sequence[Authority]) -> list[tuple[int, Authority]]:
+    """CAs of the same name are told apart by a number."""
+    hashes = [subject_hash(authority.pem) for authority in trusted]
+    return [(hashes[:index].count(hashes[index]), authority) for index, authority in enumerate(trusted)]
+
+
+def _is_good(
+    certificate: Path, key: Path, authority: Authority, *, names: Sequence[str], owner: str, now_ms: int
+) -> bool:
     try:
         pem = certificate.read_bytes()
         private = serialization.load_pem_private_key(key.read_bytes(), password=None)
@@ -90,4 +122,4 @@ def _is_good(certificate: Path, key: Path, *, names: Sequence[str], owner: str, 
     except (OSError, ValueError, TypeError):
         return False
     is_theirs = not owner or common_name(pem) == owner
-    return fits and is_theirs and not needs_renewal(pem, names=names, now_ms=now_ms)
+    return fits and is_theirs and authority.has_signed(pem) and not needs_renewal(pem, names=names, now_ms=now_ms)

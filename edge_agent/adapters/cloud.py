@@ -89,6 +89,14 @@ class HubCloud:
         )
         return await self._carry_out(call, within_s=within_ms / 1000)
 
+    def adopt(self, context: ssl.SSLContext) -> None:
+        """Use this context from the next connection on: there is a new certificate. Idle connections are closed."""
+        with self._lock:
+            self._context = context
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
     def close(self) -> None:
         """Give up what is on its way and hang up. Safe to call twice."""
         self._closed = True

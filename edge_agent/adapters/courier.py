@@ -190,6 +190,10 @@ class MqttCourier:
             raise Unreachable(f"an earlier attempt to reach the broker at {self._host}:{self._port} has not ended")
         self._starting = None
 
+    def adopt(self, context: ssl.SSLContext) -> None:
+        """Use this context from the next connection on: there is a new certificate."""
+        self._context = context
+
     def publish(self, topic: str, payload: bytes, *, ref: BatchId | None = None) -> bool:
         """Hand over one QoS 1 message; False when not connected or the window is full: keep it and try later.
 

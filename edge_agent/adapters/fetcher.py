@@ -67,6 +67,10 @@ class HubFetcher:
         self._agent = agent
         self._transfers = _Transfers()
 
+    def adopt(self, context: ssl.SSLContext) -> None:
+        """Use this context from the next connection on: there is a new certificate."""
+        self._context = context
+
     async def metadata(self, name: str, *, max_bytes: int) -> bytes | None:
         """A metadata file, None where the hub has none of that name.
 

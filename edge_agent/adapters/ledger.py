@@ -81,8 +81,7 @@ class SqliteLedger:
         """Save what the hub attested, in place of what it attested before."""
 
         def work(connection: Connection) -> None:
-            saved = _get(connection, FLOORS_KEY, Floors) or Floors()
-            _set(connection, FLOORS_KEY, replace(saved, attested_ms=time_ms))
+            _set(connection, FLOORS_KEY, replace(_floors(connection), attested_ms=time_ms))
 
         await self._database.write(work)
 

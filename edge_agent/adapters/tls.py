@@ -7,15 +7,16 @@ Rules of this file:
    `do_handshake`, which is where this happens: http.client does it in `connect`, paho right after wrapping.
 2. Only the question for the time itself goes without dates (`undated_context`): its answer is signed. It shows no
    client certificate, which might have expired, and carries nothing secret.
-3. Only the hub's own CA is trusted. The CA's dates are not looked at: it is pinned by its bytes.
+3. Only the hub's own CAs are trusted: one, or two during a change. The dates of the one that signed count too.
 
 Not here: what the time is (edge_agent/core/trusted_time.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,9 @@ class DatedSocket(ssl.SSLSocket):
         try:
             context = self.context
             assert isinstance(context, DatedContext)
-            check_dates(self.getpeercert() or {}, now_ms=context.now_ms())
+            now_ms, certificate = context.now_ms(), self.getpeercert() or {}
+            check_dates(certificate, now_ms=now_ms)
+            check_issuer(certificate, context.get_ca_certs(), now_ms=now_ms)
         except BaseException:
             self.close()
             raise
@@ -82,6 +85,19 @@ def dated_context(
     return _furnished(context, ca_path, certificate_path=certificate_path, key_path=key_path, minimum=minimum)
 
 
+def dated_trust(ca_pem: str, *, now_ms: Callable[[], int]) -> ssl.SSLContext:
+    """The same for CAs at hand, PEM, showing no certificate of ours; raises ValueError when they do not parse."""
+    context = DatedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.now_ms = now_ms
+    context.sslsocket_class = DatedSocket
+    _relax(context, ssl.TLSVersion.TLSv1_2)
+    try:
+        context.load_verify_locations(cadata=ca_pem)
+    except ssl.SSLError as error:
+        raise ValueError(str(error)) from error
+    return context
+
+
 def undated_context(ca_path: Path) -> ssl.SSLContext:
     """A context for the question for the time, and for nothing else; raises TransferRefused."""
     return _furnished(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ca_path)
@@ -98,6 +114,16 @@ def check_dates(certificate: Mapping[str, Any], *, now_ms: int) -> None:
         raise WrongDates(f"it is not valid before {certificate['notBefore']}")
     if now_ms > last_s * 1000:
         raise WrongDates(f"it expired on {certificate['notAfter']}")
+
+
+def check_issuer(certificate: Mapping[str, Any], trusted: Sequence[Mapping[str, Any]], *, now_ms: int) -> None:
+    """Raise WrongDates unless a CA by the name of the one that signed this is valid at this time."""
+    for authority in trusted:
+        if authority.get("subject") == certificate.get("issuer"):
+            with contextlib.suppress(WrongDates):
+                check_dates(authority, now_ms=now_ms)
+                return
+    raise WrongDates("the CA that signed it is not valid at this time")
 
 
 def refused_certificate(who: str, error: ssl.SSLCertVerificationError, *, code: str) -> TransferRefused:
@@ -124,8 +150,7 @@ def _furnished(
     key_path: Path | None = None,
     minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
 ) -> ssl.SSLContext:
-    context.minimum_version = minimum
-    context.verify_flags = ssl.VerifyFlags(context.verify_flags | NO_CHECK_TIME)
+    _relax(context, minimum)
     try:
         context.load_verify_locations(cafile=ca_path)
         if certificate_path is not None:
@@ -137,3 +162,8 @@ def _furnished(
             hint="run `outrider-agent doctor`",
         ) from error
     return context
+
+
+def _relax(context: ssl.SSLContext, minimum: ssl.TLSVersion) -> None:
+    context.minimum_version = minimum
+    context.verify_flags = ssl.VerifyFlags(context.verify_flags | NO_CHECK_TIME)

@@ -24,7 +24,7 @@ from edge_agent.adapters.tls import dated_context
 from edge_agent.client import Client
 from edge_agent.commands.status import time_words
 from edge_agent.core.trusted_time import BUILT_MS, WRONG_CLOCK_MS
-from edge_agent.identity import Identity, check_hub_url, load_identity
+from edge_agent.identity import Identity, Refusal, check_hub_url, load_identity, load_refusal
 from edge_agent.profiles import AUTO, misfits, resolve_profile, this_machine
 from edge_agent.settings import AgentConfig
 from shared.errors import OutriderError
@@ -33,7 +33,8 @@ from shared.profile import DeviceProfile
 
 CONNECT_S: Final = 5.0
 MIN_KERNEL: Final = (4, 8)
-RENEW_DAYS: Final = 7
+LATE_SHARE: Final = 1 / 6
+"""Of a life: it is renewed when a third is left, and a twelfth later at the latest."""
 _DAY_MS: Final = 86_400_000
 _DISTRIBUTIONS: Final = {"onnx": "onnxruntime", "litert": "ai-edge-litert"}
 
@@ -63,9 +64,9 @@ def check_all(config: AgentConfig, *, wall_ms: int) -> list[Finding]:
         identity = load_identity(config.state_dir)
     except OutriderError as error:
         return [*findings, Finding(check="identity", result="fail", text=error.message, todo=error.hint)]
-    found, now_ms = check_time(config, issued_ms=identity.issued_ms, wall_ms=wall_ms)
+    found, now_ms = check_time(config, issued_ms=identity.not_before_ms, wall_ms=wall_ms)
     findings.append(found)
-    findings.append(check_certificate(identity, now_ms=now_ms))
+    findings.append(check_certificate(identity, now_ms=now_ms, refusal=load_refusal(config.state_dir)))
     findings.append(check_hub(identity, config, now_ms=now_ms))
     findings.append(check_broker(identity, config, now_ms=now_ms))
     return findings
@@ -196,8 +197,8 @@ def check_time(config: AgentConfig, *, issued_ms: int, wall_ms: int) -> tuple[Fi
     return Finding(check="time", result="ok", text=text), now_ms
 
 
-def check_certificate(identity: Identity, *, now_ms: int) -> Finding:
-    """The device's certificate and key: they belong together, are private and are valid for a while."""
+def check_certificate(identity: Identity, *, now_ms: int, refusal: Refusal | None = None) -> Finding:
+    """The device's certificate and key: they belong together, are private, and are renewed in time."""
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -208,20 +209,30 @@ def check_certificate(identity: Identity, *, now_ms: int) -> Finding:
         belongs = key.public_key() == certificate.public_key()
     except (OSError, ValueError, TypeError) as error:
         return Finding(check="identity", result="fail", text=f"{identity.device}: {error}", todo=again)
-    days = (int(certificate.not_valid_after_utc.timestamp() * 1000) - now_ms) / _DAY_MS
+    ends_ms = int(certificate.not_valid_after_utc.timestamp() * 1000)
+    begins_ms = int(certificate.not_valid_before_utc.timestamp() * 1000)
+    days = (ends_ms - now_ms) / _DAY_MS
     text = f"{identity.device} at {identity.hub_url}"
     if not belongs:
         return Finding(check="identity", result="fail", text=f"{text}: key and certificate differ", todo=again)
-    if int(certificate.not_valid_before_utc.timestamp() * 1000) > now_ms:
+    if refusal is not None:
+        todo = refusal.hint or again
+        return Finding(check="identity", result="fail", text=f"{text}: not renewed: {refusal.message}", todo=todo)
+    if begins_ms > now_ms:
         return Finding(check="identity", result="fail", text=f"{text}: not valid yet", todo="set this machine's clock")
     if days <= 0:
-        return Finding(check="identity", result="fail", text=f"{text}: expired {-days:.0f} days ago", todo=again)
+        todo = "start the agent: it renews what has expired when it reaches the hub; if it does not, enrol again"
+        return Finding(check="identity", result="warn", text=f"{text}: expired {-days:.1f} days ago", todo=todo)
     if identity.key_path.stat().st_mode & 0o077:
         todo = f"chmod 600 {identity.key_path}"
         return Finding(check="identity", result="warn", text=f"{text}: others may read the key", todo=todo)
-    if days < RENEW_DAYS:
-        return Finding(check="identity", result="warn", text=f"{text}: expires in {days:.1f} days", todo=again)
-    return Finding(check="identity", result="ok", text=f"{text}: certificate valid for {days:.0f} days")
+    left = (ends_ms - now_ms) / (ends_ms - begins_ms)
+    if left < LATE_SHARE:
+        todo = "it should have been renewed by now: check that the agent runs and reaches the hub"
+        return Finding(check="identity", result="warn", text=f"{text}: expires in {days:.1f} days", todo=todo)
+    due = max((left - 1 / 3) * (ends_ms - begins_ms) / _DAY_MS, 0)
+    text += f": certificate valid for {days:.0f} days, to be renewed in {due:.0f}"
+    return Finding(check="identity", result="ok", text=text)
 
 
 def check_hub(identity: Identity, config: AgentConfig, *, now_ms: int) -> Finding:

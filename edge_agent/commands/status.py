@@ -6,6 +6,7 @@ import argparse
 
 import msgspec
 
+from edge_agent.adapters.system import SystemClock
 from edge_agent.client import Client
 from edge_agent.commands import screen
 from edge_agent.commands.exits import Exit
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace, loaded: LoadedConfig) -> int:
                 ("assignment", _assignment(state)),
                 ("time", time_words(state)),
                 ("updates", updates_line(state.updates)),
+                ("certificate", certificate(state, now_ms=state.time_ms or SystemClock().wall_ms())),
                 ("requests", f"{state.answered} answered, {state.refused} refused"),
             ]
         )
@@ -69,6 +71,18 @@ def time_words(state: AgentState) -> str:
     if state.time_detail:
         parts.append(state.time_detail)
     return "; ".join(parts)
+
+
+def certificate(state: AgentState, *, now_ms: int) -> str:
+    """When the certificate ends and is renewed, or why it is not."""
+    if not state.certificate_expires_ms:
+        return "not looked into yet"
+    left_ms, due_ms = state.certificate_expires_ms - now_ms, state.certificate_due_ms - now_ms
+    text = f"expires in {duration(left_ms)}" if left_ms > 0 else f"expired {duration(-left_ms)} ago"
+    if state.certificate_trouble:
+        todo = f"; {state.certificate_todo}" if state.certificate_todo else ""
+        return f"{text}, not renewed: {state.certificate_trouble}{todo}"
+    return f"{text}, to be renewed in {duration(due_ms)}" if due_ms > 0 else f"{text}, to be renewed now"
 
 
 def document_of(state: AgentState) -> dict[str, object]:

@@ -80,11 +80,15 @@ class TimerFired(msgspec.Struct, frozen=True):
     """The link's timer."""
 
 
+class Reconnect(msgspec.Struct, frozen=True):
+    """Connect anew, now: there is a new certificate, which only a new connection can show."""
+
+
 class StopLink(msgspec.Struct, frozen=True):
     """The link is no longer wanted."""
 
 
-LinkEvent = StartLink | Connected | ConnectFailed | Lost | TimerFired | StopLink
+LinkEvent = StartLink | Connected | ConnectFailed | Lost | TimerFired | Reconnect | StopLink
 
 
 class Connect(msgspec.Struct, frozen=True):
@@ -155,6 +159,13 @@ def _steady(link: Link, _: TimerFired) -> _Step:
     return Decision(replace(link, failures=0))
 
 
+def _anew(link: Link, _: Reconnect) -> _Step:
+    if not link.wanted:
+        return Decision(link)
+    after = replace(link, phase=LinkPhase.CONNECTING, detail="connecting with a new certificate")
+    return Decision(after, (StopTimer(), Connect()))
+
+
 def _stop(_link: Link, _: StopLink) -> _Step:
     return Decision(Link(detail="stopped"), (StopTimer(), Disconnect()))
 
@@ -186,6 +197,10 @@ LINK: Final[Table[LinkPhase, Link, LinkEvent, LinkEffect]] = Table(
         (_OFF, TimerFired): Row((_OFF, _TRY), _timer),
         (_TRY, TimerFired): Row((_TRY,), _stay),
         (_ON, TimerFired): Row((_ON,), _steady),
+        # The courier ends its former connection, or attempt, before it begins another.
+        (_OFF, Reconnect): Row((_OFF, _TRY), _anew),
+        (_TRY, Reconnect): Row((_TRY,), _anew),
+        (_ON, Reconnect): Row((_TRY,), _anew),
         (_OFF, StopLink): Row((_OFF,), _stop),
         (_TRY, StopLink): Row((_OFF,), _stop),
         (_ON, StopLink): Row((_OFF,), _stop),

@@ -21,12 +21,13 @@ from edge_agent.core.intake import (
     Unavailable,
     Untimed,
 )
-from edge_agent.core.slot_values import FetchDue, Installed
+from edge_agent.core.slot_values import FetchDue, Installed, NoLongerTrusted
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
     ForLink,
     ForPump,
+    ForRenewal,
     ForSlot,
     ForSlots,
     ForTraining,
@@ -45,6 +46,7 @@ from edge_agent.driver.events import (
 from edge_agent.driver.loop import Loop
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import Uplink
@@ -81,6 +83,7 @@ class Agent:
         answering: Answering,
         rounds: Rounds,
         timekeeping: Timekeeping,
+        renewals: Renewals,
         vitals: Vitals,
         heartbeat_ms: int,
         vitals_ms: int,
@@ -95,6 +98,7 @@ class Agent:
         self._answering = answering
         self._rounds = rounds
         self._timekeeping = timekeeping
+        self._renewals = renewals
         self._vitals = vitals
         self._heartbeat_ms = heartbeat_ms
         self._vitals_ms = vitals_ms
@@ -108,6 +112,7 @@ class Agent:
         await self._tell_of_lost_floors()
         self._rounds.start()
         self._works.start("judge-installed", self._judge())
+        self._renewals.start()
         self._inbox.post(ForLink(link.StartLink()))
         self._inbox.post(HeartbeatDue())
         self._works.start("vitals", self._watch_vitals())
@@ -159,6 +164,8 @@ class Agent:
                 await self._on_intake(intake_event)
             case ForTraining(training_event):
                 self._rounds.handle(training_event)
+            case ForRenewal(renewal_event):
+                self._renewals.handle(renewal_event)
             case TaskCame(task):
                 await self._rounds.on_task(task)
             case MessageArrived(topic, payload):
@@ -177,6 +184,7 @@ class Agent:
             case TimeAttested():
                 # Connections that the wrong time forbade may be allowed now.
                 self._inbox.post(ForIntake(TimeTrusted()))
+                self._renewals.time_changed()
                 self._inbox.post(ForLink(link.StartLink()))
             case TimeDoubted():
                 self._timekeeping.ask()
@@ -244,7 +252,15 @@ class Agent:
                 self._inbox.post(Noted("release.revoked", _detail(release, refused)))
             elif undecided is not None:
                 logger.warning("an installed release runs on unjudged", extra={"why": undecided.message})
+        refusals = [(one.family, event.judged.refused.get(one.digest), one.digest) for one in event.releases]
         self._models.withheld.hold(frozenset(event.judged.refused))
+        await self._models.distrust(
+            [
+                (family, NoLongerTrusted(key=digest, code=refused.code, message=refused.message))
+                for family, refused, digest in refusals
+                if refused is not None
+            ]
+        )
         self._uplink.report_soon()
         await self._reconcile()
 

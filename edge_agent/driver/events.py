@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_agent.core import intake, link, pump, training
+from edge_agent.core import intake, link, pump, renewal, training
 from edge_agent.core.slot_values import Event
 from shared.ids import FamilyName
 from shared.wire.messages import RoundTask
@@ -46,6 +46,12 @@ class ForTraining(msgspec.Struct, frozen=True):
     """An event of the training machine."""
 
     event: training.TrainingEvent
+
+
+class ForRenewal(msgspec.Struct, frozen=True):
+    """An event of the renewal machine."""
+
+    event: renewal.RenewalEvent
 
 
 class TaskCame(msgspec.Struct, frozen=True):
@@ -108,6 +114,7 @@ Inward = (
     | ForPump
     | ForIntake
     | ForTraining
+    | ForRenewal
     | TaskCame
     | MessageArrived
     | ReportDue

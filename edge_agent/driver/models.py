@@ -28,7 +28,6 @@ from edge_agent.core.slot_values import (
     Installed,
     NoLongerTrusted,
     Note,
-    Phase,
     Probe,
     Report,
     RequestWarmUp,
@@ -51,6 +50,8 @@ from edge_agent.driver.events import ForSlot, ForSlots
 from edge_agent.driver.files import Files
 from edge_agent.driver.hosting import Hosting
 from edge_agent.driver.loop import Loop
+from edge_agent.driver.misfits import Misfits
+from edge_agent.driver.warmups import WarmUps
 from edge_agent.driver.withheld import Withheld
 from edge_agent.ports import Hosts, Ledger
 from edge_agent.update_ports import Shelf
@@ -58,7 +59,7 @@ from shared.errors import OutriderError, StorageError
 from shared.ids import FamilyName
 from shared.inference import ModelState
 from shared.profile import DeviceProfile
-from shared.release import VerifiedAssignment, VerifiedModel
+from shared.release import VerifiedAssignment
 from shared.wire.messages import RunningModel
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Models:
             shelf=shelf,
             models_bytes=profile.disk.models_bytes,
             kept=lambda: slots.kept_files(self._slots.values()),
-            make_room=self._collect,
+            make_room=lambda: _collect(self._shelf, self._slots),
         )
         self._files = Files(loop=loop, bringing=bringing, note=note)
         self.hosting = Hosting(loop=loop, shelf=shelf, hosts=hosts, on_change=self._route)
@@ -98,9 +99,8 @@ class Models:
         self._slots: dict[FamilyName, Slot] = {}
         self._routes: dict[str, Route] = {}
         self._targets: dict[FamilyName, str | None] = {}
-        self._warm_up_queue: list[tuple[FamilyName, str]] = []
-        self._warm_up_allowed: tuple[FamilyName, str] | None = None
-        self._misfits: dict[FamilyName, str] = {}
+        self._warm_ups = WarmUps(allow=lambda family, key: self._inbox.post(ForSlot(family, WarmUpAllowed(key))))
+        self._misfits = Misfits(note)
         self.withheld = Withheld(self._route, self._slots.keys())
 
     # What others ask
@@ -153,7 +153,7 @@ class Models:
             # A power cut may have come between an end and its collection. Where a slot was lost nothing is removed:
             # what it ran may be offered to it again.
             with contextlib.suppress(StorageError):
-                self._collect()
+                _collect(self._shelf, self._slots)
         if self._slots:
             restarted = Restarted(self._profile.probation)
             self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
@@ -167,7 +167,7 @@ class Models:
         for model in verified.models:
             misfit = chosen[model.manifest.family]
             if isinstance(misfit, Misfit):
-                self._note_misfit(model, misfit)
+                self._misfits.say(model, misfit)
         await self.handle_all(offers(verified, chosen, self._slots, self._profile.memory))
 
     async def distrust(self, releases: Sequence[tuple[FamilyName, NoLongerTrusted]]) -> None:
@@ -179,16 +179,6 @@ class Models:
         # What is gone back to is judged before what is left.
         known.sort(key=lambda one: (active := self._slots[one[0]].active) is not None and active.key == one[1].key)
         await self.handle_all(known)
-
-    def _note_misfit(self, model: VerifiedModel, misfit: Misfit) -> None:
-        """Say it once for each release, although its assignment is offered again and again."""
-        family = model.manifest.family
-        if self._misfits.get(family) == model.manifest_digest:
-            return
-        self._misfits[family] = model.manifest_digest
-        logger.warning("release does not fit this device", extra={"family": family, "why": misfit.reason})
-        detail = {"family": family, "version": model.manifest.version, "message": misfit.reason}
-        self._note("release.misfit", detail)
 
     async def handle(self, family: FamilyName, event: Event) -> None:
         """Decide what this event comes to, save it, carry it out."""
@@ -204,7 +194,7 @@ class Models:
         if change.slots:
             await self._ledger.save_slots({family: encode_state(slot) for family, slot in change.slots.items()})
         if any(isinstance(event, WarmUpAllowed) for _, event in events):
-            self._warm_up_allowed = None
+            self._warm_ups.heard()
         self._slots = before | change.slots
         for family, slot in change.slots.items():
             if slot.phase is not before[family].phase:
@@ -213,7 +203,7 @@ class Models:
             self._carry_out(family, effect)
         for family in {*change.slots, *(family for family, _ in events)}:
             self._route(family)
-        self._admit_warm_up()
+        self._warm_ups.admit(self._slots)
 
     async def stop(self) -> None:
         """End every host."""
@@ -229,11 +219,11 @@ class Models:
             case VerifyFiles(key, files):
                 self._files.verify(family, key, files)
             case RequestWarmUp(key):
-                self._warm_up_queue.append((family, key))
+                self._warm_ups.ask(family, key)
             case CancelWork(key):
                 self._files.cancel(family)
                 self.hosting.cancel_probes(key)
-                self._warm_up_queue = [entry for entry in self._warm_up_queue if entry != (family, key)]
+                self._warm_ups.cancel(family, key)
             case StartHost(release):
                 self.hosting.start(family, release)
             case StopHost(key):
@@ -253,17 +243,6 @@ class Models:
                 self._note(name, {"family": family, **detail})
             case CollectGarbage():
                 _collect(self._shelf, self._slots)
-
-    def _admit_warm_up(self) -> None:
-        if self._warm_up_allowed is not None or not self._warm_up_queue:
-            return  # an allowance counts from when it was given, not from when its slot hears of it
-        if any(slot.phase is Phase.WARMUP for slot in self._slots.values()):
-            return
-        # Those that others of their set wait for come first, so that no two sets wait for each other's memory.
-        admitted = (entry for entry in self._warm_up_queue if sets.may_warm_up(self._slots, entry[0]))
-        entry = self._warm_up_allowed = next(admitted, self._warm_up_queue[0])
-        self._warm_up_queue.remove(entry)
-        self._inbox.post(ForSlot(entry[0], WarmUpAllowed(entry[1])))
 
     def _route(self, family: FamilyName) -> None:
         """Recompute one route; cheap for requests to read, so it is kept rather than derived for each of them."""

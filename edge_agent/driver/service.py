@@ -22,6 +22,7 @@ from edge_agent.driver.loop import Loop
 from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds
 from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
@@ -64,6 +65,7 @@ class Service:
         rounds: Rounds,
         timekeeping: Timekeeping,
         meter: Meter,
+        renewals: Renewals,
     ) -> None:
         self._running = running
         self._clock = clock
@@ -75,6 +77,7 @@ class Service:
         self._rounds = rounds
         self._timekeeping = timekeeping
         self._meter = meter
+        self._renewals = renewals
         self._started_ms = clock.mono_ms()
 
     async def handle(self, request: Request, payload: Buffer, arrived: float) -> Response:
@@ -129,6 +132,7 @@ class Service:
 
     def _status(self, request: Status) -> Reply:
         depth = self._records.depth()
+        trouble, todo = self._renewals.trouble
         return AgentState(
             id=request.id,
             device=self._running.device,
@@ -160,6 +164,10 @@ class Service:
             clock_error_ms=self._timekeeping.clock_error_ms(),
             assignment_waits=self._timekeeping.waits,
             updates=self._meter.figures(),
+            certificate_expires_ms=self._renewals.expires_ms,
+            certificate_due_ms=self._renewals.due_ms,
+            certificate_trouble=trouble,
+            certificate_todo=todo,
             results_lost=self._records.lost.get(RecordClass.RESULT, 0),
         )
 

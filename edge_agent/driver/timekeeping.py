@@ -27,7 +27,7 @@ from edge_agent.driver.loop import Loop
 from edge_agent.ports import Ledger
 from edge_agent.update_ports import TimeSource
 from shared.clock import BootClock
-from shared.errors import OutriderError, TrustError, Unreachable
+from shared.errors import OutriderError, StorageError, TrustError, Unreachable
 from shared.release import Floors
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,18 @@ class Timekeeping:
 
     async def start(self) -> None:
         """Read what is known, and begin to ask."""
-        self._time = trusted_time.at_start(await self._ledger.load_floors(), issued_ms=self._issued_ms)
+        floors = await self._floors()
+        self._time = trusted_time.at_start(floors or Floors(), issued_ms=self._issued_ms)
         self.ask()
+
+    async def _floors(self) -> Floors | None:
+        """None where they are lost: nothing is installed then, but connections still go by the time."""
+        try:
+            return await self._ledger.load_floors()
+        except StorageError as error:
+            if error.code != "storage.floors_lost":
+                raise
+            return None
 
     def proven(self, floor_ms: int) -> None:
         """A signed document proves that this moment has passed; it is on the disk already."""
@@ -126,10 +136,11 @@ class Timekeeping:
         self._is_asking = True
         try:
             asked_boot_ms = self._clock.boot_ms()
-            floors = await self._ledger.load_floors()
+            floors = await self._floors()
             async with asyncio.timeout(ASK_WITHIN_S):
-                time_ms = await self._source.ask(floors=replace(floors, time_ms=self._time.floor_ms))
-            await self._ledger.remember_time(time_ms)
+                time_ms = await self._source.ask(floors=replace(floors or Floors(), time_ms=self._time.floor_ms))
+            if floors is not None:
+                await self._ledger.remember_time(time_ms)
         except TimeoutError:
             self._failed(Unreachable("the hub did not tell the time", code="transfer.timeout"))
             return False

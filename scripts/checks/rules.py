@@ -40,7 +40,7 @@ SINGLE_IMPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
         "shared.trust.*",
         "cloud_hub.ground.*",
         "cloud_hub.cli.*",
-        "edge_agent.enrolment",
+        "edge_agent.certificates",  # for enrolment and renewal, a command and a child
         "edge_agent.commands.checks",
     ),
     "tuf": ("shared.trust.*",),

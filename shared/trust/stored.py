@@ -8,8 +8,9 @@ Two kinds of "no", because a device shall neither serve what was revoked nor fal
 
     refused     something is there and does not hold: revoked keys, another device's state, a damaged manifest,
                 a release below the floor
-    undecided   a file is gone, torn, or not the one that its neighbours speak of (a refresh broke off, a disk
-                refused): what runs was accepted once, its files are hashed before they are loaded, and it runs on
+    undecided   a file is gone, torn, signed with online keys that were replaced since, or not the one that its
+                neighbours speak of (a refresh broke off, a disk refused): what runs was accepted once, its files are
+                hashed before they are loaded, and it runs on
 
 A refusal that can be seen past a lost file is given all the same.
 """
@@ -106,9 +107,9 @@ class _State:
             assignments.check_device(assignment, job.device)
             assignments.check_assignment(assignment)
         except TrustError as error:
-            if error.code not in _TORN:
+            if error.code not in _TORN and error.code != _OTHER_KEYS:
                 raise
-            self._lacks = "assignment"
+            self._lacks = "assignment that the root's keys have signed"
             return
         if assignment.version < job.floors.assignment_version:
             self._lacks = "assignment of the version that was accepted last"
@@ -119,6 +120,11 @@ class _State:
             snapshot = self._stored(Snapshot, SNAPSHOT, self._root, limits.MAX_SNAPSHOT_BYTES)
         except TransferRefused as error:
             self._lacks = self._lacks or error.message
+            return None
+        except TrustError as error:
+            if error.code != _OTHER_KEYS:
+                raise
+            self._lacks = self._lacks or "a snapshot that the root's keys have signed"
             return None
         meta = timestamp.signed.snapshot_meta
         if not is_promised(meta, snapshot, self._job.cache[SNAPSHOT], role=SNAPSHOT):
@@ -155,6 +161,10 @@ class _State:
 
 _TORN: Final = frozenset({"trust.malformed", "trust.endless_data"})
 """What a file cut off by a power cut looks like; nobody signed that."""
+
+
+_OTHER_KEYS: Final = "trust.signature"
+"""Online keys that were replaced while a refresh broke off: they say what is newest, and vouch for no model."""
 
 
 def _finished(steps: Steps[TargetFile | None]) -> TargetFile | None:

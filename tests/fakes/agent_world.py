@@ -22,11 +22,12 @@ from edge_agent.driver.loop import Inbox, Loop
 from edge_agent.driver.metering import Meter
 from edge_agent.driver.models import Models
 from edge_agent.driver.records import Records
+from edge_agent.driver.renewals import Renewals
 from edge_agent.driver.rounds import Rounds, TrainingRoom
 from edge_agent.driver.service import Service
 from edge_agent.driver.timekeeping import Timekeeping
 from edge_agent.driver.uplink import RunningDevice, Uplink
-from edge_agent.ports import HostAnswer
+from edge_agent.ports import CertificateLife, HostAnswer
 from shared.errors import OutriderError, TransferError, TransferRefused, TrustError
 from shared.ids import DeviceId
 from shared.inference import Infer, Reply, Request, TensorHead
@@ -47,6 +48,7 @@ from tests.fakes.hosts import FakeHosts
 from tests.fakes.ledger import FakeLedger
 from tests.fakes.outbox import FakeOutbox
 from tests.fakes.patcher import FakePatcher
+from tests.fakes.renewer import FakeRenewer
 from tests.fakes.rounds import FakeReplies, FakeSamples, FakeTrainers
 from tests.fakes.shelf import FakeShelf
 
@@ -227,6 +229,9 @@ class AgentWorld:
         self.trainers = FakeTrainers()
         self.tasks = FakeShelf()
         self.learns = True
+        self.renewer = FakeRenewer()
+        self.certificate = CertificateLife(not_before_ms=1, not_after_ms=10**15)
+        self.adopted: list[int] = []
         self.cloud = FakeCloud()
         self.policy = Policy()
         self.cache_entries = 0
@@ -374,6 +379,13 @@ class AgentWorld:
             source=self.time_source,
             note=lambda name, detail: inbox.post(Noted(name, detail)),
         )
+        self.renewals = Renewals(
+            now_ms=self.timekeeping.now_ms,
+            loop=loop,
+            renewer=self.renewer,
+            life=self.certificate,
+            adopt=lambda: self.adopted.append(self.clock.wall_ms()),
+        )
         self.service = Service(
             running=running,
             clock=self.clock,
@@ -385,6 +397,7 @@ class AgentWorld:
             rounds=self.rounds,
             timekeeping=self.timekeeping,
             meter=self.meter,
+            renewals=self.renewals,
         )
         self.agent = Agent(
             loop=loop,
@@ -396,6 +409,7 @@ class AgentWorld:
             answering=self.answering,
             rounds=self.rounds,
             timekeeping=self.timekeeping,
+            renewals=self.renewals,
             vitals=NoVitals(),
             heartbeat_ms=30_000,
             vitals_ms=60_000,

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from cloud_hub.devices.desk import BrokerAddress, Desk, EnrolSettings, Standings
 from cloud_hub.ground import ca, migrate
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.database import Database
@@ -116,7 +117,7 @@ async def some_root() -> str:
 def make_desk(
     database: Database,
     clock: FakeClock,
-    authority: Authority,
+    authority: Authority | Authorities,
     *,
     bus: Bus | None = None,
     metrics: Metrics | None = None,
@@ -130,7 +131,7 @@ def make_desk(
     return Desk(
         database=database,
         clock=clock,
-        authority=authority,
+        authorities=authority if isinstance(authority, Authorities) else Authorities(authority),
         bus=bus,
         metrics=metrics,
         settings=EnrolSettings(

@@ -26,12 +26,12 @@ class TestCa:
 
     __test__ = False
 
-    def __init__(self, folder: Path, *, name: str = "test-ca") -> None:
+    def __init__(self, folder: Path, *, name: str = "test-ca", days: int = 10) -> None:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.certificate = (
-            self._builder(self._name, self._key.public_key(), days=10)
+            self._builder(self._name, self._key.public_key(), days=days)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(signs_certificates=True), critical=True)
             .sign(self._key, hashes.SHA256())
@@ -49,12 +49,17 @@ class TestCa:
         """SHA-256 of the certificate's DER, hex."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
-    def server(self, file: str = "server", *, host: str = "localhost", since: int = -20, days: int = 5) -> Pair:
-        """A certificate for this host, and for 127.0.0.1 where that is it; valid from and to so many days from now."""
+    def server(
+        self, file: str = "server", *, host: str = "localhost", since: int = -20, days: int = 5, is_client: bool = False
+    ) -> Pair:
+        """A certificate for this host, and for 127.0.0.1 where that is it; valid from and to so many days from now.
+
+        `is_client` makes one that a device would have.
+        """
         names: list[x509.GeneralName] = [x509.DNSName(host)]
         if host == "localhost":
             names.append(x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")))
-        usage = ExtendedKeyUsageOID.SERVER_AUTH
+        usage = ExtendedKeyUsageOID.CLIENT_AUTH if is_client else ExtendedKeyUsageOID.SERVER_AUTH
         return self._issue(file, common_name=host, usage=usage, names=names, since=since, days=days)
 
     def client(self, common_name: str, *, days: int = 5) -> Pair:

@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloud_hub.ground import revocation
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.broker import BrokerSettings, write_files
 from cloud_hub.ground.system import SystemClock
 from edge_agent.adapters.tls import dated_context
@@ -47,7 +48,10 @@ class Grounds:
         pair = self.authority.issue_server(["localhost"], now_ms=self.clock.wall_ms(), days=DAYS)
         (self.broker / "server.pem").write_bytes(pair.certificate_pem)
         (self.broker / "server.key").write_bytes(pair.key_pem)
-        self.lists = revocation.AccessLists(self.broker, authorities=[self.authority], hub_name=HUB, clock=self.clock)
+        (self.broker / "cas").mkdir()
+        self.lists = revocation.AccessLists(
+            self.broker, authorities=Authorities(self.authority), hub_name=HUB, clock=self.clock
+        )
         self.lists.write(revoked=(), denied=())
         write_files(BrokerSettings(self.broker, "127.0.0.1", port, binary, HUB))
         self.binary = binary

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.client import Client
+from edge_agent.identity import load_identity
 from shared.errors import OutriderError
 from shared.inference import AgentState
 from tests.fakes.hub_process import HubProcess, wait_until
@@ -100,3 +102,23 @@ def test_a_device_that_lives_in_1970_or_in_2099_finds_the_time_and_its_hub(hub: 
             assert by_check["time"]["result"] == "warn"
             assert "the system clock is" in by_check["time"]["text"]
             assert {by_check[name]["result"] for name in ("identity", "hub", "broker")} == {"ok"}
+
+
+def test_a_device_with_a_dead_clock_and_an_expired_certificate_comes_back(hub: HubProcess, short_tmp: Path) -> None:
+    """It asks for the time without a certificate, renews by that time, and connects with the new one."""
+    hub.stop()
+    hub.start(env={"OUTRIDER_HUB_CERTIFICATES__DEVICE_DAYS": str(6 / 86_400)})
+    state = short_tmp / "agent"
+    done = agent("enroll", "-", "--name", "dev-a", "--profile", "x86-gateway", state=state, stdin=hub.join_token())
+    assert done.returncode == 0, done.stderr
+    first = load_identity(state)
+    wait_until(lambda: time.time() * 1000 > first.not_after_ms + 500, "the end of the certificate")
+    with running(state, wall_ms=YEAR_1970_MS):
+        wait_until(lambda: is_well(status(state)), f"online: see {state / 'agent.log'}")
+        found = status(state)
+        assert found is not None
+        assert found.certificate_expires_ms > first.not_after_ms
+        assert found.certificate_trouble == ""
+    assert load_identity(state).not_before_ms > first.not_before_ms
+    rows = hub.call("GET", "/v1/audit", token=hub.admin).body["items"]
+    assert any(row["action"] == "certificate.renewed" and row["detail"]["had_expired"] for row in rows)

@@ -45,7 +45,7 @@ def test_a_second_ca_behind_the_pinned_one_is_not_trusted(hub: SmallHub, run: Ru
     hub.answers["GET", "/v1/ca"] = (200, f"{ours.strip()}\n{hub.ca_pem}".encode())
     ended = run("login", hub.url, "--token", TOKEN, "--fingerprint", fingerprint(ours))
     assert ended.code == 9
-    assert "code: trust.ca" in ended.err
+    assert "code: trust.hub_certificate" in ended.err
     assert [asked.path for asked in hub.asked] == ["/v1/ca"]
     (tmp_path / "both.pem").write_text(f"{ours}{hub.ca_pem}")
     assert run("login", hub.url, "--token", TOKEN, "--ca", "both.pem").code == 2

@@ -250,7 +250,7 @@ def test_three_people_found_a_hub_release_and_change_their_keys(place: Place, se
     assert keyid("ann", "release")[:12] not in said
     place.lines([export, sign_bob, publish])
     document = served.assign()
-    device.verify(document, served.serve, wall_ms=SystemClock().wall_ms())
+    device.verify(document, served.serve, wall_ms=SystemClock().wall_ms(), time_attested=True)
     old = {name: keyid("ann", name) for name in ("root", "targets", "release")}
     stolen = Keyring(place.folder / "hub" / "keys").signer("assignment")
     place.lines(
@@ -258,18 +258,18 @@ def test_three_people_found_a_hub_release_and_change_their_keys(place: Place, se
         ANN_ROOT=old["root"][:12], ANN_TARGETS=old["targets"][:12], ANN_RELEASE=old["release"][:12],
     )  # fmt: skip
     now_ms = SystemClock().wall_ms()
-    verified = device.verify(_resigned(served), served.serve, wall_ms=now_ms)
+    verified = device.verify(_resigned(served), served.serve, wall_ms=now_ms, time_attested=True)
     assert [model.manifest.version for model in verified.models] == [FIRST]
     assert verified.floors.roles["root"] == 3
     assignment = msgspec.structs.replace(verified.assignment, version=verified.assignment.version + 1)
     with pytest.raises(TrustError) as caught:
-        device.verify(sign_assignment(assignment, stolen), served.serve, wall_ms=now_ms)
+        device.verify(sign_assignment(assignment, stolen), served.serve, wall_ms=now_ms, time_attested=True)
     assert caught.value.code == "trust.signature"
     assert served.actions().count("keys.changed") == 4
     keys = [
         path for folder in ("ann", "ann-new", "bob", "cid", "online", "hub/keys") for path in Path(folder).glob("*.key")
     ]
-    assert len(keys) == 3 + 3 + 3 + 1 + 3 + 6
+    assert len(keys) == 3 + 3 + 3 + 1 + 4 + 8
     for path in keys:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not list((place.folder / "hub").rglob("root*.key"))

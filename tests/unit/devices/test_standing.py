@@ -13,6 +13,7 @@ from cloud_hub.devices import standing, tables
 from cloud_hub.devices.desk import Desk, Enrolled
 from cloud_hub.devices.rules import Standing
 from cloud_hub.ground import audit
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceReported, DeviceStandingChanged
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -205,7 +206,7 @@ def test_a_list_that_cannot_be_made_is_an_alarm_and_the_device_is_refused_all_th
 def test_the_list_is_made_anew_long_before_it_ends(tmp_path: Path, days: int) -> None:
     with hub_database(tmp_path) as database:
         clock = FakeClock(wall_ms=NOW_MS)
-        lists = AccessLists(tmp_path, authorities=[make_authority()], hub_name="hub", clock=clock)
+        lists = AccessLists(tmp_path, authorities=Authorities(make_authority()), hub_name="hub", clock=clock)
         standing.write_lists(database, lists, clock=clock)
         access, metrics = FakeAccess(), Metrics()
 
@@ -235,7 +236,7 @@ def test_a_full_disk_keeps_nobody_out_as_long_as_the_list_holds(
 ) -> None:
     with hub_database(tmp_path) as database:
         clock = FakeClock(wall_ms=NOW_MS)
-        lists = AccessLists(tmp_path, authorities=[make_authority()], hub_name="hub", clock=clock)
+        lists = AccessLists(tmp_path, authorities=Authorities(make_authority()), hub_name="hub", clock=clock)
         standing.write_lists(database, lists, clock=clock)
 
         def refuse(**_: object) -> str:

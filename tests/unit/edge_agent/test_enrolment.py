@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 
-from edge_agent import enrolment
+from edge_agent import keeping
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.enrolment import Enrolment, enroll
 from edge_agent.identity import load_identity
@@ -22,6 +23,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.https import HttpsServer, Request, answer
 from tests.fakes.pki import TestCa
 
+NOW_MS = int(time.time() * 1000)
 Change = Callable[[dict[str, object]], dict[str, object]]
 
 
@@ -68,7 +70,7 @@ def go(
     with hub.serve() as server:
         token = hub.token(server.url)
         result = enroll(
-            token=token, state_dir=state, profile="pi4", name="dev-a", force=force, clock=FakeClock(wall_ms=9)
+            token=token, state_dir=state, profile="pi4", name="dev-a", force=force, clock=FakeClock(wall_ms=NOW_MS)
         )
         return result, server.requests
 
@@ -82,7 +84,7 @@ def test_a_device_is_enrolled_with_a_key_that_it_made(tmp_path: Path) -> None:
     key = load_pem_private_key(result.identity.key_path.read_bytes(), password=None)
     certificate = load_pem_x509_certificate(result.identity.certificate_path.read_bytes())
     assert key.public_key() == certificate.public_key()
-    assert result.identity.issued_ms == int(certificate.not_valid_before_utc.timestamp()) * 1000
+    assert result.identity.not_before_ms == int(certificate.not_valid_before_utc.timestamp()) * 1000
     assert stat.S_IMODE(result.identity.key_path.stat().st_mode) == 0o600
     assert stat.S_IMODE((state / "identity").stat().st_mode) == 0o700
     assert json.loads((state / "trust" / "root.json").read_text())["signed"]["_type"] == "root"
@@ -99,7 +101,14 @@ def test_an_impostor_gets_neither_token_nor_request(tmp_path: Path) -> None:
     with impostor.serve() as server:
         token = impostor.token(server.url, fingerprint=real.fingerprint)
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock())
+            enroll(
+                token=token,
+                state_dir=tmp_path / "s",
+                profile="pi4",
+                name=None,
+                force=False,
+                clock=FakeClock(wall_ms=NOW_MS),
+            )
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.ca_fingerprint"
 
@@ -111,7 +120,14 @@ def test_one_who_only_repeats_the_true_ca_gets_nothing_either(tmp_path: Path) ->
     with HttpsServer(other, lambda _, handler: answer(handler, 200, real.pem)) as server:
         token = encode_join_token(JoinToken(hub_url=server.url, ca_fingerprint=real.fingerprint, secret=b"s" * 32))
         with pytest.raises(TrustError) as caught:
-            enroll(token=token, state_dir=tmp_path / "s", profile="pi4", name=None, force=False, clock=FakeClock())
+            enroll(
+                token=token,
+                state_dir=tmp_path / "s",
+                profile="pi4",
+                name=None,
+                force=False,
+                clock=FakeClock(wall_ms=NOW_MS),
+            )
         assert [request.path for request in server.requests] == ["/v1/ca"]
     assert caught.value.code == "trust.hub_certificate"
 
@@ -168,11 +184,13 @@ def test_the_hubs_no_is_passed_on_with_its_code(tmp_path: Path) -> None:
 def test_what_is_no_token_and_nobody_there_are_told_apart(tmp_path: Path, free_port: int) -> None:
     hub = Hub(tmp_path / "hub")
     with pytest.raises(InvalidValue):
-        enroll(token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock())
+        enroll(
+            token="orj1.x", state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS)
+        )
     with pytest.raises(Unreachable) as caught:
         enroll(
             token=hub.token(f"https://localhost:{free_port}"),
-            state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(),
+            state_dir=tmp_path, profile="pi4", name=None, force=False, clock=FakeClock(wall_ms=NOW_MS),
         )  # fmt: skip
     assert "not spent" in caught.value.hint
 
@@ -205,8 +223,8 @@ def test_a_second_enrolment_needs_force_and_sets_the_former_state_aside(tmp_path
     assert (state / "agent.db").exists()
     other, _ = go(Hub(tmp_path / "other", device="dev-b"), state, force=True)
     assert other.identity.device == "dev-b"
-    assert other.moved_aside == (state / "agent.db.before-9", state / "trust.before-9")
-    assert (state / "agent.db.before-9").read_bytes() == b"queue and floors"
+    assert other.moved_aside == (state / f"agent.db.before-{NOW_MS}", state / f"trust.before-{NOW_MS}")
+    assert (state / f"agent.db.before-{NOW_MS}").read_bytes() == b"queue and floors"
 
 
 def test_a_running_agent_is_not_enrolled_under_its_feet(tmp_path: Path) -> None:
@@ -259,12 +277,13 @@ def test_a_crash_at_any_step_leaves_all_or_nothing(
 
 def test_nothing_of_the_key_is_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
-    real_write = enrolment._write
+    real_write = keeping.write_new
 
-    def write(path: Path, data: bytes, *, mode: int) -> None:
+    def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         real_write(path, data, mode=mode)
         modes.append(stat.S_IMODE(path.stat().st_mode))
 
-    monkeypatch.setattr(enrolment, "_write", write)
+    monkeypatch.setattr(keeping, "write_new", write)
     go(Hub(tmp_path / "hub"), tmp_path / "state")
+    assert len(modes) == 5
     assert set(modes) == {0o600}

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cloud_hub.ground import audit, bounds, problems, routes
 from cloud_hub.ground.auth import PEER_CERTIFICATE, Gate, Principal, Role, issue_api_token, require, require_device
+from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bounds import Bounds
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -24,7 +25,7 @@ from shared import limits
 from shared.errors import Conflict, OutriderError, StorageFull, Unreachable
 from shared.ids import DeviceId
 from tests.fakes.clock import FakeClock
-from tests.fakes.hub_parts import hub_database
+from tests.fakes.hub_parts import hub_database, make_authority
 
 CERTIFICATE = b"the certificate of pi-1"
 
@@ -58,7 +59,7 @@ def make_app(database: Database, clock: FakeClock, metrics: Metrics) -> FastAPI:
     app.include_router(routes.router)
     app.state.gate = Gate(database=database, clock=clock, device_of=device_of)
     app.state.database, app.state.metrics, app.state.metrics_open = database, metrics, False
-    app.state.ca_pem, app.state.parts = "the CA", lambda: {"broker": False}
+    app.state.authorities, app.state.parts = Authorities(make_authority()), lambda: {"broker": False}
 
     @app.get("/op")
     async def op(principal: Annotated[Principal, Depends(require(Role.OPERATOR))]) -> str:
@@ -271,7 +272,7 @@ def test_health_needs_no_token(hub: Calls) -> None:
     assert hub.call("GET", "/healthz").status_code == 200
     ready = hub.call("GET", "/readyz")
     assert (ready.status_code, ready.json()) == (503, {"ready": False, "parts": {"broker": False}})
-    assert hub.call("GET", "/v1/ca").text == "the CA"
+    assert hub.call("GET", "/v1/ca").text.startswith("-----BEGIN CERTIFICATE-----\n")
 
 
 def test_the_audit_log_comes_in_pages(hub: Calls) -> None:

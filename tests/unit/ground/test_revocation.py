@@ -10,6 +10,7 @@ from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.ca import Authority
 from cloud_hub.ground.revocation import AccessLists, RevokedCertificate, access_list, make_list, read_state
 from shared.errors import StorageError
@@ -29,7 +30,9 @@ def moment(ms: int) -> datetime:
     return datetime.fromtimestamp(ms // 1000, UTC)
 
 
-def lists(folder: Path, clock: FakeClock, *authorities: Authority) -> AccessLists:
+def lists(folder: Path, clock: FakeClock, issuing: Authority, other: Authority | None = None) -> AccessLists:
+    authorities = Authorities(issuing)
+    authorities.adopt(TrustedPair(phase="steady" if other is None else "begun", issuing=issuing, other=other))
     return AccessLists(folder, authorities=authorities, hub_name="hub", clock=clock)
 
 

@@ -12,6 +12,7 @@ from shared.ids import DeviceId, Digest
 from shared.model import encode_manifest
 from shared.release import AssignedModel, Floors
 from shared.trust import client as workflow
+from shared.trust import refresh
 from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, DelegatedRole, Delegations, Metadata, TargetFile, Targets
@@ -284,6 +285,7 @@ def test_a_release_for_other_hardware_is_refused_whatever_the_hub_says(hub: Trus
     assert refused(hub, Device(hub.first_root, profile="jetson"), document) == "trust.wrong_hardware"
     assert refused(hub, Device(hub.first_root, profile=""), document) == "trust.wrong_hardware"
     Device(hub.first_root, profile="pi5").verify(document, hub.serve)
+    refresh.check_fit(make_manifest(profiles=()), profile="any", floors=Floors())
 
 
 # 13: names that would be paths

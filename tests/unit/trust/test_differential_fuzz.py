@@ -51,6 +51,8 @@ STRICTER: Final[dict[str, str]] = {
     "does not parse": "the strict parser and the types of all fields come before tuf.api, which converts some lazily",
     "is not the file that the newer metadata names": "python-tuf takes a stored snapshot of the promised version "
     "without looking at its digest; we ask for the promised file, and refuse another one",
+    "is promised": "after a change of keys (5.3.11) no stored snapshot is left to take, and the one that is served has "
+    "another version; python-tuf still takes the stored one",
     "roles would have to be asked": "python-tuf says 'not found' where it gives up a search; so do we, as a refusal",
 }
 """What we refuse and python-tuf accepts, by a part of our words, with the reason."""
