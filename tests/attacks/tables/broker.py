@@ -200,6 +200,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/edge_agent/test_fetcher.py::test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused",
         ("edge_agent.adapters.tls._furnished", _of_anybody),
         "edge_agent.adapters.tls.check_dates",
+        "edge_agent.adapters.tls.check_issuer",
     ),
     against(
         28,
