@@ -13,9 +13,6 @@ from tests.attacks.removing import Verdict
 from tests.attacks.table import DEFENCES
 from tests.conftest import ROOT
 
-# The first of them waits for all: some 250 runs of tests.
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
-
 ROWS = 36
 PAGE = ROOT / "docs" / "attacks.md"
 
@@ -30,6 +27,8 @@ def verdicts() -> list[Verdict]:
     return found
 
 
+@pytest.mark.live
+@pytest.mark.timeout(300)  # the first of them waits for all: some 250 runs of tests
 @pytest.mark.parametrize("index", range(len(DEFENCES)), ids=[f"{d.row}-{d.test.split('::')[-1]}" for d in DEFENCES])
 def test_the_attack_succeeds_without_its_defence(verdicts: list[Verdict], index: int) -> None:
     verdict = verdicts[index]

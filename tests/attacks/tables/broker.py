@@ -18,6 +18,7 @@ from tests.attacks.defence import Defence, Removal, against, always
 
 _LIVE: Final = "tests/live/test_broker_defences_live.py::"
 _STANDING: Final = "tests/unit/devices/test_standing.py::"
+_LINKS: Final = "tests/unit/trust/test_ca_links.py::"
 _TLS: Final = "tests/unit/edge_agent/test_tls.py::"
 _SWITCHBOARD: Final = "tests/unit/ground/test_ground_switchboard.py::"
 
@@ -172,6 +173,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         ("cloud_hub.ground.transport.needs_renewal", always(False)),
     ),
     against(
+        26,
+        "tests/machines/test_renewal_core.py::test_what_has_expired_is_renewed_at_once",
+        ("edge_agent.core.renewal.due_ms", always(2**62)),
+    ),
+    against(
         27,
         _LIVE + "test_attack_27_a_packet_that_is_too_large_ends_the_connection",
         _without("max_packet_size"),
@@ -194,6 +200,18 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/edge_agent/test_fetcher.py::test_only_the_pinned_ca_is_trusted_and_foreign_devices_are_refused",
         ("edge_agent.adapters.tls._furnished", _of_anybody),
         "edge_agent.adapters.tls.check_dates",
+        "edge_agent.adapters.tls.check_issuer",
+    ),
+    against(
+        28,
+        "tests/unit/edge_agent/test_enrolment.py::test_an_impostor_gets_neither_token_nor_request",
+        ("edge_agent.enrolment.vouched", lambda published, *, pins: published),
+    ),
+    against(28, _LINKS + "test_a_device_certificate_is_no_link", ("shared.trust.ca_links._may_sign", always(True))),
+    against(
+        28,
+        _LINKS + "test_without_a_link_of_the_pinned_one_nothing_follows",
+        ("shared.trust.ca_links._is_signed_by", always(True)),
     ),
     against(28, _LIVE + "test_attack_28_no_older_tls", _without("tls_version", instead=("tls_version tlsv1.2",))),
     against(

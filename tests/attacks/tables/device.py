@@ -17,6 +17,7 @@ _BRINGING: Final = "tests/unit/driver/test_bringing.py::"
 _SETS: Final = "tests/machines/test_sets.py::"
 _SLOTS: Final = "tests/machines/test_slots.py::"
 _PATCH: Final = "tests/unit/shared/patch/test_patch.py::"
+_FIRST: Final = "tests/unit/host/test_gate_first.py::"
 _GATE: Final = "tests/unit/shared/test_model_gate.py::"
 _CRASHING: Final = "tests/machines/test_attack_36_slots.py::"
 _BROKEN: Final = "tests/unit/edge_agent/test_broken_disk.py::"
@@ -83,6 +84,9 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "shared.model_gate.check_onnx",
         "shared.model_gate.check_litert",
     ),
+    against(33, _FIRST + "test_a_host_admits_before_its_runtime_opens", "edge_agent.host.child.check_model"),
+    against(33, _FIRST + "test_a_trainer_admits_before_its_runtime_opens", "edge_agent.trainers.child.check_model"),
+    against(33, _FIRST + "test_the_hub_admits_before_its_runtime_opens", "shared.model_gate.check_model"),
     against(33, _PATCH + "test_delta_out_of_bounds_seek_is_refused", "shared.patch.applying.check_read"),
     against(33, _PATCH + "test_delta_that_makes_more_than_promised_is_refused", "shared.patch.applying.check_made"),
     against(

@@ -17,6 +17,7 @@ _HTTP: Final = "tests/unit/ground/test_ground_http.py::"
 _DESK: Final = "tests/unit/devices/test_devices_desk.py::"
 _ROUTES: Final = "tests/unit/devices/test_devices_routes.py::"
 _BLOBS: Final = "tests/unit/releases/test_blobs.py::"
+_RENEWAL: Final = "tests/unit/devices/test_renewal_desk.py::"
 _CA: Final = "tests/unit/ground/test_ground_ca.py::"
 
 _link = audit._link
@@ -81,6 +82,16 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         "tests/unit/releases/test_release_routes.py::"
         "test_a_device_reads_only_files_of_releases_that_are_assigned_to_it",
         ("cloud_hub.releases.assigning.Assigning.may_read", _yes),
+    ),
+    against(
+        30,
+        _RENEWAL + "test_a_stolen_certificate_without_its_key_is_refused",
+        ("cloud_hub.devices.renewing.is_proof", always(True)),
+    ),
+    against(
+        30,
+        _RENEWAL + "test_a_proof_for_another_request_name_or_ca_is_refused",
+        ("cloud_hub.devices.renewing.is_proof", always(True)),
     ),
     against(
         31, "tests/unit/ground/test_ground_audit.py::test_tampering_shows", ("cloud_hub.ground.audit._link", _blind)

@@ -114,6 +114,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     against(8, _ASSIGNMENT + "test_an_older_assignment_is_refused", "shared.trust.assignment.check_newer"),
     against(
         8,
+        _ASSIGNMENT + "test_another_assignment_of_the_same_version_is_refused",
+        "shared.trust.assignment._check_same",
+    ),
+    against(
+        8,
         "tests/unit/edge_agent/test_broken_disk.py::test_floors_that_cannot_be_read_are_lost_and_not_zero",
         ("edge_agent.adapters.ledger._floors", always(Floors())),
     ),
