@@ -70,6 +70,7 @@ from edge_agent.core.slot_values import (
     StartHost,
     StartTimer,
     StopHost,
+    Stopping,
     StopTimer,
     SwitchTo,
     Timer,
@@ -82,6 +83,8 @@ from edge_agent.core.slot_values import (
 from shared.machine import Decision
 
 CRASH_LOOP_CODE: Final = "model.crash_loop"
+_STEPS_OF_A_LIFE: Final = {Phase.WARMUP: 2, Phase.PROBATION: 3}
+"""Steps from STAGED to here and, at the next start, back: they cost nothing when the agent ends in order."""
 DAMAGED_CODE: Final = "storage.damaged"
 _FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
@@ -397,6 +400,14 @@ def probation_timed_out(state: Slot, _: ProbationTimedOut) -> Step:
 def _rolled_back(state: Slot) -> Step:
     after = replace(without_candidate(state), crashes=0)
     return Decision(after, (ended("release.rolled_back", state), CollectGarbage()))
+
+
+def stopping(state: Slot, _: Stopping) -> Step:
+    """Restarts of a service are not the release's fault: what the next life has to do again is given back."""
+    steps = _STEPS_OF_A_LIFE.get(state.phase, 0)
+    if not steps:
+        return Decision(state)
+    return Decision(replace(state, tries=max(0, state.tries - 1), transitions=max(1, state.transitions - steps)))
 
 
 def operator_rollback(state: Slot, _: OperatorRollback) -> Step:

@@ -2,8 +2,7 @@
 
 Rules of this file:
 1. `active` is a committed release or None; a candidate becomes active by committing and in no other way.
-2. Every event about work on a release carries that release's `key`, so that what comes late, from work that was
-   given up meanwhile, is recognised and ignored.
+2. An event about work on a release carries that release's `key`, so that what comes late is recognised and ignored.
 3. Every effect can be carried out twice with the same result as once: after a crash it may well be.
 
 Not here: what leads to what (edge_agent/core/slots.py), the state's bytes (edge_agent/core/slot_bytes.py).
@@ -301,6 +300,10 @@ class OperatorRollback(msgspec.Struct, frozen=True):
     """Someone at the device wants the release before."""
 
 
+class Stopping(msgspec.Struct, frozen=True):
+    """The agent ends in order, and the hosts with it."""
+
+
 class NoLongerTrusted(msgspec.Struct, frozen=True, kw_only=True):
     """A release that was accepted does not hold any more: it stops serving, and is not quarantined."""
 
@@ -364,7 +367,7 @@ Event = (
     Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | FilesRefused | WarmUpAllowed
     | WarmUpDue | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted
     | OperatorRollback | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver
-    | SetRolledBack
+    | SetRolledBack | Stopping
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ from edge_agent.core.slot_values import (
     SetRolledBack,
     Slot,
     SteppedBack,
+    Stopping,
     SwitchAllowed,
     WaitOver,
     WarmUpAllowed,
@@ -254,6 +255,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         {_PROBATION: (_PROBATION, _COMMITTED), _COMMITTED: (_COMMITTED,)},
         stays="late",
     ),
+    _rows(Stopping, steps.stopping, {phase: (phase,) for phase in Phase}),
     _rows(
         SetFailed,
         set_steps.set_failed,

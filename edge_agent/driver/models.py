@@ -37,6 +37,7 @@ from edge_agent.core.slot_values import (
     StartHost,
     StartTimer,
     StopHost,
+    Stopping,
     StopTimer,
     SwitchTo,
     VerifyFiles,
@@ -198,6 +199,10 @@ class Models:
         for family, slot in change.slots.items():
             if slot.phase is not before[family].phase:
                 logger.info("slot moved", extra={"family": family, "phase": slot.phase.value})
+            if slot.error_code and slot.error_code != before[family].error_code:
+                logger.warning(
+                    "a release did not come in", extra={"family": family, "code": slot.error_code, "why": slot.error}
+                )
         for family, effect in change.effects:
             self._carry_out(family, effect)
         for family in {*change.slots, *(family for family, _ in events)}:
@@ -205,7 +210,11 @@ class Models:
         self._warm_ups.admit(self._slots)
 
     async def stop(self) -> None:
-        """End every host."""
+        """End every host; that it ends in order is not held against what is on trial."""
+        try:
+            await self.handle_all([(family, Stopping()) for family in self._slots])
+        except StorageError as error:
+            logger.warning("an orderly end could not be saved", extra={"why": error.message})
         self._routes.clear()
         await self.hosting.stop_all()
 
