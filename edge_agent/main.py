@@ -49,6 +49,7 @@ from edge_agent.identity import IDENTITY_DIR, TRUST_DIR, Identity, load_file, lo
 from edge_agent.keeping import translated
 from edge_agent.settings import AgentConfig, Launch
 from edge_agent.update_ports import Fetcher
+from shared.clock import Clock
 from shared.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,8 @@ async def run(launch: Launch) -> int:
             sweep(config.state_dir / IDENTITY_DIR, generation=load_file(config.state_dir).generation)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
-        has_forgotten = not config.database_path.exists() and _has_accepted(config.state_dir / TRUST_DIR)
-        database = await Database.open(config.database_path, clock=clock)
+        database = await open_database(config, clock)
         try:
-            if has_forgotten:
-                await SqliteLedger(database).lose_floors()
             outbox = await _outbox(config, profile, clock)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -234,6 +232,22 @@ async def _outbox(config: AgentConfig, profile: DeviceProfile, clock: SystemCloc
     return await JournalOutbox.open(
         config.outbox_dir, bounds=bounds, clock=clock, moments=SystemMoments(), flush_ms=queue.flush_ms
     )
+
+
+async def open_database(config: AgentConfig, clock: Clock) -> Database:
+    """The agent's database, with floors in it: lost ones where something was accepted before and none are there.
+
+    Raises:
+        StorageError: as `Database.open`, or the disk refuses.
+    """
+    accepted_before = _has_accepted(config.state_dir / TRUST_DIR)
+    database = await Database.open(config.database_path, clock=clock)
+    try:
+        await SqliteLedger(database).settle_floors(accepted_before=accepted_before)
+    except BaseException:
+        await database.close()
+        raise
+    return database
 
 
 def _has_accepted(trust_dir: Path) -> bool:
