@@ -80,10 +80,11 @@ class FileShelf:
         try:
             with _translated(part), _descriptor(part, os.O_RDWR) as fd:
                 os.fsync(fd)
+                hashed = os.fstat(fd)
                 _verify(fd, file)
                 os.fchmod(fd, 0o444)
                 part.rename(path)
-                _require_same(fd, path, file)
+                _require_same(hashed, path, file)
                 _sync_directory(self._root)
         except TransferCorrupt:
             part.unlink(missing_ok=True)
@@ -155,12 +156,15 @@ def _verify(fd: int, file: FileRef) -> None:
         raise TransferCorrupt(f"{file.path} has SHA-256 {digest.hexdigest()}, {file.digest} is signed")
 
 
-def _require_same(fd: int, path: Path, file: FileRef) -> None:
+def _require_same(hashed: os.stat_result, path: Path, file: FileRef) -> None:
     """What has the name now must be what was hashed; raises TransferCorrupt, with the name taken away again."""
-    hashed, named = os.fstat(fd), path.lstat()
-    if (hashed.st_dev, hashed.st_ino) != (named.st_dev, named.st_ino):
+    if _as_written(path.lstat()) != _as_written(hashed):
         path.unlink(missing_ok=True)
         raise TransferCorrupt(f"{file.path} was exchanged while it was verified")
+
+
+def _as_written(info: os.stat_result) -> tuple[int, int, int, int]:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _sync_directory(path: Path) -> None:

@@ -9,7 +9,6 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from typing import Final
 
@@ -17,7 +16,6 @@ from edge_agent.core.slot_values import Fetch, FetchFailed, FilesBad, FilesHere,
 from edge_agent.driver.bringing import Bringing, Note
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
-from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, StorageError, TransferCorrupt
 from shared.ids import FamilyName
 from shared.model import FileRef
@@ -89,18 +87,3 @@ class Files:
             self._inbox.post(ForSlot(family, bad))
         else:
             self._inbox.post(ForSlot(family, FilesVerified(key)))
-
-
-async def open_verified(shelf: Shelf, file: FileRef) -> int:
-    """The shelf's descriptor; closed again if by then nobody waits for it, because the thread cannot be stopped."""
-    opening = asyncio.get_running_loop().run_in_executor(None, shelf.open, file)
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(_close)
-        raise
-
-
-def _close(opening: asyncio.Future[int]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        os.close(opening.result())
