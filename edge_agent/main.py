@@ -106,7 +106,7 @@ async def _compose(
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     hub = connect(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger, uplink=lambda: uplink)
-    supplies = _supplies(config, hub.fetcher, ledger=ledger)
+    supplies = _supplies(config, hub.fetcher, ledger=ledger, loop=loop)
     report = partial(_report, lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
     uplink: Uplink = Uplink(
@@ -157,9 +157,13 @@ def _report(uplink: Callable[[], Uplink]) -> None:
     uplink().report_soon()
 
 
-def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
+def _noting(loop: Loop) -> Callable[[str, dict[str, str]], None]:
+    return lambda name, detail: loop.inbox.post(Noted(name, detail))
+
+
+def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger, loop: Loop) -> Supplies:
     updates = config.updates
-    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
+    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes, note=_noting(loop))
     patcher = LivePatcher(shelf=FileShelf(config.state_dir))
     return Supplies(fetcher=fetcher, meter=meter, patcher=patcher, policy=updates.policy)
 
@@ -183,7 +187,7 @@ def _models(
         shelf=FileShelf(config.state_dir),
         supplies=supplies,
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
-        note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
+        note=_noting(loop),
         report=report,
     )
 

@@ -112,7 +112,7 @@ class SqliteLedger:
         await self._database.write(work)
 
     async def load_spending(self) -> Spending:
-        """What was fetched, as saved; an empty record on the first start."""
+        """What was fetched, as saved; an empty record on the first start. Damaged: `storage.unreadable`."""
         return await self._database.write(lambda connection: _get(connection, _SPENDING, Spending) or Spending())
 
     async def save_spending(self, spending: Spending) -> None:

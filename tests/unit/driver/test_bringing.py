@@ -61,7 +61,12 @@ class Place:
         self.restart()
 
     def restart(self) -> None:
-        self.meter = Meter(ledger=self.ledger, moments=self.moments, daily_bytes=self.daily_bytes)
+        self.meter = Meter(
+            ledger=self.ledger,
+            moments=self.moments,
+            daily_bytes=self.daily_bytes,
+            note=lambda name, detail: self.notes.append((name, detail["message"])),
+        )
         supplies = Supplies(fetcher=self.fetcher, meter=self.meter, patcher=self.patcher, policy=self.policy)
         self.bringing: Bringing = supplies.bringing(
             shelf=self.shelf, models_bytes=self.models_bytes, kept=lambda: self.kept, make_room=self._collect

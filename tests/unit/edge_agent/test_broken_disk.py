@@ -15,12 +15,15 @@ import pytest
 
 from edge_agent.adapters.database import DATABASE_NAME, Database
 from edge_agent.adapters.ledger import SqliteLedger, forget_lost_floors
+from edge_agent.core.spending import DAY_HOURS, HOUR_MS
+from edge_agent.driver.metering import Meter
 from edge_agent.main import open_database
 from edge_agent.settings import AgentConfig
 from shared.errors import StorageError
+from shared.limits import MIB
 from shared.release import Floors, VerifiedAssignment
 from tests.contracts.test_ledger_contract import verified
-from tests.fakes.clock import FakeClock
+from tests.fakes.clock import FakeClock, FakeMoments
 
 LOST = "storage.floors_lost"
 FLOORS = Floors(assignment_version=9, roles={"root": 3}, time_ms=5)
@@ -239,6 +242,39 @@ def test_floors_of_a_file_that_vanished_are_lost_wherever_the_making_of_a_new_on
             break
         cuts += 1
     assert cuts > 20
+
+
+def test_a_record_of_what_was_fetched_that_cannot_be_read_is_a_day_that_is_spent(tmp_path: Path) -> None:
+    moments = FakeMoments()
+    told: list[str] = []
+
+    def meter(ledger: SqliteLedger, daily_bytes: int = MIB) -> Meter:
+        return Meter(
+            ledger=ledger, moments=moments, daily_bytes=daily_bytes, note=lambda name, detail: told.append(name)
+        )
+
+    async def takes(ledger: SqliteLedger, least: int, most: int) -> None:
+        assert least <= await meter(ledger).take(1000) <= most
+
+    with_ledger(tmp_path, lambda ledger: takes(ledger, 1000, 1000))
+    damage(tmp_path, "spending")
+    moments.advance(30 * HOUR_MS)
+    for _ in range(2):
+        with_ledger(tmp_path, lambda ledger: takes(ledger, 0, 0))
+    assert told == ["spending.unreadable"]
+    moments.advance((DAY_HOURS + 1) * HOUR_MS)
+    with_ledger(tmp_path, lambda ledger: takes(ledger, 1000, 1000))
+
+
+def test_without_a_budget_a_damaged_record_stops_nothing(tmp_path: Path) -> None:
+    async def takes(ledger: SqliteLedger) -> None:
+        meter = Meter(ledger=ledger, moments=FakeMoments(), daily_bytes=0, note=lambda _name, _detail: None)
+        assert await meter.take(1000) == 1000
+        assert meter.figures()["day_bytes"] == 1000
+
+    with_ledger(tmp_path, takes)
+    damage(tmp_path, "spending")
+    with_ledger(tmp_path, takes)
 
 
 def test_an_accepted_assignment_that_cannot_be_read_is_awaited_from_the_hub(tmp_path: Path) -> None:
