@@ -42,18 +42,14 @@ class FileShelf:
             self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def has(self, digest: Digest) -> bool:
-        """Whether a verified file with this digest is there."""
-        try:
-            return stat.S_ISREG(self._path(digest).lstat().st_mode)
-        except FileNotFoundError:
-            return False
+        """Whether a verified file with this digest is there; raises StorageError."""
+        info = _look(self._path(digest))
+        return info is not None and stat.S_ISREG(info.st_mode)
 
     def resume_at(self, digest: Digest) -> int:
-        """How many bytes of an unfinished file are there."""
-        try:
-            return self._part(digest).lstat().st_size
-        except FileNotFoundError:
-            return 0
+        """How many bytes of an unfinished file are there; raises StorageError."""
+        info = _look(self._part(digest))
+        return 0 if info is None else info.st_size
 
     def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
         """Write at this offset of the unfinished file and drop what lay behind it; raises StorageFull, StorageError."""
@@ -87,7 +83,7 @@ class FileShelf:
                 _require_same(hashed, path, file)
                 _sync_directory(self._root)
         except TransferCorrupt:
-            part.unlink(missing_ok=True)
+            _let_go(part)
             raise
 
     def open(self, file: FileRef) -> int:
@@ -107,7 +103,7 @@ class FileShelf:
         except BaseException as error:
             os.close(fd)
             if isinstance(error, TransferCorrupt):
-                path.unlink(missing_ok=True)
+                _let_go(path)
             raise
         return fd
 
@@ -140,6 +136,21 @@ class FileShelf:
 
     def _part(self, digest: Digest) -> Path:
         return self._partial / f"{parse_digest(digest)}.part"
+
+
+def _look(path: Path) -> os.stat_result | None:
+    """What has this name, None where nothing has; raises StorageError where the disk does not say."""
+    with _translated(path):
+        try:
+            return path.lstat()
+        except FileNotFoundError:
+            return None
+
+
+def _let_go(path: Path) -> None:
+    """Remove a file that is not what it should be, if the disk lets go of it: nobody gets it without a look at it."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _verify(fd: int, file: FileRef) -> None:
