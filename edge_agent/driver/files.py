@@ -67,7 +67,8 @@ class Files:
             self._fetching.pop(family, None)
             if error.code in WAITING_CODES and self._told.get(family) != (key, error.code):
                 self._told[family] = key, error.code
-                note("release.waits", {"manifest": key, "code": error.code, "message": error.message})
+                detail = {"manifest": key, "code": error.code, "message": error.message, "hint": error.hint}
+                note("release.waits", detail)
             failed = FetchFailed(
                 key=key, code=error.code, message=error.message, retry=error.retry, jitter=random.random()
             )
