@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from edge_agent import certificates, hub_call
-from edge_agent.adapters.database import DATABASE_NAME
+from edge_agent.adapters.database import DATABASE_NAME, REPLACEMENT
 from edge_agent.adapters.ledger import forget_lost_floors
 from edge_agent.adapters.lock import AgentLock
 from edge_agent.identity import IDENTITY_DIR, TRUST_DIR, Identity, IdentityFile, load_identity, sweep
@@ -186,7 +186,8 @@ def _set_aside(
                 forget_lost_floors(state_dir / DATABASE_NAME)
         return ()
     moved = []
-    for name in (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm", TRUST_DIR):
+    database = (f"{DATABASE_NAME}{suffix}" for suffix in ("", "-wal", "-shm", REPLACEMENT))
+    for name in (*database, TRUST_DIR):
         path = state_dir / name
         aside = path.with_name(f"{name}.before-{at_ms}")
         with translated(path):

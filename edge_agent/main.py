@@ -50,6 +50,7 @@ from edge_agent.identity import IDENTITY_DIR, TRUST_DIR, Identity, load_file, lo
 from edge_agent.keeping import translated
 from edge_agent.settings import AgentConfig, Launch
 from edge_agent.update_ports import Fetcher
+from shared.clock import Clock
 from shared.profile import DeviceProfile
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,8 @@ async def run(launch: Launch) -> int:
             sweep(config.state_dir / IDENTITY_DIR, generation=load_file(config.state_dir).generation)
         sweep_orphans(hosts_dir(config))
         clock = SystemClock()
-        has_forgotten = not config.database_path.exists() and _has_accepted(config.state_dir / TRUST_DIR)
-        database = await Database.open(config.database_path, clock=clock)
+        database = await open_database(config, clock)
         try:
-            if has_forgotten:
-                await SqliteLedger(database).lose_floors()
             outbox = await _outbox(config, profile, clock)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -109,7 +107,7 @@ async def _compose(
     loop.works.start("old-records", records.adopt(SqliteOldRecords(database)))
     running = RunningDevice(device=identity.device, profile=profile.name, boot=await ledger.next_boot())
     hub = connect(config, identity, profile=profile.name, clock=clock, loop=loop, ledger=ledger, uplink=lambda: uplink)
-    supplies = _supplies(config, hub.fetcher, ledger=ledger)
+    supplies = _supplies(config, hub.fetcher, ledger=ledger, loop=loop)
     report = partial(_report, lambda: uplink)
     models = _models(config, profile, clock=clock, loop=loop, ledger=ledger, supplies=supplies, report=report)
     uplink: Uplink = Uplink(
@@ -160,9 +158,13 @@ def _report(uplink: Callable[[], Uplink]) -> None:
     uplink().report_soon()
 
 
-def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
+def _noting(loop: Loop) -> Callable[[str, dict[str, str]], None]:
+    return lambda name, detail: loop.inbox.post(Noted(name, detail))
+
+
+def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger, loop: Loop) -> Supplies:
     updates = config.updates
-    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
+    meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes, note=_noting(loop))
     shelf = FileShelf(config.state_dir)
     return Supplies(
         fetcher=fetcher,
@@ -192,7 +194,7 @@ def _models(
         shelf=FileShelf(config.state_dir),
         supplies=supplies,
         hosts=LiveHosts(directory=hosts_dir(config), clock=clock, options=options),
-        note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
+        note=_noting(loop),
         report=report,
     )
 
@@ -241,6 +243,22 @@ async def _outbox(config: AgentConfig, profile: DeviceProfile, clock: SystemCloc
     return await JournalOutbox.open(
         config.outbox_dir, bounds=bounds, clock=clock, moments=SystemMoments(), flush_ms=queue.flush_ms
     )
+
+
+async def open_database(config: AgentConfig, clock: Clock) -> Database:
+    """The agent's database, with floors in it: lost ones where something was accepted before and none are there.
+
+    Raises:
+        StorageError: as `Database.open`, or the disk refuses.
+    """
+    accepted_before = _has_accepted(config.state_dir / TRUST_DIR)
+    database = await Database.open(config.database_path, clock=clock)
+    try:
+        await SqliteLedger(database).settle_floors(accepted_before=accepted_before)
+    except BaseException:
+        await database.close()
+        raise
+    return database
 
 
 def _has_accepted(trust_dir: Path) -> bool:

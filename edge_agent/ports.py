@@ -83,7 +83,7 @@ class Ledger(Protocol):
         ...
 
     async def load_spending(self) -> Spending:
-        """What was fetched, as saved; an empty record on the first start."""
+        """What was fetched, as saved; an empty record on the first start. Damaged: `storage.unreadable`."""
         ...
 
     async def save_spending(self, spending: Spending) -> None:

@@ -18,11 +18,11 @@ class Shelf(Protocol):
     """Content-addressed files below the state directory, written, synced, verified and renamed."""
 
     def has(self, digest: Digest) -> bool:
-        """Whether a verified file with this digest is there."""
+        """Whether a verified file with this digest is there; raises StorageError where the disk does not say."""
         ...
 
     def resume_at(self, digest: Digest) -> int:
-        """How many bytes of an unfinished file are there."""
+        """How many bytes of an unfinished file are there; raises StorageError where the disk does not say."""
         ...
 
     def append(self, digest: Digest, data: bytes, *, offset: int) -> None:

@@ -6,7 +6,6 @@ plainly lets a file pass; one that is lost, late or cannot be started says nothi
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import sys
@@ -15,6 +14,7 @@ from typing import Final
 import msgspec
 
 from edge_agent.adapters.errand import closing, run_errand
+from edge_agent.opening import open_verified
 from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, TrustError
 from shared.learned import CODE
@@ -66,8 +66,7 @@ class LiveComparer:
             raise TrustError("the learned file has another length than its base's", code=CODE)
         with contextlib.ExitStack() as opened:
             descriptors = [
-                opened.enter_context(closing(await asyncio.to_thread(self._shelf.open, one)))
-                for one in (file, ground.file)
+                opened.enter_context(closing(await open_verified(self._shelf, one))) for one in (file, ground.file)
             ]
             outcome = await self._run(file, ground, descriptors)
         if outcome.code == CODE:

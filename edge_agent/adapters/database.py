@@ -7,6 +7,8 @@ Rules of this file:
 3. A file that SQLite finds damaged is moved aside with its name and reason told, never deleted; the next start
    begins with an empty file, into which the floors were carried over when they could still be read. When they could
    not, they are marked as lost: they are never zero because a disk failed.
+4. What takes its place is written whole, floors included, under a name of its own before the damaged file is touched.
+   From that moment on it is what counts: a start that finds it puts it in place, wherever a power cut came.
 
 Not here: what the tables mean (`ledger.py`, `samples.py`; `records`, `batches` and `heads`: `old_records.py`).
 """
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from edge_agent.keeping import sync, translated
 from shared.clock import Clock
 from shared.errors import StorageError, StorageFull
 
@@ -30,6 +33,8 @@ Connection = sqlite3.Connection
 T = TypeVar("T")
 
 DATABASE_NAME: Final = "agent.db"
+REPLACEMENT: Final = ".fresh"
+"""Suffix of the file that takes a damaged one's place."""
 MAX_GROUP: Final = 256
 """Work per transaction: enough that the sync costs next to nothing each, few enough that nobody waits long."""
 
@@ -201,6 +206,8 @@ def _translated(error: sqlite3.Error, path: Path) -> StorageError:
 
 
 def _open_checked(path: Path, clock: Clock) -> Connection:
+    if _beside(path, REPLACEMENT).exists():
+        _put_in_place(path, clock)
     try:
         connection = _connect(path)
     except sqlite3.Error as error:
@@ -258,23 +265,67 @@ def _migrate(connection: Connection, path: Path) -> None:
 
 
 def _quarantine(path: Path, *, reason: str, clock: Clock) -> StorageError:
-    """Move the damaged file aside, carry the floors over when they can be read, and return what to raise."""
+    """Move the damaged file aside, carry the floors over when they can be read, and return what to raise.
+
+    Raises:
+        StorageError: the disk refuses that; the damaged file is where it was, and the next start tries again.
+    """
     floors = _salvage_floors(path)
-    aside = path.with_name(f"{path.name}.corrupt-{clock.wall_ms()}")
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-    if floors is not None:
-        fresh = _connect(path)
-        _migrate(fresh, path)
-        fresh.execute("INSERT INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, floors))
-        fresh.close()
+    _build_replacement(path, floors)
+    aside = _put_in_place(path, clock)
     kept = "could not be read from it, so nothing new is installed" if floors == LOST else "were carried over"
     return StorageError(
         f"{path} is damaged ({reason}) and was moved to {aside}; the trust floors {kept}",
         code="storage.corrupt",
         hint="start the agent again: it fetches its models anew, and its queue is not touched; keep the moved file",
     )
+
+
+def _build_replacement(path: Path, floors: bytes | None) -> None:
+    """Write a file with this schema and these floors beside the damaged one; it has its name once it is whole."""
+    draft = _beside(path, ".new")
+    for suffix in ("", "-journal"):
+        with translated(draft):
+            _beside(draft, suffix).unlink(missing_ok=True)
+    try:
+        # With a rollback journal, which is gone after the commit: the file alone is all there is of it.
+        connection = sqlite3.connect(draft, isolation_level=None)
+        try:
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in (statement for migration in _MIGRATIONS for statement in migration):
+                connection.execute(statement)
+            if floors is not None:
+                connection.execute("INSERT INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, floors))
+            connection.execute(f"PRAGMA user_version={len(_MIGRATIONS)}")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise _translated(error, draft) from error
+    with translated(draft):
+        draft.chmod(0o600)
+        draft.rename(_beside(path, REPLACEMENT))
+    sync(path.parent)
+
+
+def _put_in_place(path: Path, clock: Clock) -> Path:
+    """Move the damaged file aside, as far as it is still there, and the replacement to its name; returns where to."""
+    aside = _beside(path, f".corrupt-{clock.wall_ms()}")
+    with translated(path):
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                _beside(path, suffix).rename(_beside(aside, suffix))
+        # Its log must be gone for good before another file has the name that the log belongs to.
+        sync(path.parent)
+        _beside(path, REPLACEMENT).rename(path)
+    sync(path.parent)
+    return aside
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _salvage_floors(path: Path) -> bytes | None:
@@ -290,8 +341,8 @@ def _salvage_floors(path: Path) -> bytes | None:
     return LOST
 
 
-def forget_floors(path: Path, *, when: Callable[[bytes], bool]) -> None:
-    """Let the floors in this file begin at zero, if what is stored of them is so; nobody else has the file open.
+def begin_floors_anew(path: Path, floors: bytes, *, when: Callable[[bytes], bool]) -> None:
+    """Put these floors in this file, if it has none or what is stored is so; nobody else has the file open.
 
     Raises:
         StorageError: the file cannot be read or written.
@@ -300,8 +351,8 @@ def forget_floors(path: Path, *, when: Callable[[bytes], bool]) -> None:
         connection = sqlite3.connect(path, isolation_level=None)
         try:
             row = connection.execute("SELECT value FROM meta WHERE key = ?", (FLOORS_KEY,)).fetchone()
-            if row is not None and when(bytes(row[0])):
-                connection.execute("DELETE FROM meta WHERE key = ?", (FLOORS_KEY,))
+            if row is None or when(bytes(row[0])):
+                connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, floors))
         finally:
             connection.close()
     except sqlite3.Error as error:

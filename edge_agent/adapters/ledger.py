@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from edge_agent.adapters.database import FLOORS_KEY, LOST, Connection, Database, forget_floors
+from edge_agent.adapters.database import FLOORS_KEY, LOST, Connection, Database, begin_floors_anew
 from edge_agent.core.spending import Spending
 from shared.errors import StorageError
 from shared.release import Floors, VerifiedAssignment
@@ -65,11 +65,16 @@ class SqliteLedger:
         """The floors; zeros on the first start. Raises StorageError `storage.floors_lost` when there were some once."""
         return await self._database.write(_floors)
 
-    async def lose_floors(self) -> None:
-        """Mark the floors as lost: this ledger is new, and the device had another one before."""
+    async def settle_floors(self, *, accepted_before: bool) -> None:
+        """See to it that there are floors, before anything else is written: to be called at each start.
+
+        A ledger without any is new. Where this device has accepted something before (`accepted_before`), it had
+        another ledger, and the floors are marked as lost; otherwise they are zeros, and there are some from now on.
+        """
+        floors = LOST if accepted_before else msgspec.msgpack.encode(Floors())
         await self._database.write(
             lambda connection: connection.execute(
-                "INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, LOST)
+                "INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (FLOORS_KEY, floors)
             )
         )
 
@@ -107,7 +112,7 @@ class SqliteLedger:
         await self._database.write(work)
 
     async def load_spending(self) -> Spending:
-        """What was fetched, as saved; an empty record on the first start."""
+        """What was fetched, as saved; an empty record on the first start. Damaged: `storage.unreadable`."""
         return await self._database.write(lambda connection: _get(connection, _SPENDING, Spending) or Spending())
 
     async def save_spending(self, spending: Spending) -> None:
@@ -152,7 +157,7 @@ def forget_lost_floors(path: Path) -> None:
     Raises:
         StorageError: the file cannot be read or written.
     """
-    forget_floors(path, when=_is_lost)
+    begin_floors_anew(path, msgspec.msgpack.encode(Floors()), when=_is_lost)
 
 
 def _is_lost(data: bytes) -> bool:

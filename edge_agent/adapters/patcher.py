@@ -15,11 +15,13 @@ import contextlib
 import errno
 import logging
 import sys
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from edge_agent.adapters.errand import closing, run_errand
+from edge_agent.opening import open_verified, to_its_end
 from edge_agent.update_ports import Shelf
 from shared import limits
 from shared.errors import PatchFailed, StorageError, StorageFull, TransferCorrupt
@@ -76,7 +78,8 @@ class LivePatcher:
             try:
                 outcome = await self._run(patch, base=base, result=result)
                 _check(outcome)
-                await asyncio.to_thread(self._shelf.publish, result)
+                # Not to be emptied while it is hashed: what has the name in the end would not be what was hashed.
+                await to_its_end(partial(self._shelf.publish, result))
             except BaseException as error:
                 self._empty(result.digest)
                 if isinstance(error, TransferCorrupt):
@@ -91,8 +94,8 @@ class LivePatcher:
         with contextlib.ExitStack() as opened:
             try:
                 descriptors = [
-                    opened.enter_context(closing(await asyncio.to_thread(self._shelf.open, base))),
-                    opened.enter_context(closing(await asyncio.to_thread(self._shelf.open, file))),
+                    opened.enter_context(closing(await open_verified(self._shelf, base))),
+                    opened.enter_context(closing(await open_verified(self._shelf, file))),
                     opened.enter_context(closing(self._shelf.part(result.digest))),
                 ]
             except TransferCorrupt as error:

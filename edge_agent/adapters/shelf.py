@@ -42,18 +42,14 @@ class FileShelf:
             self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def has(self, digest: Digest) -> bool:
-        """Whether a verified file with this digest is there."""
-        try:
-            return stat.S_ISREG(self._path(digest).lstat().st_mode)
-        except FileNotFoundError:
-            return False
+        """Whether a verified file with this digest is there; raises StorageError."""
+        info = _look(self._path(digest))
+        return info is not None and stat.S_ISREG(info.st_mode)
 
     def resume_at(self, digest: Digest) -> int:
-        """How many bytes of an unfinished file are there."""
-        try:
-            return self._part(digest).lstat().st_size
-        except FileNotFoundError:
-            return 0
+        """How many bytes of an unfinished file are there; raises StorageError."""
+        info = _look(self._part(digest))
+        return 0 if info is None else info.st_size
 
     def append(self, digest: Digest, data: bytes, *, offset: int) -> None:
         """Write at this offset of the unfinished file and drop what lay behind it; raises StorageFull, StorageError."""
@@ -80,13 +76,14 @@ class FileShelf:
         try:
             with _translated(part), _descriptor(part, os.O_RDWR) as fd:
                 os.fsync(fd)
+                hashed = os.fstat(fd)
                 _verify(fd, file)
                 os.fchmod(fd, 0o444)
                 part.rename(path)
-                _require_same(fd, path, file)
+                _require_same(hashed, path, file)
                 _sync_directory(self._root)
         except TransferCorrupt:
-            part.unlink(missing_ok=True)
+            _let_go(part)
             raise
 
     def open(self, file: FileRef) -> int:
@@ -106,7 +103,7 @@ class FileShelf:
         except BaseException as error:
             os.close(fd)
             if isinstance(error, TransferCorrupt):
-                path.unlink(missing_ok=True)
+                _let_go(path)
             raise
         return fd
 
@@ -141,6 +138,21 @@ class FileShelf:
         return self._partial / f"{parse_digest(digest)}.part"
 
 
+def _look(path: Path) -> os.stat_result | None:
+    """What has this name, None where nothing has; raises StorageError where the disk does not say."""
+    with _translated(path):
+        try:
+            return path.lstat()
+        except FileNotFoundError:
+            return None
+
+
+def _let_go(path: Path) -> None:
+    """Remove a file that is not what it should be, if the disk lets go of it: nobody gets it without a look at it."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def _verify(fd: int, file: FileRef) -> None:
     """Hash the whole file through this descriptor; raises TransferCorrupt."""
     size = os.fstat(fd).st_size
@@ -155,12 +167,15 @@ def _verify(fd: int, file: FileRef) -> None:
         raise TransferCorrupt(f"{file.path} has SHA-256 {digest.hexdigest()}, {file.digest} is signed")
 
 
-def _require_same(fd: int, path: Path, file: FileRef) -> None:
+def _require_same(hashed: os.stat_result, path: Path, file: FileRef) -> None:
     """What has the name now must be what was hashed; raises TransferCorrupt, with the name taken away again."""
-    hashed, named = os.fstat(fd), path.lstat()
-    if (hashed.st_dev, hashed.st_ino) != (named.st_dev, named.st_ino):
+    if _as_written(path.lstat()) != _as_written(hashed):
         path.unlink(missing_ok=True)
         raise TransferCorrupt(f"{file.path} was exchanged while it was verified")
+
+
+def _as_written(info: os.stat_result) -> tuple[int, int, int, int]:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _sync_directory(path: Path) -> None:

@@ -75,7 +75,10 @@ class _RootFile(msgspec.Struct, frozen=True):
 
 
 class PassingShelf:
-    """A `Shelf` in memory for one small file on its way to the verifier, which is who checks it."""
+    """A `Shelf` in memory for one small file on its way to the verifier, which is who says what it is worth.
+
+    It is hashed here too, because whoever fetches it must hear of a place that serves something else.
+    """
 
     def __init__(self, file: FileRef) -> None:
         self._file = file
@@ -104,7 +107,10 @@ class PassingShelf:
         raise StorageError(f"{digest} is only held in memory")
 
     def publish(self, file: FileRef) -> None:
-        """Nothing to do: the verifier hashes it."""
+        """Hash what arrived; TransferCorrupt lets go of it."""
+        if len(self._data) != file.length or hashlib.sha256(self._data).hexdigest() != file.digest:
+            self._data.clear()
+            raise TransferCorrupt(f"{file.path} is not the file that was signed")
 
     def open(self, file: FileRef) -> int:
         """Raises StorageError: there is no file behind it."""
@@ -311,7 +317,11 @@ class LiveVerifier:
             return shelf.taken()
         except TransferCorrupt as error:
             if error.code != "transfer.too_large":
-                raise
+                raise TrustError(
+                    f"{need.name} is not the file that was signed",
+                    code="trust.digest",
+                    hint="compare the hub's files with the release; publish it again",
+                ) from error
             raise TrustError(
                 f"{need.name} is longer than the {need.max_bytes} bytes that may be",
                 code="trust.endless_data",

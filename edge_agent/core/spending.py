@@ -86,6 +86,12 @@ def moved(spending: Spending, now: Moment) -> Spending:
     )
 
 
+def spent_day(now: Moment, *, daily_bytes: int) -> Spending:
+    """A record in place of one that is lost: the day's budget counts as spent now, because it may have been."""
+    fresh = moved(Spending(), now)
+    return msgspec.structs.replace(fresh, hours={fresh.clock_ms // HOUR_MS: daily_bytes} if daily_bytes else {})
+
+
 def left_bytes(spending: Spending, *, daily_bytes: int) -> int:
     """What may still be fetched now."""
     return max(0, daily_bytes - sum(spending.hours.values()))

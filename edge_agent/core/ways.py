@@ -34,6 +34,13 @@ class Way(msgspec.Struct, frozen=True):
     patch: Patch | None
 
 
+class Shortage(msgspec.Struct, frozen=True):
+    """What there is too little of, in a sentence, and what a person can do about it."""
+
+    message: str
+    hint: str
+
+
 def choose_way(
     file: FileRef,
     patches: Iterable[Patch],
@@ -76,8 +83,8 @@ def bytes_to_write(ways: Iterable[Way], *, part_bytes: Callable[[Digest], int]) 
     return total
 
 
-def against_room(*, write_bytes: int, free_bytes: int, kept_bytes: int, models_bytes: int) -> str:
-    """What stands against fetching; empty when there is room.
+def against_room(*, write_bytes: int, free_bytes: int, kept_bytes: int, models_bytes: int) -> Shortage | None:
+    """What stands against fetching; None when there is room.
 
     Args:
         write_bytes: what is to be written.
@@ -86,14 +93,19 @@ def against_room(*, write_bytes: int, free_bytes: int, kept_bytes: int, models_b
         models_bytes: what the profile allows to them.
     """
     if kept_bytes > models_bytes:
-        return (
-            f"the releases that are kept and the new one need {_mib(kept_bytes)} MiB together, "
-            f"the profile allows {_mib(models_bytes)} MiB"
+        return Shortage(
+            f"the releases that are kept, those before the ones in service included, and the new one need "
+            f"{_mib(kept_bytes)} MiB together, the profile allows {_mib(models_bytes)} MiB",
+            hint="raise disk.models_bytes of the profile, assign smaller releases, or withdraw the model and assign it "
+            "anew, which lets go of what is kept",
         )
     needed_bytes = write_bytes * MARGIN_PERCENT // 100
     if needed_bytes > free_bytes:
-        return f"{_mib(needed_bytes)} MiB must be free for it, {_mib(free_bytes)} MiB are"
-    return ""
+        return Shortage(
+            f"{_mib(needed_bytes)} MiB must be free for it, {_mib(free_bytes)} MiB are",
+            hint="free disk space; the agent goes on by itself then",
+        )
+    return None
 
 
 def _mib(count: int) -> str:

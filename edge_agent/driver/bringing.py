@@ -4,6 +4,8 @@ Rules of this file:
 1. Room and budget are asked for before bytes are. What waits for either fails with `retry` and a reason that does not
    change, so that it is said once; nothing of what has arrived is dropped.
 2. A patch is only a help: whatever is wrong with it, the whole file is fetched, once, and the patch is left alone.
+   Where there is room for the file but not for a patch beside it, or the patch does not come while other files do, the
+   file comes whole too.
 3. What came wrong is fetched once more from its beginning; then it is left alone, for longer each time. That is kept
    on the disk, so that no restart and no new offer makes a loop of it.
 4. Every step can be cancelled. What is charged then is what came, or more.
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_agent.core.slot_values import MAX_REFETCHES
-from edge_agent.core.ways import PatchPolicy, Way, against_room, bytes_to_write, choose_way
+from edge_agent.core.ways import PatchPolicy, Shortage, Way, against_room, bytes_to_write, choose_way
 from edge_agent.driver.metering import Meter
 from edge_agent.update_ports import Comparer, Fetcher, Patcher, Shelf
 from shared.errors import (
@@ -46,6 +48,10 @@ PATCH_DEADLINE_S: Final = 600.0
 """For one file; the patcher's child has limits of its own."""
 UNDER_WAY_BYTES: Final = 256 * KIB
 """What a transfer that is cancelled may still take from its connection."""
+
+PATIENT_TRIES: Final = 5
+"""How often nothing of a patch may come before the whole file is asked for as well: the hub may just be away."""
+MAX_REMEMBERED: Final = 64
 
 Note = Callable[[str, dict[str, str]], None]
 Kept = Mapping[Digest, FileRef]
@@ -102,6 +108,7 @@ class Bringing:
         self._models_bytes = models_bytes
         self._kept = kept
         self._make_room = make_room
+        self._in_vain: dict[Digest, int] = {}
 
     async def bring(self, files: tuple[FileRef, ...], patches: tuple[Patch, ...], *, note: Note) -> None:
         """Return once all files are on the shelf.
@@ -115,8 +122,7 @@ class Bringing:
         """
         await self._meter.load()
         ways = [self._way(file, patches) for file in files if not self._shelf.has(file.digest)]
-        self._require_room(ways)
-        for way in ways:
+        for way in self._with_room(ways):
             if way.patch is None or not await self._by_patch(way.file, way.patch, note=note):
                 await self._whole(way.file)
 
@@ -166,17 +172,22 @@ class Bringing:
             )
         return way
 
-    def _require_room(self, ways: list[Way]) -> None:
+    def _with_room(self, ways: list[Way]) -> list[Way]:
+        """These ways, or the same files whole where only that finds room; raises StorageFull."""
         against = self._against_room(ways)
         if against:
             self._make_room()
             against = self._against_room(ways)
-        if against:
-            raise StorageFull(against, code="storage.room", hint="free disk space; the agent goes on by itself then")
+        if not against:
+            return ways
+        whole = [Way(way.file, None) for way in ways]
+        if self._policy != "patch_only" and not self._against_room(whole):
+            return whole
+        raise StorageFull(against.message, code="storage.room", hint=against.hint)
 
-    def _against_room(self, ways: list[Way]) -> str:
+    def _against_room(self, ways: list[Way]) -> Shortage | None:
         if not ways:
-            return ""
+            return None
         patch_bytes = sum(way.patch.length for way in ways if way.patch is not None)
         return against_room(
             write_bytes=bytes_to_write(ways, part_bytes=self._shelf.resume_at),
@@ -190,6 +201,7 @@ class Bringing:
     async def _by_patch(self, file: FileRef, patch: Patch, *, note: Note) -> bool:
         """Make the file from what is here; False when it is to be fetched whole."""
         as_file = FileRef(path=f"a patch to {file.path}", length=patch.length, digest=patch.digest)
+        before = self._shelf.resume_at(patch.digest)
         try:
             if not self._shelf.has(patch.digest):
                 await self._within_budget(as_file)
@@ -197,8 +209,13 @@ class Bringing:
             if base is None:
                 raise PatchFailed("its base has gone meanwhile")
             await self._apply(patch, base=base, result=file)
-        except (StorageFull, Unreachable):
+        except StorageFull:
             raise  # nothing is wrong with the patch
+        except Unreachable as error:
+            if self._may_still_come(patch, error, before=before):
+                raise
+            logger.warning("patch does not come, whole file asked for", extra={"file": file.path, "why": error.message})
+            return False
         except OutriderError as error:
             self._shelf.drop(patch.digest)
             await self._meter.patch_failed(patch.digest)
@@ -212,6 +229,16 @@ class Bringing:
         self._shelf.drop(patch.digest)
         await self._meter.patched(saved_bytes=file.length - patch.length)
         return True
+
+    def _may_still_come(self, patch: Patch, error: Unreachable, *, before: int) -> bool:
+        """Whether to wait for a patch that did not come now; whatever came of it begins the count anew."""
+        if self._policy == "patch_only" or error.code == "transfer.budget":
+            return True
+        tries = self._in_vain.pop(patch.digest, 0) + 1
+        if self._shelf.resume_at(patch.digest) > before:
+            return True
+        self._in_vain = dict([*list(self._in_vain.items())[-(MAX_REMEMBERED - 1) :], (patch.digest, tries)])
+        return tries < PATIENT_TRIES
 
     async def _apply(self, patch: Patch, *, base: FileRef, result: FileRef) -> None:
         patcher = self._patcher

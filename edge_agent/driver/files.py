@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from typing import Final
 
@@ -26,10 +25,8 @@ from edge_agent.core.slot_values import (
 from edge_agent.driver.bringing import Bringing, Note
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
-from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, TransferCorrupt, TrustError
 from shared.ids import FamilyName
-from shared.model import FileRef
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +77,8 @@ class Files:
             self._fetching.pop(family, None)
             if error.code in WAITING_CODES and self._told.get(family) != (key, error.code):
                 self._told[family] = key, error.code
-                note("release.waits", {"manifest": key, "code": error.code, "message": error.message})
+                detail = {"manifest": key, "code": error.code, "message": error.message, "hint": error.hint}
+                note("release.waits", detail)
             failed = FetchFailed(
                 key=key, code=error.code, message=error.message, retry=error.retry, jitter=random.random()
             )
@@ -108,18 +106,3 @@ class Files:
             self._inbox.post(ForSlot(family, bad))
         else:
             self._inbox.post(ForSlot(family, FilesVerified(key)))
-
-
-async def open_verified(shelf: Shelf, file: FileRef) -> int:
-    """The shelf's descriptor; closed again if by then nobody waits for it, because the thread cannot be stopped."""
-    opening = asyncio.get_running_loop().run_in_executor(None, shelf.open, file)
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(_close)
-        raise
-
-
-def _close(opening: asyncio.Future[int]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        os.close(opening.result())

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from edge_agent.core.slot_values import AnswerBad, AnswerGood, Event, FilesBad, HostFailed, HostReady, Installed
 from edge_agent.driver.events import ForSlot
-from edge_agent.driver.files import open_verified
 from edge_agent.driver.loop import Loop
+from edge_agent.opening import open_verified
 from edge_agent.ports import Hosts, ModelHost
 from edge_agent.update_ports import Shelf
 from shared.errors import HostLost, OutriderError, StorageError, TransferCorrupt

@@ -6,6 +6,7 @@ The rules are those of `edge_agent/core/spending.py`. Not here: what is fetched 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import msgspec
@@ -16,15 +17,25 @@ from edge_agent.core.spending import Spending
 from edge_agent.ports import Ledger
 from shared.errors import StorageError
 
+logger = logging.getLogger(__name__)
+
 
 class Meter:
     """What this device may still fetch today, and what it knows of files that came wrong."""
 
-    def __init__(self, *, ledger: Ledger, moments: Callable[[], Moment], daily_bytes: int) -> None:
-        """`daily_bytes` 0 is no budget; bytes are counted all the same."""
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        moments: Callable[[], Moment],
+        daily_bytes: int,
+        note: Callable[[str, dict[str, str]], None],
+    ) -> None:
+        """`daily_bytes` 0 is no budget; bytes are counted all the same. `note` tells the hub of an event."""
         self._ledger = ledger
         self._moments = moments
         self._daily_bytes = daily_bytes
+        self._note = note
         self._spending: Spending | None = None
         self._turn = asyncio.Lock()
 
@@ -49,10 +60,26 @@ class Meter:
         return figures
 
     async def load(self) -> None:
-        """Read what was kept; once in a life, and again only when that failed. Raises StorageError."""
+        """Read what was kept; once in a life, and again only when that failed. Raises StorageError.
+
+        A record that the disk has damaged is replaced by one of a day that is spent: installing goes on
+        when that day is over, and damage refills no budget.
+        """
         async with self._turn:
             if self._spending is None:
-                self._spending = await self._ledger.load_spending()
+                self._spending = await self._read()
+
+    async def _read(self) -> Spending:
+        try:
+            return await self._ledger.load_spending()
+        except StorageError as error:
+            if error.code != "storage.unreadable":
+                raise
+            logger.error("what was fetched cannot be read, a day counts as spent", extra={"why": error.message})
+            spent = rules.spent_day(self._moments(), daily_bytes=self._daily_bytes)
+            await self._ledger.save_spending(spent)
+            self._note("spending.unreadable", {"message": error.message})
+            return spent
 
     async def take(self, wanted_bytes: int) -> int:
         """Charge and return how much may be asked for now, 0 for nothing; on the disk when this returns."""

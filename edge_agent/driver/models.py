@@ -10,7 +10,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -152,8 +151,7 @@ class Models:
         if whole and self._slots:
             # A power cut may have come between an end and its collection. Where a slot was lost nothing is removed:
             # what it ran may be offered to it again.
-            with contextlib.suppress(StorageError):
-                _collect(self._shelf, self._slots)
+            _collect(self._shelf, self._slots)
         if self._slots:
             restarted = Restarted(self._profile.probation)
             self._inbox.post(ForSlots(tuple((family, restarted) for family in self._slots)))
@@ -276,6 +274,11 @@ class Models:
 
 def _collect(shelf: Shelf, states: sets.States) -> None:
     # Not in a thread: between reading what is kept and removing the rest no slot may begin to fetch.
-    freed = shelf.collect(slots.files_to_keep(states.values()))
+    try:
+        freed = shelf.collect(slots.files_to_keep(states.values()))
+    except StorageError as error:
+        # What nobody keeps any more lies there until the next time; what was decided is on the disk and goes on.
+        logger.warning("old model files cannot be removed", extra={"why": error.message})
+        return
     if freed:
         logger.info("old model files removed", extra={"freed_bytes": freed})

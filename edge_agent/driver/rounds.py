@@ -27,8 +27,8 @@ from edge_agent.core.lessons import CannotLearn, Study, check_sample, fits, read
 from edge_agent.core.serving import Route
 from edge_agent.core.training import Outcome, Task, Training
 from edge_agent.driver.events import ForTraining
-from edge_agent.driver.files import open_verified
 from edge_agent.driver.loop import Loop
+from edge_agent.opening import open_verified
 from edge_agent.ports import RoundReplies, Sample, Samples, Trainer, Trainers
 from edge_agent.update_ports import Fetcher, Shelf
 from shared import limits

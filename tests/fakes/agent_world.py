@@ -321,7 +321,12 @@ class AgentWorld:
             on_taken=lambda ref: self.uplink.taken(ref),
         )
         self.records = Records(clock=self.clock, loop=loop, outbox=self.outbox)
-        self.meter = Meter(ledger=self.ledger, moments=self.moments, daily_bytes=self.daily_bytes)
+        self.meter = Meter(
+            ledger=self.ledger,
+            moments=self.moments,
+            daily_bytes=self.daily_bytes,
+            note=lambda name, detail: inbox.post(Noted(name, detail)),
+        )
         self.models = Models(
             profile=self.profile,
             runtimes=frozenset({"onnx"}),

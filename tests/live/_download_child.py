@@ -31,7 +31,12 @@ async def bring(arguments: list[str]) -> None:
             Path(ca), now_ms=SystemClock().wall_ms, certificate_path=Path(certificate), key_path=Path(key)
         )
         fetcher = HubFetcher(hub_url=url, context=context, clock=clock)
-        meter = Meter(ledger=SqliteLedger(database), moments=SystemMoments(), daily_bytes=int(daily_bytes))
+        meter = Meter(
+            ledger=SqliteLedger(database),
+            moments=SystemMoments(),
+            daily_bytes=int(daily_bytes),
+            note=lambda name, detail: None,
+        )
         file = FileRef(path="models/a/1.0.0/int8.onnx", length=int(length), digest=Digest(digest))
         bringing = Supplies(fetcher=fetcher, meter=meter).bringing(
             shelf=FileShelf(Path(state)),

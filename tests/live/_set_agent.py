@@ -126,7 +126,12 @@ async def run(state: Path, version: str) -> None:
                 shelf=shelf,
                 supplies=Supplies(
                     fetcher=HubFetcher.__new__(HubFetcher),  # never asked: everything lies on the shelf
-                    meter=Meter(ledger=MortalLedger(database), moments=SystemMoments(), daily_bytes=0),
+                    meter=Meter(
+                        ledger=MortalLedger(database),
+                        moments=SystemMoments(),
+                        daily_bytes=0,
+                        note=lambda _name, _detail: None,
+                    ),
                 ),
                 hosts=LiveHosts(
                     directory=state / "hosts", clock=clock, options=HostOptions(threads=1, memory_bytes=512 * MIB)

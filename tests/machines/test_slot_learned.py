@@ -88,7 +88,7 @@ def verified(comparer: FakeComparer | None) -> tuple[list[Event], FileRef, Groun
     place = Place()
     made, base = place.put(b"learned"), place.put(b"base...")
     ground = Ground(file=base, bounds=GROUND.bounds)
-    meter = Meter(ledger=FakeLedger(), moments=FakeMoments(), daily_bytes=0)
+    meter = Meter(ledger=FakeLedger(), moments=FakeMoments(), daily_bytes=0, note=lambda _name, _detail: None)
     supplies = Supplies(fetcher=FakeFetcher(), meter=meter, comparer=comparer)
     bringing: Bringing = supplies.bringing(
         shelf=place.shelf, models_bytes=2**30, kept=lambda: place.kept, make_room=lambda: None

@@ -68,8 +68,13 @@ def test_a_patch_lies_beside_what_it_makes() -> None:
 
 def test_room_is_needed_on_the_disk_with_a_tenth_on_top_and_within_the_profile() -> None:
     room = {"write_bytes": 100 * MIB, "kept_bytes": 300 * MIB, "models_bytes": 300 * MIB}
-    assert against_room(free_bytes=110 * MIB, **room) == ""
-    assert "110.0 MiB must be free" in against_room(free_bytes=110 * MIB - 1, **room)
-    assert "the profile allows 299.0 MiB" in against_room(
-        free_bytes=2**40, write_bytes=1, kept_bytes=300 * MIB, models_bytes=299 * MIB
-    )
+    assert against_room(free_bytes=110 * MIB, **room) is None
+    on_disk = against_room(free_bytes=110 * MIB - 1, **room)
+    in_profile = against_room(free_bytes=2**40, write_bytes=1, kept_bytes=300 * MIB, models_bytes=299 * MIB)
+    assert on_disk is not None
+    assert in_profile is not None
+    assert "110.0 MiB must be free" in on_disk.message
+    assert "free disk space" in on_disk.hint
+    assert "the profile allows 299.0 MiB" in in_profile.message
+    assert "disk.models_bytes" in in_profile.hint
+    assert "free disk space" not in in_profile.hint

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from typing import Never
+
+import pytest
 
 from edge_agent.core.slot_values import Phase
-from shared.errors import OutriderError, Unreachable
+from shared.errors import OutriderError, StorageError, Unreachable
 from shared.ids import Digest, FamilyName
 from shared.inference import (
     AgentState,
@@ -376,6 +379,36 @@ def test_a_release_that_finds_no_room_waits_and_says_so_once() -> None:
         world.shelf.free = 2**30
         await committed(world, "1.0.0")
         assert world.hub.events().count("release.waits") == 1
+
+    world.life(story)
+
+
+@pytest.mark.parametrize("call", ["has", "collect"])
+def test_a_disk_that_does_not_show_its_files_ends_no_agent_and_no_decision(
+    call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = AgentWorld()
+    refused: list[str] = []
+
+    def refuses(*_: object) -> Never:
+        refused.append(call)
+        raise StorageError("Input/output error")
+
+    async def story() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        with monkeypatch.context() as patched:
+            patched.setattr(world.shelf, call, refuses)
+            world.arrive(world.publish(release(world, "2.0.0")))
+            await until(lambda: bool(refused), "the disk was asked")
+            await committed(world, "2.0.0" if call == "collect" else "1.0.0")
+        answer = await world.infer()
+        assert isinstance(answer, Answer)
+        assert answer.version == ("2.0.0" if call == "collect" else "1.0.0")
+        slot = world.models.slot("digits")
+        assert slot is not None
+        assert slot.error_code == ("" if call == "collect" else "storage")
+        assert "the disk refuses the agent's state" not in caplog.text  # which would carry out half a decision twice
 
     world.life(story)
 

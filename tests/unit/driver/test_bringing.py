@@ -21,7 +21,7 @@ from edge_agent.core.slot_values import (
 )
 from edge_agent.core.spending import DAY_HOURS, HOUR_MS
 from edge_agent.core.ways import PatchPolicy
-from edge_agent.driver.bringing import Bringing, Supplies
+from edge_agent.driver.bringing import PATIENT_TRIES, Bringing, Supplies
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.files import Files
 from edge_agent.driver.loop import Loop
@@ -70,7 +70,12 @@ class Place:
         self.restart()
 
     def restart(self) -> None:
-        self.meter = Meter(ledger=self.ledger, moments=self.moments, daily_bytes=self.daily_bytes)
+        self.meter = Meter(
+            ledger=self.ledger,
+            moments=self.moments,
+            daily_bytes=self.daily_bytes,
+            note=lambda name, detail: self.notes.append((name, detail["message"])),
+        )
         supplies = Supplies(fetcher=self.fetcher, meter=self.meter, patcher=self.patcher, policy=self.policy)
         self.bringing: Bringing = supplies.bringing(
             shelf=self.shelf, models_bytes=self.models_bytes, kept=lambda: self.kept, make_room=self._collect
@@ -234,7 +239,7 @@ def test_the_profile_bounds_the_sum_of_what_is_kept() -> None:
 
 
 def test_room_for_a_patch_is_room_for_what_it_makes_too() -> None:
-    place = Place()
+    place = Place(policy="patch_only")
     place.put(OLD)
     file, patch = place.serve(NEW + bytes(100)), place.patch(result=NEW + bytes(100))
     short = Patch(base=patch.base, result=patch.result, digest=patch.digest, length=patch.length - 500)
@@ -245,6 +250,19 @@ def test_room_for_a_patch_is_room_for_what_it_makes_too() -> None:
         assert place.fetcher.fetched == []
 
     play(story)
+
+
+@pytest.mark.parametrize("limit", ["disk", "profile"])
+def test_where_only_the_whole_file_finds_room_it_comes_whole(limit: str) -> None:
+    place = Place(models_bytes=len(OLD) + len(NEW) + 1000 if limit == "profile" else 2**30)
+    place.put(OLD)
+    file, patch = place.serve(NEW), place.patch(data=b"a patch that is short" * 1000)
+    if limit == "disk":
+        place.shelf.free = len(NEW) * 110 // 100 + 1
+    play(lambda: place.bring(file, patches=(patch,)))
+    assert place.fetcher.fetched == [file.path]
+    assert place.collected == 1
+    assert (place.ledger.spending.patch_failed, place.notes) == (0, [])
 
 
 # Patches
@@ -312,6 +330,71 @@ def test_a_hub_that_is_away_does_not_speak_against_a_patch() -> None:
 
     play(story)
     assert place.ledger.spending.patch_failed == 0
+
+
+@pytest.mark.parametrize("policy", ["prefer_patch", "patch_only"])
+def test_a_patch_that_never_comes_from_a_hub_that_answers_holds_no_file_up(
+    policy: PatchPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(policy=policy)
+    place.put(OLD)
+    file, patch = place.serve(NEW), place.patch(data=b"a patch that is short")
+    serve = place.fetcher.blob
+
+    async def refuses_patches(wanted: FileRef, *args: Any, **kwargs: Any) -> None:
+        if wanted.digest == patch.digest:
+            raise Unreachable("the hub answered 500")
+        await serve(wanted, *args, **kwargs)
+
+    monkeypatch.setattr(place.fetcher, "blob", refuses_patches)
+
+    async def story() -> None:
+        for _ in range(PATIENT_TRIES - 1):
+            await place.fails(Unreachable, "transfer.unreachable", file, patches=(patch,))
+        if policy == "prefer_patch":
+            await place.bring(file, patches=(patch,))
+        else:
+            await place.fails(Unreachable, "transfer.unreachable", file, patches=(patch,))
+
+    play(story)
+    assert place.fetcher.fetched == ([file.path] if policy == "prefer_patch" else [])
+
+
+def test_a_patch_of_which_something_comes_each_time_is_waited_for() -> None:
+    place = Place()
+    place.put(OLD)
+    file, patch = place.serve(NEW), place.patch(data=b"p" * 1000)
+
+    async def story() -> None:
+        for _ in range(2 * PATIENT_TRIES):
+            place.fetcher.breaks_after = 10
+            await place.fails(Unreachable, "transfer.unreachable", file, patches=(patch,))
+
+    play(story)
+    assert set(place.fetcher.fetched) == {f"a patch to {file.path}"}
+
+
+def test_a_long_absence_of_the_hub_speaks_against_no_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    place.put(OLD)
+    file, patch = place.serve(NEW), place.patch(data=b"a patch that is short")
+
+    async def makes(_: Patch, *, base: FileRef, result: FileRef) -> None:
+        place.shelf.append(result.digest, NEW, offset=0)
+        place.shelf.publish(result)
+
+    monkeypatch.setattr(place.patcher, "apply", makes)
+
+    async def story() -> None:
+        place.fetcher.away = True
+        for _ in range(3 * PATIENT_TRIES):
+            await place.fails(Unreachable, "transfer.unreachable", file, patches=(patch,))
+        place.fetcher.away = False
+        await place.bring(file, patches=(patch,))
+
+    play(story)
+    assert place.fetcher.fetched == [f"a patch to {file.path}"]
+    assert place.ledger.spending.patched == 1
 
 
 def test_with_patches_only_nothing_is_ever_fetched_whole() -> None:

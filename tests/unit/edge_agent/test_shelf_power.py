@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,45 @@ def test_attack_35_a_bit_that_rots_is_found_before_the_file_is_loaded(tmp_path: 
 def test_the_free_bytes_are_the_file_systems(tmp_path: Path) -> None:
     state = os.statvfs(tmp_path)
     assert 0 <= FileShelf(tmp_path).free_bytes() <= state.f_blocks * state.f_frsize
+
+
+@pytest.mark.parametrize("ask", ["has", "resume_at", "append", "publish", "open", "drop", "collect"])
+def test_whatever_the_disk_says_nobody_hears_another_error_than_the_shelfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    shelf = FileShelf(tmp_path)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    calls: dict[str, Callable[[], object]] = {
+        "has": lambda: shelf.has(FILE.digest),
+        "resume_at": lambda: shelf.resume_at(FILE.digest),
+        "append": lambda: shelf.append(FILE.digest, DATA, offset=0),
+        "publish": lambda: shelf.publish(FILE),
+        "open": lambda: shelf.open(FILE),
+        "drop": lambda: shelf.drop(FILE.digest),
+        "collect": lambda: shelf.collect(frozenset()),
+    }
+    (tmp_path / "blobs" / "old").write_bytes(b"to be collected")
+    with monkeypatch.context() as patched:
+        for name in ("lstat", "unlink"):
+            patched.setattr(Path, name, refuses)
+        patched.setattr(os, "open", refuses)
+        with pytest.raises(StorageError) as caught:
+            calls[ask]()
+    assert caught.value.code == "storage"
+
+
+def test_a_file_that_the_disk_changed_and_keeps_is_told_as_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = FileShelf(tmp_path)
+    (tmp_path / "blobs" / FILE.digest).write_bytes(b"!" + DATA[1:])
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(TransferCorrupt):
+        shelf.open(FILE)

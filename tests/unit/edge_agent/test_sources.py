@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from edge_agent.adapters.sources import FIRST_REST_MS, SourcedFetcher
+from edge_agent.adapters.sources import FIRST_REST_MS, LONGEST_REST_MS, SourcedFetcher
 from shared.errors import TransferCorrupt, Unreachable
 from shared.ids import Digest
 from shared.model import FileRef
@@ -29,8 +29,8 @@ class Place:
         self.clock = FakeClock()
         self.fetcher = SourcedFetcher(hub=self.hub, mirrors=(self.mirror,), clock=self.clock)
 
-    def fetch(self, *, up_to: int | None = None) -> FakeShelf:
-        shelf = FakeShelf()
+    def fetch(self, *, up_to: int | None = None, shelf: FakeShelf | None = None) -> FakeShelf:
+        shelf = shelf or FakeShelf()
         asyncio.run(self.fetcher.blob(FILE, shelf, up_to=up_to))
         return shelf
 
@@ -67,6 +67,62 @@ def test_junk_within_a_budget_is_told_to_whoever_keeps_it_and_the_next_try_goes_
         place.fetch(up_to=len(DATA))
     assert place.fetch(up_to=len(DATA)).files[FILE.digest] == DATA
     assert (len(place.mirror.fetched), len(place.hub.fetched)) == (1, 1)
+
+
+def test_attack_6_junk_slices_of_a_mirror_that_never_gives_the_last_keep_no_file_away() -> None:
+    place, shelf = Place(), FakeShelf()
+    place.mirror.files[FILE.digest] = b"!" + DATA[1:]
+
+    def in_slices() -> None:
+        for up_to in (100_000, 200_000, len(DATA)):
+            place.mirror.away = up_to == len(DATA)
+            place.fetch(up_to=up_to, shelf=shelf)
+
+    with pytest.raises(TransferCorrupt):
+        in_slices()
+    asked = len(place.mirror.fetched)
+    assert asked == 2
+    place.clock.advance(LONGEST_REST_MS)
+    in_slices()
+    assert shelf.files[FILE.digest] == DATA
+    assert len(place.mirror.fetched) == asked
+
+
+def test_a_slice_makes_no_good_mirror_of_one_that_failed() -> None:
+    place, shelf = Place(), FakeShelf()
+    place.mirror.away = True
+    place.fetch()
+    place.clock.advance(FIRST_REST_MS)
+    place.mirror.away = False
+    place.fetch(up_to=1000, shelf=shelf)
+    place.mirror.away = True
+    place.fetch(up_to=2000, shelf=shelf)
+    place.mirror.away = False
+    asked = len(place.mirror.fetched)
+    place.clock.advance(2 * FIRST_REST_MS - 1)
+    place.fetch(up_to=3000, shelf=shelf)
+    assert len(place.mirror.fetched) == asked
+    place.clock.advance(1)
+    place.fetch(up_to=4000, shelf=shelf)
+    assert len(place.mirror.fetched) == asked + 1
+
+
+def test_a_mirror_that_gave_slices_of_a_file_that_came_right_begins_anew() -> None:
+    place, shelf = Place(), FakeShelf()
+    place.mirror.away = True
+    place.fetch()
+    place.clock.advance(FIRST_REST_MS)
+    place.mirror.away = False
+    for up_to in (1000, len(DATA)):
+        place.fetch(up_to=up_to, shelf=shelf)
+    assert shelf.files[FILE.digest] == DATA
+    place.mirror.away = True
+    place.fetch()
+    place.mirror.away = False
+    place.clock.advance(FIRST_REST_MS)
+    asked = len(place.mirror.fetched)
+    place.fetch()
+    assert len(place.mirror.fetched) == asked + 1
 
 
 def test_a_mirror_that_failed_rests_and_longer_each_time() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.adapters.sources import SourcedFetcher
 from edge_agent.adapters.trust_folder import TrustFolder
 from edge_agent.adapters.verifier import LiveVerifier, PassingShelf
 from edge_agent.framing import build_frame
+from edge_agent.update_ports import Fetcher, Shelf
 from shared import limits
 from shared.errors import (
     OutriderError,
@@ -28,6 +30,7 @@ from shared.ids import Digest
 from shared.model import FileRef
 from shared.release import Floors, Ground, VerifiedAssignment
 from shared.wire.verification import Accepted, Judged, Keep, StoredRelease, encode
+from tests.fakes.clock import FakeClock
 from tests.fakes.hub_fetcher import HubFetcher
 from tests.fakes.trust_repository import DEVICE, NOW_MS, TrustRepository, make_manifest
 from tests.unit.trust.test_learned_releases import BASE, BOUNDS, LEARNED, learned
@@ -51,9 +54,7 @@ def trust_dir(tmp_path: Path, hub: TrustRepository) -> Path:
     return directory
 
 
-def live(
-    trust_dir: Path, fetcher: HubFetcher, *, deadline_ms: int = 60_000, accept_learned: bool = False
-) -> LiveVerifier:
+def live(trust_dir: Path, fetcher: Fetcher, *, deadline_ms: int = 60_000, accept_learned: bool = False) -> LiveVerifier:
     return LiveVerifier(
         trust_dir=trust_dir,
         device=DEVICE,
@@ -149,6 +150,32 @@ def test_endless_answers_are_named_as_what_they_are(hub: TrustRepository, trust_
     assert caught.value.code == "trust.endless_data"
 
 
+class LyingMirror(HubFetcher):
+    """Serves as many bytes as were asked for, and no others than zeros."""
+
+    async def blob(self, file: FileRef, shelf: Shelf, *, up_to: int | None = None) -> None:
+        self.asked.append(file.path)
+        shelf.append(file.digest, bytes(file.length), offset=0)
+        shelf.publish(file)
+
+
+def test_attack_6_a_mirror_that_lies_about_a_manifest_is_left_for_the_hub(
+    hub: TrustRepository, trust_dir: Path
+) -> None:
+    source, mirror = HubFetcher(hub), LyingMirror(hub)
+    fetcher = SourcedFetcher(hub=source, mirrors=(mirror,), clock=FakeClock())
+    assert verify(live(trust_dir, fetcher), hub.assign(DIGITS)).models[0].manifest == make_manifest()
+    assert mirror.asked == [source.asked[-1]] == ["models/digits/1.0.0/manifest.json"]
+
+
+def test_a_manifest_that_the_hub_itself_has_wrong_keeps_the_attacks_name(hub: TrustRepository, trust_dir: Path) -> None:
+    with pytest.raises(TrustError) as caught:
+        verify(live(trust_dir, LyingMirror(hub)), hub.assign(DIGITS))
+    assert caught.value.code == "trust.digest"
+    assert caught.value.hint
+    assert not caught.value.retry
+
+
 def test_the_deadline_ends_everything(hub: TrustRepository, trust_dir: Path) -> None:
     fetcher = HubFetcher(hub)
     fetcher.stalls = True
@@ -230,6 +257,7 @@ WATCH = """
 import asyncio, json, sys
 from pathlib import Path
 from edge_agent.framing import build_frame
+from edge_agent.update_ports import Fetcher, Shelf
 from edge_agent.adapters.verifier import LiveVerifier
 from shared.errors import TrustError
 from shared.release import Floors
@@ -377,6 +405,10 @@ def test_the_passing_shelf_holds_no_more_than_promised() -> None:
     file = FileRef(path="models/digits/1.0.0/manifest.json", length=4, digest=make_manifest().golden.file.digest)
     shelf = PassingShelf(file)
     assert not shelf.has(file.digest)
+    shelf.append(file.digest, b"abcd", offset=0)
+    with pytest.raises(TransferCorrupt):
+        shelf.publish(file)
+    assert shelf.resume_at(file.digest) == 0
     shelf.append(file.digest, b"abcd", offset=0)
     shelf.append(file.digest, b"xy", offset=1)
     assert shelf.taken() == b"axy"
