@@ -82,6 +82,8 @@ from shared.machine import Decision
 
 CRASH_LOOP_CODE: Final = "model.crash_loop"
 DAMAGED_CODE: Final = "storage.damaged"
+_DISTRUST: Final = ("trust.", "set.member_failed")
+"""How codes begin that a committed release is left with when it, or who came with it, is no longer trusted."""
 _FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
@@ -132,8 +134,10 @@ def _set_changed(state: Slot, together: tuple[Member, ...]) -> Step:
 
 
 def _named_again(state: Slot, *, active: Installed | None = None, candidate: Installed | None = None) -> Step:
-    """The assignment names what is here or on its way: only its version may be newer."""
+    """The assignment names what is here or on its way: its version may be newer, and it is trusted again."""
     after = replace(state, active=active or state.active, candidate=candidate or state.candidate)
+    if active is not None and after.failed == active.manifest_digest and after.error_code.startswith(_DISTRUST):
+        after = without_error(after)
     return Decision(state if after == state else after)
 
 
@@ -341,8 +345,8 @@ def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
 
 
 def restart_due(state: Slot, _: RestartDue) -> Step:
-    """Start the committed release's host again."""
-    return Decision(state, (StartHost(state.active),) if state.active is not None else ())
+    """Start the committed release's host again; requests go to it from now on if they did not, because it was left."""
+    return Decision(state, serve(state) if state.active is not None else ())
 
 
 # Probation and its end

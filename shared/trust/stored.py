@@ -8,9 +8,13 @@ Two kinds of "no", because a device shall neither serve what was revoked nor fal
 
     refused     something is there and does not hold: revoked keys, another device's state, a damaged manifest,
                 a release below the floor
-    undecided   a file is gone, torn, signed with online keys that were replaced since, or not the one that its
-                neighbours speak of (a refresh broke off, a disk refused): what runs was accepted once, its files are
-                hashed before they are loaded, and it runs on
+    undecided   a file is gone, torn, signed with keys that were replaced since, or not the one that its neighbours
+                speak of (a refresh broke off, a disk refused): what runs was accepted once, its files are hashed
+                before they are loaded, and it runs on
+
+A root is kept as soon as it is known, what it stands behind only by the refresh that follows. Until then a role that
+the newest root does not stand behind says nothing of a theft: planned changes of keys look the same. Once a refresh was
+accepted under that root, it is refused. A root that its own keys have not signed is one that the disk has changed.
 
 A refusal that can be seen past a lost file is given all the same.
 """
@@ -60,7 +64,10 @@ class _State:
         self._job = job
         self._lacks: str | None = None
         root = self._stored(Root, ROOT, None, limits.MAX_ROOT_BYTES)
-        md.check_signatures(root.signed, ROOT, root)
+        try:
+            md.check_signatures(root.signed, ROOT, root)
+        except TrustError as error:
+            raise _gone("a root.json that its own keys have signed") from error
         self._root = root.signed
         if self._root.version < job.floors.roles.get(ROOT, 0):
             raise _gone("root.json of the version that was accepted last")
@@ -95,6 +102,11 @@ class _State:
 
     def _find(self, path: str) -> TargetFile | None:
         return _finished(search(path, self._root, self._load))
+
+    @property
+    def _root_is_new(self) -> bool:
+        """Whether nothing was accepted under this root yet."""
+        return self._root.version > self._job.floors.roles.get(ROOT, 0)
 
     def _check_assignment(self) -> None:
         """The assignment is what lets this device run anything, so one that does not hold takes all with it."""
@@ -135,7 +147,12 @@ class _State:
     def _load(self, role: str, delegator: Delegator, delegator_name: str) -> Steps[Targets]:  # noqa: ARG002
         """The stored role, if its delegator still stands behind it; nothing is asked for."""
         yield from ()
-        stored = self._stored(Targets, role, delegator, limits.MAX_TARGETS_BYTES)
+        try:
+            stored = self._stored(Targets, role, delegator, limits.MAX_TARGETS_BYTES)
+        except TrustError as error:
+            if error.code != _OTHER_KEYS or not self._root_is_new:
+                raise
+            raise _gone(f"a {role} that the keys of the newest root have signed") from error
         floor = self._job.floors.roles.get(md.floor_name(delegator, role), 0)
         if stored.signed.version < floor:
             raise _gone(f"{role} of the version that was accepted last")
@@ -164,7 +181,7 @@ _TORN: Final = frozenset({"trust.malformed", "trust.endless_data"})
 
 
 _OTHER_KEYS: Final = "trust.signature"
-"""Online keys that were replaced while a refresh broke off: they say what is newest, and vouch for no model."""
+"""Keys that were replaced while a refresh broke off. The online ones say what is newest and vouch for no model."""
 
 
 def _finished(steps: Steps[TargetFile | None]) -> TargetFile | None:
