@@ -91,7 +91,10 @@ _FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
 def offered(state: Slot, event: Offered) -> Step:
-    """A release is named: the one that is here, the one on its way, one that may not run, or a new one."""
+    """A release is named: the one that is here, the one on its way, one that may not run, or a new one.
+
+    Which assignment is the newest is the trust rules' to say: new keys begin to count their versions anew.
+    """
     offer = Installed(
         manifest=event.model.manifest,
         manifest_digest=event.model.manifest_digest,
@@ -99,9 +102,6 @@ def offered(state: Slot, event: Offered) -> Step:
         assignment_version=event.assignment_version,
         patches=event.patches,
     )
-    known = [release for release in (state.active, state.candidate) if release is not None]
-    if any(release.assignment_version > offer.assignment_version for release in known):
-        return Decision(state, (note("release.stale", offer),))
     if event.force and offer.manifest_digest in state.quarantine:
         rest = tuple(digest for digest in state.quarantine if digest != offer.manifest_digest)
         state = replace(state, quarantine=rest, refused=0)
@@ -143,7 +143,7 @@ def _named_again(state: Slot, *, active: Installed | None = None, candidate: Ins
 
 def _refused(state: Slot, offer: Installed, code: str, why: str) -> Step:
     """Not taken in: said once for each assignment."""
-    if state.refused >= offer.assignment_version:
+    if state.refused == offer.assignment_version:
         return Decision(state)
     after = replace(state, refused=offer.assignment_version)
     # Why it failed is kept where that is known already: the refusal only follows from it.

@@ -29,6 +29,7 @@ from shared.ids import Digest
 from shared.model import FileRef, manifest_path
 from shared.release import AssignedModel
 from shared.trust import assignment as assignments
+from shared.trust import floors
 from shared.trust import metadata as md
 from shared.trust.client import Delegator, Steps, is_promised, promised, search
 from shared.trust.library import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
@@ -123,7 +124,7 @@ class _State:
                 raise
             self._lacks = "assignment that the root's keys have signed"
             return
-        if assignment.version < job.floors.assignment_version:
+        if assignment.version < floors.version_floor(job.floors, self._root):
             self._lacks = "assignment of the version that was accepted last"
 
     def _open_snapshot(self) -> Snapshot | None:
