@@ -210,18 +210,7 @@ def check_assignment(assignment: Assignment) -> None:
             raise strict.malformed(what, f"{model.manifest.path[:120]!r} is not the manifest of {model.family}")
         if not 0 < model.manifest.length <= limits.MAX_MANIFEST_BYTES:
             raise strict.malformed(what, f"the manifest of {model.family} has a length of {model.manifest.length}")
-    _check_sets(assignment, what)
     _check_patches(assignment.patches, what)
-
-
-def _check_sets(assignment: Assignment, what: str) -> None:
-    grouped = [family for together in assignment.together for family in together]
-    if len(set(grouped)) != len(grouped):
-        raise strict.malformed(what, "a family is in two sets, or twice in one")
-    if not set(grouped) <= {model.family for model in assignment.models}:
-        raise strict.malformed(what, "a set names a family that is not assigned")
-    if any(len(together) < 2 for together in assignment.together):
-        raise strict.malformed(what, "a set has fewer than two families")
 
 
 def _check_patches(patches: tuple[Patch, ...], what: str) -> None:
