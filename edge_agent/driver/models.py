@@ -119,8 +119,8 @@ class Models:
 
     def can_roll_back(self, family: FamilyName) -> bool:
         """Whether going back by hand would change anything; of a set that changed as one, whether all of it can."""
-        previous = self._slots[family].previous
-        held = previous is not None and previous.key in self.withheld
+        going = [self._slots[other] for other in (family, *self._slots[family].changed_with) if other in self._slots]
+        held = any(slot.previous is not None and slot.previous.key in self.withheld for slot in going)
         return sets.can_roll_back(self._slots, family) and not held
 
     def running(self) -> tuple[RunningModel, ...]:

@@ -68,7 +68,7 @@ class _State:
         try:
             md.check_signatures(root.signed, ROOT, root)
         except TrustError as error:
-            raise _gone("a root.json that its own keys have signed") from error
+            raise _gone("a root.json that its own keys have signed", hint=_ENROL) from error
         self._root = root.signed
         if self._root.version < job.floors.roles.get(ROOT, 0):
             raise _gone("root.json of the version that was accepted last")
@@ -177,6 +177,7 @@ class _State:
         return found
 
 
+_ENROL: Final = "the disk has changed it: what is installed runs on; to install again, enrol the device anew"
 _TORN: Final = frozenset({"trust.malformed", "trust.endless_data"})
 """What a file cut off by a power cut looks like; nobody signed that."""
 
@@ -194,12 +195,10 @@ def _finished(steps: Steps[TargetFile | None]) -> TargetFile | None:
     raise AssertionError("what is stored asks for nothing")
 
 
-def _gone(what: str) -> TransferRefused:
-    return TransferRefused(
-        f"not stored: {what}",
-        code="transfer.not_stored",
-        hint="the next refresh brings it again; until then the release runs on",
-    )
+def _gone(
+    what: str, *, hint: str = "the next refresh brings it again; until then the release runs on"
+) -> TransferRefused:
+    return TransferRefused(f"not stored: {what}", code="transfer.not_stored", hint=hint)
 
 
 def _said(error: OutriderError) -> Refused:
