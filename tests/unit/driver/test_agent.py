@@ -189,6 +189,29 @@ def test_what_is_withheld_keeps_its_files_and_serves_at_the_next_start_at_which_
     world.life(corrected)
 
 
+def test_nobody_goes_back_by_hand_to_what_is_withheld() -> None:
+    world = AgentWorld()
+
+    async def install() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+
+    async def replaced() -> None:
+        await until(lambda: "release.revoked" in world.hub.events(), "told")
+        world.arrive(world.publish(release(world, "2.0.0")))
+        await committed(world, "2.0.0")
+        refusal = await world.ask(Control(command="model.rollback", argument="digits"))
+        assert isinstance(refusal, Refusal)
+        assert refusal.code == "release.no_previous"
+
+    world.life(install)
+    assert world.ledger.verified is not None
+    (held,) = world.ledger.verified.models
+    refused = StoredRefusal(code="trust.signature", message="revoked")
+    world.verifier.judged = Judged(refused={held.manifest_digest: refused}, undecided={})
+    world.life(replaced)
+
+
 def test_a_look_at_what_is_installed_that_fails_stops_nothing() -> None:
     world = AgentWorld()
 
