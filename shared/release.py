@@ -57,11 +57,12 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What never goes down on a device, kept apart from the metadata cache so that losing the cache lowers nothing.
 
     Attributes:
-        assignment_version: newest assignment accepted.
+        assignment_version: newest assignment accepted, whoever signed it; decides only until the first is in `roles`.
         roles: newest version accepted, for `root` by its name, for any other TUF role by name and fingerprint of the
             key set that signs it (`timestamp@9f3a…`, `models/digits@04bc…`): new keys begin with a floor of their own.
+            For assignments too, version and moment of issue (shared/trust/floors.py).
         releases: highest `min_release_counter` seen by family.
-        time_ms: the latest moment that signed documents prove has passed.
+        time_ms: a moment that has passed by this device's own clock and by signed documents; bound to no keys.
         attested_ms: what the hub attested last; the one that a later attestation may lower.
     """
 

@@ -5,7 +5,8 @@ Rules of this file:
    the full desired state and a newer one replaces all before it.
 2. A verification that could not get its files is repeated with growing pauses; one that was refused is not.
 3. The hub is told of every refusal, and once for each document why its files did not come, unless nobody answered at
-   all: a link that drips or stalls may be an attack (slow retrieval), and one that is down is none.
+   all: a link that drips or stalls may be an attack (slow retrieval), and one that is down is none. A document that
+   was refused last and is delivered again, for the same reason, is no new refusal: events are never dropped.
 4. One that needs a time that nobody has attested waits until somebody has, however long; the models run on meanwhile.
 
 Signatures and versions are not judged here (shared/trust does, in the verifier child), nor is anything saved.
@@ -13,6 +14,7 @@ Signatures and versions are not judged here (shared/trust does, in the verifier 
 
 from __future__ import annotations
 
+import hashlib
 from enum import Enum, auto
 from typing import Final
 
@@ -49,6 +51,7 @@ class Intake(msgspec.Struct, frozen=True):
         told: the code that the hub was told last for this document.
         timed: the time was attested after this verification had begun.
         time_told: the hub was told that something waits for the time; once is enough.
+        refused: SHA-256 and code of what was refused last.
     """
 
     phase: IntakePhase = IntakePhase.RESTING
@@ -58,6 +61,7 @@ class Intake(msgspec.Struct, frozen=True):
     told: str = ""
     timed: bool = False
     time_told: bool = False
+    refused: tuple[bytes, str] = (b"", "")
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -155,10 +159,15 @@ IntakeEffect = Verify | OfferModels | NoteRefusal | NoteDelay | AskTime | NoteWa
 _Decision = Decision[Intake, IntakeEffect]
 
 
+def _outlived(state: Intake) -> Intake:
+    """What is known beyond the document at hand."""
+    return Intake(time_told=state.time_told, refused=state.refused)
+
+
 def _verify(state: Intake, document: bytes, *effects: IntakeEffect) -> _Decision:
     # The hub sends a document again until the device has it: that is no new reason to tell it the same.
     told = state.told if document == state.document else ""
-    verifying = Intake(phase=IntakePhase.VERIFYING, document=document, told=told, time_told=state.time_told)
+    verifying = replace(_outlived(state), phase=IntakePhase.VERIFYING, document=document, told=told)
     return Decision(verifying, (*effects, Verify(document)))
 
 
@@ -172,7 +181,7 @@ def _remember(state: Intake, event: Arrived) -> _Decision:
 
 def _next(state: Intake, *effects: IntakeEffect) -> _Decision:
     if state.waiting is None:
-        return Decision(Intake(time_told=state.time_told), effects)
+        return Decision(_outlived(state), effects)
     return _verify(state, state.waiting, *effects)
 
 
@@ -181,7 +190,10 @@ def _accepted(state: Intake, event: Accepted) -> _Decision:
 
 
 def _refused(state: Intake, event: Refused) -> _Decision:
-    return _next(state, NoteRefusal(event.code, event.message))
+    refused = (hashlib.sha256(state.document).digest(), event.code)
+    if refused == state.refused:
+        return _next(state)
+    return _next(replace(state, refused=refused), NoteRefusal(event.code, event.message))
 
 
 def _unavailable(state: Intake, event: Unavailable) -> _Decision:
@@ -195,9 +207,7 @@ def _unavailable(state: Intake, event: Unavailable) -> _Decision:
     newest = state.document if state.waiting is None else state.waiting
     if newest != state.document:
         told = ""
-    pausing = Intake(
-        phase=IntakePhase.PAUSING, document=newest, failures=failures, told=told, time_told=state.time_told
-    )
+    pausing = replace(_outlived(state), phase=IntakePhase.PAUSING, document=newest, failures=failures, told=told)
     return Decision(pausing, effects)
 
 
@@ -214,7 +224,7 @@ def _untimed(state: Intake, event: Untimed) -> _Decision:
     if state.timed:
         return _verify(state, newest)
     told = () if state.time_told else (NoteWaiting(event.message),)
-    waiting = Intake(phase=IntakePhase.AWAITING_TIME, document=newest, time_told=True)
+    waiting = replace(_outlived(state), phase=IntakePhase.AWAITING_TIME, document=newest, time_told=True)
     return Decision(waiting, (ShowWaiting(event.message), *told, AskTime()))
 
 

@@ -21,7 +21,6 @@ from edge_agent.core.slot_moves import (
     on_trial,
     serve,
     uncommit,
-    without_candidate,
 )
 from edge_agent.core.slot_values import (
     MAX_LOADS,
@@ -40,6 +39,7 @@ from edge_agent.core.slot_values import (
     StopHost,
     StopTimer,
     SwitchAllowed,
+    SwitchTo,
     Timer,
     WaitOver,
 )
@@ -106,12 +106,16 @@ def set_rolled_back(state: Slot, event: SetRolledBack) -> Step:
 
 
 def no_longer_trusted(state: Slot, event: NoLongerTrusted) -> Step:
-    """Stop serving this release and forget that it was committed; what was before it serves, if it still holds."""
+    """Stop serving this release. What was before it serves, if it still holds; else it stays, unserved, with its files.
+
+    Whether it comes back is the next verification's to say, and what it was left for an accepted assignment's.
+    """
     if state.previous is not None and state.previous.key == event.key:
         state = replace(state, previous=None)
     candidate, active = state.candidate, state.active
     if candidate is not None and candidate.key == event.key and state.phase is not Phase.ROLLING_BACK:
-        return go_back(state, event.code, event.message, quarantine=state.quarantine)
+        left = go_back(state, event.code, event.message, quarantine=state.quarantine)
+        return Decision(left.state, tuple(effect for effect in left.effects if not isinstance(effect, CollectGarbage)))
     if active is None or active.key != event.key:
         return Decision(state)
     if state.phase is Phase.COMMITTED and state.previous is not None:
@@ -120,11 +124,19 @@ def no_longer_trusted(state: Slot, event: NoLongerTrusted) -> Step:
 
 
 def _active_distrusted(state: Slot, active: Installed, event: NoLongerTrusted) -> Step:
-    after = replace(state, active=state.previous, previous=None, changed_with=(), crashes=0)
-    effects: list[Effect] = [] if state.phase is Phase.PROBATION else [*serve(after)]
-    effects += [StopTimer(Timer.RESTART), StopHost(active.key)]
-    effects.append(note("release.distrusted", active, code=event.code, message=event.message))
-    if state.phase is Phase.COMMITTED or (state.phase is Phase.ROLLING_BACK and after.active is None):
-        after = blame(without_candidate(after), active, event.code, event.message)
-        effects.append(CollectGarbage())
-    return Decision(after, tuple(effects))
+    after = replace(state, crashes=0)
+    serving: tuple[Effect, ...] = (SwitchTo(None),)
+    if state.previous is not None:
+        after = replace(after, active=state.previous, previous=None, changed_with=())
+        serving = serve(after)
+    elif state.candidate is None:
+        after = blame(after, active, event.code, event.message)
+    return Decision(
+        after,
+        (
+            *(() if state.phase is Phase.PROBATION else serving),
+            StopTimer(Timer.RESTART),
+            StopHost(active.key),
+            note("release.distrusted", active, code=event.code, message=event.message),
+        ),
+    )

@@ -32,6 +32,7 @@ from edge_agent.core.slot_values import (
     Event,
     FilesBad,
     Gathered,
+    Installed,
     Member,
     NoLongerTrusted,
     OperatorRollback,
@@ -42,7 +43,7 @@ from edge_agent.core.slot_values import (
     SteppedBack,
     SwitchAllowed,
 )
-from shared.ids import FamilyName
+from shared.ids import Digest, FamilyName
 
 States = Mapping[FamilyName, Slot]
 ForFamily = tuple[FamilyName, Event]
@@ -68,8 +69,12 @@ def decide(states: States, events: Sequence[ForFamily]) -> Change:
     """
     after = dict(states)
     effects: list[tuple[FamilyName, Effect]] = []
-    waiting = deque(widened for event in events for widened in _widened(after, *event))
+    given = deque(events)
+    waiting: deque[ForFamily] = deque()
     for _ in range(MAX_EVENTS):
+        while not waiting and given:
+            # Not before its turn: whom it concerns may hang on what the ones before it have left.
+            waiting.extend(_widened(after, *given.popleft()))
         if not waiting:
             waiting.extend(_following(after))
             if not waiting:
@@ -88,6 +93,42 @@ def can_roll_back(states: States, family: FamilyName) -> bool:
     if slot.phase is Phase.COMMITTED and slot.changed_with:
         return _goes_back_as_one(states, slot)
     return slots.can_roll_back(slot)
+
+
+def distrusted(states: States, reasons: Mapping[Digest, tuple[str, str]]) -> tuple[list[ForFamily], frozenset[Digest]]:
+    """What is said to the slots of releases that do not hold any more, and all releases that are not served for it.
+
+    Who was committed in one step with such a release is not served either, unless all can go back.
+
+    Args:
+        states: every slot of the device.
+        reasons: a code and words for each release that does not hold, by the digest of its manifest.
+    """
+    before: list[ForFamily] = []
+    actives: list[ForFamily] = []
+    along: list[ForFamily] = []
+    withheld = set(reasons)
+    for family, slot in states.items():
+        for release in (slot.previous, slot.candidate):
+            if release is not None and release.manifest_digest in reasons:
+                before.append((family, _gone(release, *reasons[release.manifest_digest])))
+        if slot.active is None or slot.active.manifest_digest not in reasons:
+            continue
+        code, why = reasons[slot.active.manifest_digest]
+        actives.append((family, _gone(slot.active, code, why)))
+        for other in slot.changed_with:
+            member = states.get(other)
+            if member is None or member.active is None or member.changed_with != slot.changed_with:
+                continue
+            if member.active.manifest_digest not in reasons:
+                withheld.add(member.active.manifest_digest)
+                along.append((other, _gone(member.active, "set.member_failed", f"{family}: {code}: {why}")))
+    # What is gone back to is judged before what is left, and who is to blame before who goes along.
+    return [*before, *actives, *along], frozenset(withheld)
+
+
+def _gone(release: Installed, code: str, message: str) -> NoLongerTrusted:
+    return NoLongerTrusted(key=release.key, code=code, message=message)
 
 
 def may_warm_up(states: States, family: FamilyName) -> bool:

@@ -86,6 +86,8 @@ CRASH_LOOP_CODE: Final = "model.crash_loop"
 _STEPS_OF_A_LIFE: Final = {Phase.WARMUP: 2, Phase.PROBATION: 3}
 """Steps from STAGED to here and, at the next start, back: they cost nothing when the agent ends in order."""
 DAMAGED_CODE: Final = "storage.damaged"
+_DISTRUST: Final = ("trust.", "set.member_failed")
+"""How codes begin that a committed release is left with when it, or who came with it, is no longer trusted."""
 _FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
@@ -93,7 +95,10 @@ _FOLLOWS: Final = ("release.quarantined", "set.member_failed")
 
 
 def offered(state: Slot, event: Offered) -> Step:
-    """A release is named: the one that is here, the one on its way, one that may not run, or a new one."""
+    """A release is named: the one that is here, the one on its way, one that may not run, or a new one.
+
+    Which assignment is the newest is the trust rules' to say: new keys begin to count their versions anew.
+    """
     offer = Installed(
         manifest=event.model.manifest,
         manifest_digest=event.model.manifest_digest,
@@ -102,9 +107,6 @@ def offered(state: Slot, event: Offered) -> Step:
         patches=event.patches,
         ground=event.model.ground,
     )
-    known = [release for release in (state.active, state.candidate) if release is not None]
-    if any(release.assignment_version > offer.assignment_version for release in known):
-        return Decision(state, (note("release.stale", offer),))
     if event.force and offer.manifest_digest in state.quarantine:
         rest = tuple(digest for digest in state.quarantine if digest != offer.manifest_digest)
         state = replace(state, quarantine=rest, refused=0)
@@ -137,14 +139,16 @@ def _set_changed(state: Slot, together: tuple[Member, ...]) -> Step:
 
 
 def _named_again(state: Slot, *, active: Installed | None = None, candidate: Installed | None = None) -> Step:
-    """The assignment names what is here or on its way: only its version may be newer."""
+    """The assignment names what is here or on its way: its version may be newer, and it is trusted again."""
     after = replace(state, active=active or state.active, candidate=candidate or state.candidate)
+    if active is not None and after.failed == active.manifest_digest and after.error_code.startswith(_DISTRUST):
+        after = without_error(after)
     return Decision(state if after == state else after)
 
 
 def _refused(state: Slot, offer: Installed, code: str, why: str) -> Step:
     """Not taken in: said once for each assignment."""
-    if state.refused >= offer.assignment_version:
+    if state.refused == offer.assignment_version:
         return Decision(state)
     after = replace(state, refused=offer.assignment_version)
     # Why it failed is kept where that is known already: the refusal only follows from it.
@@ -353,8 +357,8 @@ def _active_lost(state: Slot, active: Installed, event: HostFailed) -> Step:
 
 
 def restart_due(state: Slot, _: RestartDue) -> Step:
-    """Start the committed release's host again."""
-    return Decision(state, (StartHost(state.active),) if state.active is not None else ())
+    """Start the committed release's host again; requests go to it from now on if they did not, because it was left."""
+    return Decision(state, serve(state) if state.active is not None else ())
 
 
 # Probation and its end

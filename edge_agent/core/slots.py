@@ -243,7 +243,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         NoLongerTrusted,
         set_steps.no_longer_trusted,
         {phase: (phase, *_ENDS) for phase in _ON_THE_WAY}
-        | {_PROBATION: (_PROBATION, _BACK, _IDLE), _COMMITTED: (_COMMITTED, _BACK, _IDLE), _BACK: (_BACK, _IDLE)},
+        | {_PROBATION: (_PROBATION, _BACK, _IDLE), _COMMITTED: (_COMMITTED, _BACK), _BACK: (_BACK,)},
         stays="nothing is installed",
     ),
     _rows(Gathered, set_steps.gathered, {_STAGED: (_STAGED,)}, stays="late"),

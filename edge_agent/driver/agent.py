@@ -21,7 +21,7 @@ from edge_agent.core.intake import (
     Unavailable,
     Untimed,
 )
-from edge_agent.core.slot_values import FetchDue, Installed, NoLongerTrusted
+from edge_agent.core.slot_values import FetchDue, Installed
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -212,7 +212,7 @@ class Agent:
                 case intake.Verify(document):
                     self._works.start("verify-assignment", self._verify(document))
                 case intake.OfferModels(verified):
-                    self._models.withheld.trust(verified)
+                    await self._models.trust(verified)
                     await self._offer(verified)
                     self._uplink.report_soon()
                 case intake.NoteRefusal(code, message):
@@ -252,15 +252,7 @@ class Agent:
                 self._inbox.post(Noted("release.revoked", _detail(release, refused)))
             elif undecided is not None:
                 logger.warning("an installed release runs on unjudged", extra={"why": undecided.message})
-        refusals = [(one.family, event.judged.refused.get(one.digest), one.digest) for one in event.releases]
-        self._models.withheld.hold(frozenset(event.judged.refused))
-        await self._models.distrust(
-            [
-                (family, NoLongerTrusted(key=digest, code=refused.code, message=refused.message))
-                for family, refused, digest in refusals
-                if refused is not None
-            ]
-        )
+        await self._models.distrust({digest: (one.code, one.message) for digest, one in event.judged.refused.items()})
         self._uplink.report_soon()
         await self._reconcile()
 

@@ -11,7 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from edge_agent.core import health, sets, slots
 from edge_agent.core.offering import offers
@@ -26,11 +26,11 @@ from edge_agent.core.slot_values import (
     Event,
     Fetch,
     Installed,
-    NoLongerTrusted,
     Note,
     Probe,
     Report,
     RequestWarmUp,
+    RestartDue,
     Restarted,
     Slot,
     StartHost,
@@ -55,7 +55,7 @@ from edge_agent.driver.withheld import Withheld
 from edge_agent.ports import Hosts, Ledger
 from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, StorageError
-from shared.ids import FamilyName
+from shared.ids import Digest, FamilyName
 from shared.inference import ModelState
 from shared.profile import DeviceProfile
 from shared.release import VerifiedAssignment
@@ -118,7 +118,9 @@ class Models:
 
     def can_roll_back(self, family: FamilyName) -> bool:
         """Whether going back by hand would change anything; of a set that changed as one, whether all of it can."""
-        return sets.can_roll_back(self._slots, family)
+        going = [self._slots[other] for other in (family, *self._slots[family].changed_with) if other in self._slots]
+        held = any(slot.previous is not None and slot.previous.key in self.withheld for slot in going)
+        return sets.can_roll_back(self._slots, family) and not held
 
     def running(self) -> tuple[RunningModel, ...]:
         """Every slot as the hub is told of it."""
@@ -168,15 +170,22 @@ class Models:
                 self._misfits.say(model, misfit)
         await self.handle_all(offers(verified, chosen, self._slots, self._profile.memory))
 
-    async def distrust(self, releases: Sequence[tuple[FamilyName, NoLongerTrusted]]) -> None:
-        """Stop serving these releases, without quarantine; what was before each serves again, if it still holds.
+    async def distrust(self, reasons: Mapping[Digest, tuple[str, str]]) -> None:
+        """Withhold these releases, without quarantine; what was before each serves again, if it still holds.
 
-        To be said of all that do not hold at once: then none of them is gone back to.
+        Args:
+            reasons: a code and words for each, by the digest of its manifest. To be said of all that do not hold at
+                once: then none of them is gone back to.
         """
-        known = [(family, event) for family, event in releases if family in self._slots]
-        # What is gone back to is judged before what is left.
-        known.sort(key=lambda one: (active := self._slots[one[0]].active) is not None and active.key == one[1].key)
-        await self.handle_all(known)
+        events, withheld = sets.distrusted(self._slots, reasons)
+        self.withheld.hold(withheld)
+        await self.handle_all(events)
+
+    async def trust(self, verified: VerifiedAssignment) -> None:
+        """Serve again what was withheld and is named by this assignment, which was accepted."""
+        freed = self.withheld.trust(verified)
+        back = [family for family, slot in self._slots.items() if slot.active is not None and slot.active.key in freed]
+        await self.handle_all([(family, RestartDue()) for family in back])
 
     async def handle(self, family: FamilyName, event: Event) -> None:
         """Decide what this event comes to, save it, carry it out."""

@@ -1,7 +1,9 @@
 """Installed releases that the trust rules do not stand behind any more: they stay where they are, and are not served.
 
 A device that starts serves what it has while the verifier looks at it. What turns out not to hold is withheld from then
-on, and comes back with the first assignment that is accepted with it.
+on. It keeps its slot and its files, because a mistyped profile or a file that the disk has changed shall cost no model:
+it comes back with the first assignment that is accepted with it, or at the next start at which it holds, and goes when
+an accepted assignment replaces it or leaves it out. Where the release before it still holds, that one serves instead.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Withheld:
         for family in tuple(self._families):
             self._route(family)
 
-    def trust(self, verified: VerifiedAssignment) -> None:
-        """Let go of what both signatures stand behind now."""
-        if self._digests:
-            self.hold(self._digests.difference([model.manifest_digest for model in verified.models]))
+    def trust(self, verified: VerifiedAssignment) -> frozenset[Digest]:
+        """Let go of what both signatures stand behind now, and say what that was."""
+        freed = self._digests.intersection([model.manifest_digest for model in verified.models])
+        if freed:
+            self.hold(self._digests - freed)
+        return freed

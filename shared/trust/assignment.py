@@ -32,7 +32,7 @@ from shared.ids import (
     parse_version,
 )
 from shared.model import FileRef, manifest_path
-from shared.release import AssignedModel, Assignment, Floors, Patch
+from shared.release import AssignedModel, Assignment, Patch
 from shared.trust import strict
 from shared.trust.library import Key, Root, Signature, Signer, encode_canonical
 from shared.trust.metadata import check_threshold, translated
@@ -101,7 +101,7 @@ def sign_assignment(assignment: Assignment, *signers: Signer) -> bytes:
 
 
 def verify_assignment(
-    document: bytes, *, root: Root, device: DeviceId, now_ms: int, floors: Floors, previous: bytes | None = None
+    document: bytes, *, root: Root, device: DeviceId, now_ms: int, floor: int, previous: bytes | None = None
 ) -> Assignment:
     """The assignment, if it is for this device, is authorised by the root, has not expired and is not an older one.
 
@@ -110,7 +110,7 @@ def verify_assignment(
         root: the newest verified root.
         device: the name on this device's own certificate.
         now_ms: the latest of the clock and the time floor.
-        floors: `assignment_version` is the newest version accepted.
+        floor: the newest version accepted from the keys that the root lists.
         previous: the document accepted last. One of the same version is the same only with the same content; without
             it, the same version is accepted again.
 
@@ -120,8 +120,8 @@ def verify_assignment(
     assignment, signed = open_assignment(document, root)
     check_device(assignment, device)
     check_assignment(assignment)
-    check_newer(assignment, floors)
-    if assignment.version == floors.assignment_version and previous is not None:
+    check_newer(assignment, floor)
+    if assignment.version == floor and previous is not None:
         _check_same(assignment, signed, previous)
     check_expiry(assignment, now_ms=now_ms)
     return assignment
@@ -158,11 +158,11 @@ def check_device(assignment: Assignment, device: DeviceId) -> None:
         )
 
 
-def check_newer(assignment: Assignment, floors: Floors) -> None:
+def check_newer(assignment: Assignment, floor: int) -> None:
     """Raise TrustError `trust.rollback` when a newer one was accepted before."""
-    if assignment.version < floors.assignment_version:
+    if assignment.version < floor:
         raise TrustError(
-            f"assignment {assignment.version} is older than {floors.assignment_version}, which was accepted before",
+            f"assignment {assignment.version} is older than {floor}, which was accepted before",
             code="trust.rollback",
             hint="to go back to an older release, assign it again: the new assignment gets a higher version",
         )
@@ -210,18 +210,7 @@ def check_assignment(assignment: Assignment) -> None:
             raise strict.malformed(what, f"{model.manifest.path[:120]!r} is not the manifest of {model.family}")
         if not 0 < model.manifest.length <= limits.MAX_MANIFEST_BYTES:
             raise strict.malformed(what, f"the manifest of {model.family} has a length of {model.manifest.length}")
-    _check_sets(assignment, what)
     _check_patches(assignment.patches, what)
-
-
-def _check_sets(assignment: Assignment, what: str) -> None:
-    grouped = [family for together in assignment.together for family in together]
-    if len(set(grouped)) != len(grouped):
-        raise strict.malformed(what, "a family is in two sets, or twice in one")
-    if not set(grouped) <= {model.family for model in assignment.models}:
-        raise strict.malformed(what, "a set names a family that is not assigned")
-    if any(len(together) < 2 for together in assignment.together):
-        raise strict.malformed(what, "a set has fewer than two families")
 
 
 def _check_patches(patches: tuple[Patch, ...], what: str) -> None:

@@ -118,7 +118,7 @@ def key_set(delegator: Root | Targets, role: str) -> frozenset[str]:
     """The keys, by material, that may sign this role."""
     with translated(f"keys of {role}"):
         known = _keys(delegator)
-        return frozenset(_any_material(known[k]) for k in delegator.get_delegated_role(role).keyids if k in known)
+        return materials({k: known[k] for k in delegator.get_delegated_role(role).keyids if k in known})
 
 
 def floor_name(delegator: Root | Targets, role: str) -> str:
@@ -127,8 +127,18 @@ def floor_name(delegator: Root | Targets, role: str) -> str:
     When the root replaces the keys, the floor that the old keys had pushed up does not bind the new ones (TUF
     specification 5.3.11, recovery from fast-forward attacks), and a crash between the two cannot mix them up.
     """
-    fingerprint = hashlib.sha256("\n".join(sorted(key_set(delegator, role))).encode()).hexdigest()
-    return f"{role}@{fingerprint[:16]}"
+    return named(role, key_set(delegator, role))
+
+
+def named(what: str, materials: frozenset[str]) -> str:
+    """The name of a floor that hangs on these keys, given by material."""
+    fingerprint = hashlib.sha256("\n".join(sorted(materials)).encode()).hexdigest()
+    return f"{what}@{fingerprint[:16]}"
+
+
+def materials(keys: Mapping[str, Key]) -> frozenset[str]:
+    """The keys by material, those that no library here reads by their text."""
+    return frozenset(_any_material(key) for key in keys.values())
 
 
 def check_fresh(signed: Signed, *, role: str, now_ms: int) -> None:

@@ -28,8 +28,8 @@ from shared.learned import check_learned_manifest
 from shared.model import FileRef, Manifest, decode_manifest, is_learned, parse_manifest_path
 from shared.release import AssignedModel, Assignment, Floors, Ground, VerifiedAssignment, VerifiedModel
 from shared.trust import assignment as assignments
+from shared.trust import floors, strict, time
 from shared.trust import metadata as md
-from shared.trust import strict, time
 from shared.trust.client import Client, Found, missing
 from shared.trust.library import Root
 from shared.trust.roles import LEARNED, TARGETS, learned_role
@@ -56,13 +56,13 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
     root = yield from client.follow_roots()
     time.check_attested(root, attested=job.time_attested)
     assignment = _open_assignment(job, root)
-    now_ms = max(job.wall_ms, job.floors.time_ms, assignment.issued_ms)
+    now_ms = max(_now_ms(job, root), assignment.issued_ms)
     yield from client.refresh(now_ms=now_ms)
     models = []
     for assigned in assignment.models:
         models.append((yield from _verify_model(client, job, assigned, now_ms=now_ms)))
     return VerifiedAssignment(
-        assignment=assignment, models=tuple(models), floors=_raised(job.floors, client, assignment, models)
+        assignment=assignment, models=tuple(models), floors=_raised(job, root, client, assignment, models)
     )
 
 
@@ -76,7 +76,8 @@ def attest(job: TimeJob) -> Steps[int]:
     """
     client = Client(root=job.root, cache={}, floors=job.floors.roles)
     root = yield from _served(client.follow_roots(), time.newer_roots(job.answer))
-    return time.verify_time(job.answer, root=root, device=job.device, nonce=job.nonce, floor_ms=job.floors.time_ms)
+    floor_ms = floors.time_floor(job.floors, root)
+    return time.verify_time(job.answer, root=root, device=job.device, nonce=job.nonce, floor_ms=floor_ms)
 
 
 def _served(run: Steps[R], files: Mapping[str, bytes]) -> Steps[R]:
@@ -92,14 +93,21 @@ def _served(run: Steps[R], files: Mapping[str, bytes]) -> Steps[R]:
 
 
 def _open_assignment(job: Job, root: Root) -> Assignment:
-    return assignments.verify_assignment(
+    assignment = assignments.verify_assignment(
         job.document,
         root=root,
         device=job.device,
-        now_ms=max(job.wall_ms, job.floors.time_ms),
-        floors=job.floors,
+        now_ms=_now_ms(job, root),
+        floor=floors.version_floor(job.floors, root),
         previous=job.previous,
     )
+    if job.time_attested:
+        floors.check_issued(assignment, now_ms=job.wall_ms)
+    return assignment
+
+
+def _now_ms(job: Job, root: Root) -> int:
+    return max(job.wall_ms, floors.time_floor(job.floors, root))
 
 
 def _verify_model(client: Client, job: Job, assigned: AssignedModel, *, now_ms: int) -> Steps[VerifiedModel]:
@@ -252,15 +260,16 @@ def check_fit(manifest: Manifest, *, profile: str, floors: Floors) -> None:
         )
 
 
-def _raised(before: Floors, client: Client, assignment: Assignment, models: list[VerifiedModel]) -> Floors:
-    """The floors after this run: only upwards, except for roles whose keys were replaced."""
+def _raised(job: Job, root: Root, client: Client, assignment: Assignment, models: list[VerifiedModel]) -> Floors:
+    """The floors after this run: only upwards, except for roles and assignments whose keys were replaced."""
+    before = job.floors
     releases = dict(before.releases)
     for model in models:
         family = model.manifest.family
         releases[family] = max(releases.get(family, 0), model.manifest.min_release_counter)
     return Floors(
         assignment_version=assignment.version,
-        roles=client.floors(),
+        roles=floors.raised(client.floors(), before, root, assignment),
         releases=releases,
-        time_ms=max(before.time_ms, assignment.issued_ms),
+        time_ms=max(before.time_ms, 0 if job.time_attested else min(assignment.issued_ms, job.wall_ms)),
     )

@@ -8,9 +8,13 @@ Two kinds of "no", because a device shall neither serve what was revoked nor fal
 
     refused     something is there and does not hold: revoked keys, another device's state, a damaged manifest,
                 a release below the floor
-    undecided   a file is gone, torn, signed with online keys that were replaced since, or not the one that its
-                neighbours speak of (a refresh broke off, a disk refused): what runs was accepted once, its files are
-                hashed before they are loaded, and it runs on
+    undecided   a file is gone, torn, signed with keys that were replaced since, or not the one that its neighbours
+                speak of (a refresh broke off, a disk refused): what runs was accepted once, its files are hashed
+                before they are loaded, and it runs on
+
+A root is kept as soon as it is known, what it stands behind only by the refresh that follows. Until then a role that
+the newest root does not stand behind says nothing of a theft: planned changes of keys look the same. Once a refresh was
+accepted under that root, it is refused. A root that its own keys have not signed is one that the disk has changed.
 
 A refusal that can be seen past a lost file is given all the same.
 """
@@ -25,6 +29,7 @@ from shared.ids import Digest
 from shared.model import FileRef, manifest_path
 from shared.release import AssignedModel
 from shared.trust import assignment as assignments
+from shared.trust import floors
 from shared.trust import metadata as md
 from shared.trust.client import Delegator, Found, Steps, is_promised, promised, search
 from shared.trust.library import Metadata, Root, Snapshot, Targets, Timestamp
@@ -60,7 +65,10 @@ class _State:
         self._job = job
         self._lacks: str | None = None
         root = self._stored(Root, ROOT, None, limits.MAX_ROOT_BYTES)
-        md.check_signatures(root.signed, ROOT, root)
+        try:
+            md.check_signatures(root.signed, ROOT, root)
+        except TrustError as error:
+            raise _gone("a root.json that its own keys have signed", hint=_ENROL) from error
         self._root = root.signed
         if self._root.version < job.floors.roles.get(ROOT, 0):
             raise _gone("root.json of the version that was accepted last")
@@ -99,6 +107,11 @@ class _State:
     def _find(self, path: str) -> Found | None:
         return _finished(search(path, self._root, self._load))
 
+    @property
+    def _root_is_new(self) -> bool:
+        """Whether nothing was accepted under this root yet."""
+        return self._root.version > self._job.floors.roles.get(ROOT, 0)
+
     def _check_assignment(self) -> None:
         """The assignment is what lets this device run anything, so one that does not hold takes all with it."""
         job = self._job
@@ -114,7 +127,7 @@ class _State:
                 raise
             self._lacks = "assignment that the root's keys have signed"
             return
-        if assignment.version < job.floors.assignment_version:
+        if assignment.version < floors.version_floor(job.floors, self._root):
             self._lacks = "assignment of the version that was accepted last"
 
     def _open_snapshot(self) -> Snapshot | None:
@@ -138,7 +151,12 @@ class _State:
     def _load(self, role: str, delegator: Delegator, delegator_name: str) -> Steps[Targets]:  # noqa: ARG002
         """The stored role, if its delegator still stands behind it; nothing is asked for."""
         yield from ()
-        stored = self._stored(Targets, role, delegator, limits.MAX_TARGETS_BYTES)
+        try:
+            stored = self._stored(Targets, role, delegator, limits.MAX_TARGETS_BYTES)
+        except TrustError as error:
+            if error.code != _OTHER_KEYS or not self._root_is_new:
+                raise
+            raise _gone(f"a {role} that the keys of the newest root have signed") from error
         floor = self._job.floors.roles.get(md.floor_name(delegator, role), 0)
         if stored.signed.version < floor:
             raise _gone(f"{role} of the version that was accepted last")
@@ -162,12 +180,13 @@ class _State:
         return found
 
 
+_ENROL: Final = "the disk has changed it: what is installed runs on; to install again, enrol the device anew"
 _TORN: Final = frozenset({"trust.malformed", "trust.endless_data"})
 """What a file cut off by a power cut looks like; nobody signed that."""
 
 
 _OTHER_KEYS: Final = "trust.signature"
-"""Online keys that were replaced while a refresh broke off: they say what is newest, and vouch for no model."""
+"""Keys that were replaced while a refresh broke off. The online ones say what is newest and vouch for no model."""
 
 
 def _finished(steps: Steps[Found | None]) -> Found | None:
@@ -179,12 +198,10 @@ def _finished(steps: Steps[Found | None]) -> Found | None:
     raise AssertionError("what is stored asks for nothing")
 
 
-def _gone(what: str) -> TransferRefused:
-    return TransferRefused(
-        f"not stored: {what}",
-        code="transfer.not_stored",
-        hint="the next refresh brings it again; until then the release runs on",
-    )
+def _gone(
+    what: str, *, hint: str = "the next refresh brings it again; until then the release runs on"
+) -> TransferRefused:
+    return TransferRefused(f"not stored: {what}", code="transfer.not_stored", hint=hint)
 
 
 def _said(error: OutriderError) -> Refused:

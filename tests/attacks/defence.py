@@ -18,11 +18,13 @@ class Defence:
         row: the attack's number in docs/attacks.md.
         test: pytest's name of the test that shows the attack refused; with `[case]` only that case.
         removals: what is to be taken out; several where another defence stands behind the first.
+        may_hang: without the defence the test need not come to an end.
     """
 
     row: int
     test: str
     removals: tuple[Removal, ...]
+    may_hang: bool = False
 
     @property
     def names(self) -> str:
@@ -30,10 +32,10 @@ class Defence:
         return ", ".join(place for place, _ in self.removals)
 
 
-def against(row: int, test: str, *removals: str | Removal) -> Defence:
+def against(row: int, test: str, *removals: str | Removal, may_hang: bool = False) -> Defence:
     """A defence; a place without a stand-in does nothing and returns nothing when it is gone."""
     pairs = tuple((one, nothing) if isinstance(one, str) else one for one in removals)
-    return Defence(row, test, pairs)
+    return Defence(row, test, pairs, may_hang)
 
 
 def nothing(*_: Any, **__: Any) -> None:

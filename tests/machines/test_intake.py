@@ -64,6 +64,30 @@ def test_a_refusal_is_noted_and_not_tried_again() -> None:
     assert state.phase is IntakePhase.RESTING
 
 
+def test_a_refused_document_that_is_delivered_again_is_no_new_refusal() -> None:
+    older = Refused("trust.rollback", "older")
+    told = NoteRefusal("trust.rollback", "older")
+    events: list[IntakeEvent] = [Arrived(b"1"), older]
+    state, effects = play(*events * 60)
+    assert effects.count(told) == 1
+    assert effects.count(Verify(b"1")) == 60
+    assert state.phase is IntakePhase.RESTING
+    _, effects = play(Arrived(b"1"), older, Arrived(b"2"), Accepted(VERIFIED), Arrived(b"1"), older)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), older, Arrived(b"1"), Unavailable("no link"), PauseOver(), older)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), older, Arrived(b"1"), Untimed("no time"), TimeTrusted(), older)
+    assert effects.count(told) == 1
+    _, effects = play(Arrived(b"1"), older, Arrived(b"1"), Arrived(b"2"), older, older)
+    assert effects.count(told) == 2, "another document"
+
+
+def test_a_refused_document_that_is_refused_for_another_reason_is_told_again() -> None:
+    events: list[IntakeEvent] = [Arrived(b"1"), Refused("trust.rollback", "older"), Arrived(b"1")]
+    _, effects = play(*events, Refused("trust.freeze", "expired"))
+    assert effects.count(NoteRefusal("trust.freeze", "expired")) == 1
+
+
 def test_what_could_not_be_fetched_is_tried_again_after_growing_pauses() -> None:
     events: list[IntakeEvent] = [Arrived(b"1")]
     for _ in range(12):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -15,6 +15,7 @@ from edge_agent.core.slot_values import (
     MAX_REFETCHES,
     AnswerBad,
     AnswerGood,
+    CollectGarbage,
     Effect,
     Event,
     FetchFailed,
@@ -28,6 +29,7 @@ from edge_agent.core.slot_values import (
     Phase,
     ProbationTimedOut,
     RequestWarmUp,
+    RestartDue,
     Restarted,
     Slot,
     StartTimer,
@@ -57,6 +59,7 @@ class Device:
     def __init__(self) -> None:
         self.slots: dict[FamilyName, Slot] = {}
         self.effects: list[tuple[FamilyName, Effect]] = []
+        self.targets: dict[FamilyName, str | None] = {}
         self.saved: list[set[FamilyName]] = []
         self.version = 0
 
@@ -76,6 +79,11 @@ class Device:
         for event in events:
             effects += self._happen([(family, event)]).effects
         self.effects = effects
+        return self
+
+    def hear(self, events: Sequence[sets.ForFamily]) -> Device:
+        """What has happened at once."""
+        self._happen(events)
         return self
 
     def restart(self) -> Device:
@@ -113,14 +121,14 @@ class Device:
         return {
             family: release.manifest.version
             for family, slot in self.slots.items()
-            if (release := slots.serving(slot)) is not None
+            if (release := slots.serving(slot)) is not None and release.key == self.targets.get(family)
         }
 
     def wants(self, family: FamilyName, effect: Effect) -> bool:
         """Whether this was wanted."""
         return (family, effect) in self.effects
 
-    def _happen(self, events: list[sets.ForFamily]) -> Device:
+    def _happen(self, events: Sequence[sets.ForFamily]) -> Device:
         before = dict(self.slots)
         for family, _ in events:
             before.setdefault(family, slots.new_slot(family, probation=PROBATION))
@@ -128,6 +136,7 @@ class Device:
         self.saved.append(set(change.slots))
         self.slots = before | {family: decode_state(encode_state(slot)) for family, slot in change.slots.items()}
         self.effects = list(change.effects)
+        self.targets |= {family: effect.key for family, effect in change.effects if isinstance(effect, SwitchTo)}
         return self
 
 
@@ -342,8 +351,45 @@ def test_attack_35_bit_rot_or_distrust_of_one_takes_all_back_without_quarantine(
 def test_what_cannot_go_back_together_serves_nothing_rather_than_a_mixture() -> None:
     device = Device().runs(FIRST).runs(SECOND).runs(Assigned({"a": "2.0.0", "b": "3.0.0"}))
     device.say(A, NoLongerTrusted(key=key("a", "2.0.0"), code="trust.rollback", message="below the floor"))
-    device.stand(a=Phase.IDLE, b=Phase.COMMITTED)
+    device.stand(a=Phase.COMMITTED, b=Phase.COMMITTED)
     assert device.serving() == {"b": "3.0.0"}
+    assert not device.wants(A, CollectGarbage())
+    assert device.wants(A, StopHost(key("a", "2.0.0")))
+    device.say(A, RestartDue())
+    assert device.serving() == {"a": "2.0.0", "b": "3.0.0"}
+
+
+def test_of_a_set_that_cannot_go_back_none_is_served_and_all_keep_their_releases() -> None:
+    device = Device().runs(FIRST)
+    events, withheld = sets.distrusted(device.slots, {key("b", "1.0.0"): ("trust.signature", "revoked")})
+    assert withheld == {key("a", "1.0.0"), key("b", "1.0.0")}
+    device.hear(events)
+    assert device.serving() == {}
+    device.stand(a=Phase.COMMITTED, b=Phase.COMMITTED)
+    assert device.slots[A].error == "b: trust.signature: revoked"
+    assert not device.wants(A, CollectGarbage())
+    assert not device.wants(B, CollectGarbage())
+    device.assign(FIRST, again=True)
+    assert [slot.error_code for slot in device.slots.values()] == ["", ""]
+
+
+def test_of_a_set_one_of_which_has_lost_what_was_before_it_none_goes_back_alone() -> None:
+    device = Device().runs(FIRST).runs(SECOND)
+    reason = ("trust.signature", "revoked")
+    events, withheld = sets.distrusted(device.slots, {key("b", "1.0.0"): reason, key("a", "2.0.0"): reason})
+    assert key("b", "2.0.0") in withheld
+    device.hear(events)
+    device.stand(a=Phase.COMMITTED, b=Phase.COMMITTED)
+    assert device.serving() == {}
+
+
+def test_of_a_set_that_can_go_back_all_do() -> None:
+    device = Device().runs(FIRST).runs(SECOND)
+    events, _ = sets.distrusted(device.slots, {key("b", "2.0.0"): ("trust.signature", "revoked")})
+    device.hear(events)
+    device.stand(a=Phase.ROLLING_BACK, b=Phase.ROLLING_BACK)
+    assert device.serving() == ALL_OLD
+    assert device.slots[B].error_code == "trust.signature"
 
 
 # Assignments
@@ -404,8 +450,10 @@ def test_a_release_that_is_no_longer_trusted_stops_serving_in_every_phase() -> N
         assert device.slots[A].error_code == "trust.rollback"
         assert not device.slots[A].quarantine
     only = Device().runs(Assigned({"a": "2.0.0"})).say(A, gone)
-    only.stand(a=Phase.IDLE)
+    only.stand(a=Phase.COMMITTED)
     assert only.wants(A, SwitchTo(None))
+    assert only.wants(A, StopHost(key("a", "2.0.0")))
+    assert not only.wants(A, CollectGarbage())
     during = Device().runs(Assigned({"a": "2.0.0"})).assign(Assigned({"a": "3.0.0"})).say(A, gone)
     during.stand(a=Phase.FETCHING)
     assert during.serving() == {}

@@ -15,6 +15,7 @@ _REFRESH: Final = "tests/unit/trust/test_refresh.py::"
 _KEYS: Final = "tests/unit/trust/test_refresh_keys.py::"
 _BYTES: Final = "tests/unit/trust/test_refresh_bytes.py::"
 _ASSIGNMENT: Final = "tests/unit/trust/test_assignment.py::"
+_FLOORS: Final = "tests/unit/trust/test_floors.py::"
 _TIME: Final = "tests/unit/trust/test_time.py::"
 _CHANGES: Final = "tests/unit/releases/test_key_changes.py::"
 _DRAFTS: Final = "tests/unit/trust/test_drafts.py::"
@@ -33,6 +34,10 @@ _parse_json: Final = strict.parse_json
 
 def _bounded_nowhere(data: bytes, *, what: str, max_bytes: int, floats: bool = False) -> dict[str, Any]:
     return _parse_json(data, what=what, max_bytes=2**40, floats=floats)
+
+
+def _of_no_key(what: str, _root: Any) -> str:
+    return f"{what}@"
 
 
 DEFENCES: Final[tuple[Defence, ...]] = (
@@ -90,6 +95,21 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(
         5, _ATTACKS + "test_an_old_assignment_is_refused_beside_fresh_metadata", "shared.trust.assignment.check_expiry"
+    ),
+    against(
+        4,
+        _FLOORS + "test_attack_4_an_assignment_that_was_pushed_up_as_far_as_numbers_go_binds_no_new_key",
+        ("shared.trust.floors._name", _of_no_key),
+    ),
+    against(
+        4,
+        _FLOORS + "test_attack_4_a_time_that_a_thief_has_pushed_ahead_binds_no_new_key",
+        ("shared.trust.floors._name", _of_no_key),
+    ),
+    against(
+        4,
+        _FLOORS + "test_attack_4_an_assignment_from_the_future_is_refused_where_the_time_is_attested",
+        "shared.trust.floors.check_issued",
     ),
     against(7, _REFRESH + "test_a_second_file_of_the_same_version_is_refused", "shared.trust.metadata.check_promise"),
     against(

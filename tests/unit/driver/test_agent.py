@@ -158,6 +158,63 @@ def test_what_no_longer_holds_is_told_and_not_served_until_it_is_trusted_again()
     world.life(undecided)
 
 
+def test_what_is_withheld_keeps_its_files_and_serves_at_the_next_start_at_which_it_holds() -> None:
+    world = AgentWorld()
+
+    async def install() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+        world.broker.go_down()
+
+    async def withheld() -> None:
+        await until(lambda: "digits" in world.models.routes(), "restored")
+        await until(lambda: world.models.routes()["digits"].release is None, "withheld")
+        slot = world.models.slot("digits")
+        assert slot is not None
+        assert slot.error_code == "trust.wrong_hardware"
+        assert slot.active is not None
+        assert all(world.shelf.has(file.digest) for file in slot.active.files)
+        await until(lambda: not world.models.hosting.pids(), "its host is not needed")
+        world.fetcher.away = True
+
+    async def corrected() -> None:
+        await until(lambda: bool(running(world, "1.0.0")), "the host is up")
+        assert isinstance(await world.infer(), Answer)
+        await until(lambda: (slot := world.models.slot("digits")) is not None and not slot.error_code, "no error")
+
+    world.life(install)
+    assert world.ledger.verified is not None
+    (held,) = world.ledger.verified.models
+    refused = StoredRefusal(code="trust.wrong_hardware", message="signed for pi4")
+    world.verifier.judged = Judged(refused={held.manifest_digest: refused}, undecided={})
+    world.life(withheld)
+    world.verifier.judged = Judged(refused={}, undecided={})
+    world.life(corrected)
+
+
+def test_nobody_goes_back_by_hand_to_what_is_withheld() -> None:
+    world = AgentWorld()
+
+    async def install() -> None:
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await committed(world, "1.0.0")
+
+    async def replaced() -> None:
+        await until(lambda: "release.revoked" in world.hub.events(), "told")
+        world.arrive(world.publish(release(world, "2.0.0")))
+        await committed(world, "2.0.0")
+        refusal = await world.ask(Control(command="model.rollback", argument="digits"))
+        assert isinstance(refusal, Refusal)
+        assert refusal.code == "release.no_previous"
+
+    world.life(install)
+    assert world.ledger.verified is not None
+    (held,) = world.ledger.verified.models
+    refused = StoredRefusal(code="trust.signature", message="revoked")
+    world.verifier.judged = Judged(refused={held.manifest_digest: refused}, undecided={})
+    world.life(replaced)
+
+
 def test_a_look_at_what_is_installed_that_fails_stops_nothing() -> None:
     world = AgentWorld()
 

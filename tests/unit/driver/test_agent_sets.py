@@ -17,6 +17,7 @@ from shared.inference import Answer, Control, Done, Infer, Refusal, TensorHead
 from shared.limits import MIB
 from shared.profile import MemoryBudget
 from shared.release import VerifiedModel
+from shared.wire.verification import Judged, Refused
 from tests.fakes.agent_world import AgentWorld, until
 from tests.machines import set_world
 
@@ -203,10 +204,39 @@ def test_what_is_no_longer_trusted_is_left_together_and_what_is_before_it_first(
             await until(lambda version=version: stand(world) == at(version), version)  # type: ignore[misc]
         world.inbox.post(ForSlots((gone(A, "2.0.0"),)))
         await until(lambda: stand(world) == at("1.0.0"), "back")
-        await world.models.distrust([gone(A, "1.0.0"), gone(FamilyName("unknown"), "1.0.0")])
-        assert stand(world) == {"a": (Phase.IDLE, ""), "b": (Phase.COMMITTED, "1.0.0")}
+        reason = ("trust.rollback", "below the floor")
+        await world.models.distrust({set_world.key(A, "1.0.0"): reason, set_world.key("unknown", "1.0.0"): reason})
+        assert stand(world) == at("1.0.0")
+        assert world.models.routes()["a"].release is None
+        assert world.models.routes()["b"].release is not None
 
     play(world, story)
+
+
+def test_of_a_set_whose_member_is_withheld_nobody_answers_and_both_come_back_with_what_is_accepted() -> None:
+    world = world_of_sets()
+    documents: list[bytes] = []
+
+    async def install() -> None:
+        documents.append(both(world, "1.0.0"))
+        world.arrive(documents[0])
+        await until(lambda: stand(world) == at("1.0.0"), "first")
+
+    def served() -> list[bool]:
+        return [world.models.routes()[family].release is not None for family in "ab"]
+
+    async def withheld() -> None:
+        await until(lambda: "release.revoked" in world.hub.events(), "told")
+        await until(lambda: not any(served()) and not world.models.hosting.pids(), "nobody is served")
+        assert stand(world) == at("1.0.0")
+        assert len(world.shelf.files) == 4
+        world.arrive(documents[0])
+        await until(lambda: all(served()) and len(world.models.hosting.pids()) == 2, "back")
+
+    play(world, install)
+    refused = Refused(code="trust.wrong_hardware", message="mistyped")
+    world.verifier.judged = Judged(refused={set_world.key(B, "1.0.0"): refused}, undecided={})
+    play(world, withheld)
 
 
 def test_a_killed_agent_begins_with_all_old_and_ends_with_all_new() -> None:

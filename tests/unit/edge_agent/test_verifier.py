@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from edge_agent.adapters.sources import SourcedFetcher
 from edge_agent.adapters.trust_folder import TrustFolder
@@ -321,7 +322,9 @@ def test_what_is_installed_is_judged_without_the_hub(hub: TrustRepository, trust
     assert judge(verifier, verified).undecided[digest].code == "transfer.not_stored"
     hub.rotate("targets")
     (trust_dir / "root.json").write_bytes(hub.files["2.root.json"])
-    assert judge(verifier, verified).refused[digest].code == "trust.signature"
+    assert judge(verifier, verified).undecided[digest].code == "transfer.not_stored", "no refresh has followed it"
+    floors = replace(verified.floors, roles={**verified.floors.roles, "root": 2})
+    assert judge(verifier, replace(verified, floors=floors)).refused[digest].code == "trust.signature"
     assert fetcher.asked == []
 
 

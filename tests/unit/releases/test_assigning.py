@@ -17,7 +17,7 @@ from cloud_hub.releases.desk import Outcome, Selector
 from cloud_hub.releases.rules import Named, Skipped
 from shared.errors import Conflict, InvalidValue
 from shared.ids import DeviceId, FamilyName, ModelVersion
-from shared.release import Assignment, Floors
+from shared.release import Assignment
 from shared.trust import repository
 from shared.trust.assignment import verify_assignment
 from tests.fakes.release_room import ReleaseRoom
@@ -47,9 +47,7 @@ def verified(room: ReleaseRoom, index: int = -1, *, device: str | None = None) -
     root = repository.read_root(asyncio.run(room.desk.root()).encode()).signed
     name = device or topic.split("/")[2]
     assert topic == f"outrider/1/{name}/down/assignment"
-    return verify_assignment(
-        document, root=root, device=DeviceId(name), now_ms=room.clock.wall, floors=Floors(), previous=None
-    )
+    return verify_assignment(document, root=root, device=DeviceId(name), now_ms=room.clock.wall, floor=0, previous=None)
 
 
 def test_several_releases_are_assigned_as_one_set(room: ReleaseRoom) -> None:

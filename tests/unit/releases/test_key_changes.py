@@ -190,7 +190,7 @@ def test_attack_4_fast_forward_by_a_stolen_timestamp_key_is_undone_by_a_new_one(
     assert owners.device_refuses(document) == "trust.rollback"
     owners.rotate("timestamp", "snapshot")
     floors = owners.verify(document).floors.roles
-    assert max(floors.values()) < 100
+    assert max(floor for name, floor in floors.items() if not name.startswith("x-outrider/issued@")) < 100
     owners.served["timestamp.json"] = repository.sign(stamped, stolen)
     assert owners.device_refuses(document) == "trust.signature"
 

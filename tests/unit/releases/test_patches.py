@@ -21,7 +21,7 @@ from shared.ids import Digest, FamilyName, ModelVersion
 from shared.model import FileRef
 from shared.patch.applying import apply
 from shared.patch.format import Terms
-from shared.release import Assignment, Floors, Patch
+from shared.release import Assignment, Patch
 from shared.trust import repository
 from shared.trust.assignment import verify_assignment
 from tests.fakes.release_room import ReleaseRoom
@@ -142,7 +142,7 @@ def assigned(room: ReleaseRoom, version: str) -> dict[str, Assignment]:
     root = repository.read_root(asyncio.run(room.desk.root()).encode()).signed
     return {
         row.assignment.device: verify_assignment(
-            row.document, root=root, device=row.assignment.device, now_ms=room.clock.wall, floors=Floors()
+            row.document, root=root, device=row.assignment.device, now_ms=room.clock.wall, floor=0
         )
         for row in rows
     }

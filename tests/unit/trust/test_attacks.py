@@ -112,7 +112,7 @@ def test_floors_only_rise(hub: TrustRepository) -> None:
         assert after.time_ms >= before.time_ms
         assert after.releases["digits"] == 4
         assert {name.partition("@")[0] for name in after.roles} == {
-            "root", "timestamp", "snapshot", "targets", "models/digits",
+            "root", "timestamp", "snapshot", "targets", "models/digits", "x-outrider/assignment", "x-outrider/issued",
         }  # fmt: skip
         assert all(after.roles[name] >= version for name, version in before.roles.items())
         hub.renew_timestamp()

@@ -8,6 +8,7 @@ import pytest
 
 from shared.release import Floors
 from shared.trust import repository as repo
+from shared.trust.floors import time_floor
 from shared.trust.library import MetaFile, Root, Targets
 from tests.fakes.trust_repository import (
     DAY_MS,
@@ -202,7 +203,8 @@ def test_a_device_without_a_clock_cannot_be_frozen(hub: TrustRepository) -> None
     assert refused(hub, device, newer, wall_ms=0) == "trust.freeze", "the assignment proves that two days have passed"
     hub.files = honest
     device.verify(newer, hub.serve, wall_ms=0)
-    assert device.floors.time_ms == NOW_MS + 2 * DAY_MS
+    assert time_floor(device.floors, hub.root.signed) == NOW_MS + 2 * DAY_MS
+    assert device.floors.time_ms == 0, "only where its clock says so too, whoever has signed"
 
 
 def test_the_time_floor_outranks_the_clock(hub: TrustRepository) -> None:

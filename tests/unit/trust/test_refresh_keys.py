@@ -147,7 +147,8 @@ def test_a_fast_forwarded_fleet_is_freed_by_new_keys(hub: TrustRepository, role:
     assert refused(hub, device) == "trust.rollback"
     hub.rotate(role)
     set_version(hub, role, 5)
-    floors = device.verify(hub.assign(DIGITS), hub.serve).floors.roles
+    roles = device.verify(hub.assign(DIGITS), hub.serve).floors.roles
+    floors = {name: floor for name, floor in roles.items() if not name.startswith("x-outrider/")}
     assert max(floors.values()) < 10, "the floor under the old keys is forgotten"
     assert len(floors) == 5
     device.verify(hub.assign(DIGITS), hub.serve)

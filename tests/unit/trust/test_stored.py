@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import msgspec
@@ -146,9 +147,27 @@ def replaced_online_keys(disk: Disk) -> None:
     disk.device.root = disk.hub.files["2.root.json"]
 
 
+def new_targets_keys(disk: Disk) -> None:
+    """A planned change: the question for the time has brought the root, and no refresh came after it."""
+    disk.hub.rotate("targets")
+    disk.hub.publish()
+    disk.device.root = disk.hub.files["2.root.json"]
+
+
+def rotten_root(disk: Disk) -> None:
+    root = json.loads(disk.device.root)
+    signature = root["signatures"][0]["sig"]
+    root["signatures"][0]["sig"] = ("0" if signature[0] != "0" else "1") + signature[1:]
+    disk.device.root = json.dumps(root).encode()
+
+
+def forged_root(disk: Disk) -> None:
+    disk.device.root = repo.sign(disk.hub.root, *TrustRepository().keys["root"])
+
+
 LOSSES = [
     no_timestamp, torn_snapshot, empty_files, no_cache, no_role, no_manifest, no_assignment, torn_assignment,
-    torn_root, refresh_broke_off, older_cache, replaced_online_keys,
+    torn_root, refresh_broke_off, older_cache, replaced_online_keys, new_targets_keys, rotten_root, forged_root,
 ]  # fmt: skip
 
 
@@ -162,8 +181,10 @@ def test_a_lost_file_silences_no_model(disk: Disk, loss: Callable[[Disk], None])
 
 
 def revoked_targets_keys(disk: Disk) -> None:
+    """A refresh was accepted under the new root, so what its keys have not signed was put there since."""
     disk.hub.rotate("targets")
     disk.device.root = disk.hub.files["2.root.json"]
+    disk.floors = msgspec.structs.replace(disk.floors, roles={**disk.floors.roles, "root": 2})
 
 
 def revoked_family_key(disk: Disk) -> None:
@@ -181,10 +202,6 @@ def one_of_two_signatures(disk: Disk) -> None:
     hub = disk.hub
     disk.device.cache["targets"] = hub.store("targets", hub.targets, hub.keys["targets"][0])
     del disk.device.cache["snapshot"]
-
-
-def forged_root(disk: Disk) -> None:
-    disk.device.root = repo.sign(disk.hub.root, *TrustRepository().keys["root"])
 
 
 def damaged_manifest(disk: Disk) -> None:
@@ -209,7 +226,6 @@ REFUSALS: list[tuple[Callable[[Disk], None], str]] = [
     (revoked_targets_keys, "trust.signature"),
     (revoked_family_key, "trust.signature"),
     (one_of_two_signatures, "trust.signature"),
-    (forged_root, "trust.signature"),
     (damaged_manifest, "trust.digest"),
     (withdrawn_release, "trust.rollback"),
     (copied_disk, "trust.wrong_device"),
@@ -241,6 +257,13 @@ def test_a_manifest_that_nobody_signed_is_refused_although_it_is_gone(disk: Disk
         disk.verified, models=(msgspec.structs.replace(model, manifest_digest=Digest("0" * 64)),)
     )
     assert disk.refused() == "trust.digest"
+
+
+@pytest.mark.parametrize("harm", [damaged_manifest, withdrawn_release, copied_disk, other_hardware])
+def test_a_planned_change_of_keys_hides_no_other_harm(disk: Disk, harm: Callable[[Disk], None]) -> None:
+    new_targets_keys(disk)
+    harm(disk)
+    assert disk.refused() == dict(REFUSALS)[harm]
 
 
 def test_each_release_is_judged_for_itself(disk: Disk) -> None:

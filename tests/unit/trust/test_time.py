@@ -307,8 +307,22 @@ def test_a_thief_of_the_assignment_key_cannot_push_the_floor_past_what_is_fresh(
         hub.assignment(RELEASE), issued_ms=NOW_MS + ROOT_MS - 1, expires_ms=NOW_MS + 9 * ROOT_MS
     )
     document = sign_assignment(far, hub.keys["assignment"][0])
-    with pytest.raises(TrustError) as caught:  # it drags the reference time along, and all else has expired then
+    with pytest.raises(TrustError) as caught:
         device.verify(document, hub.serve, wall_ms=NOW_MS, time_attested=True)
+    assert caught.value.code == "trust.issued_ahead"
+    assert device.floors == Floors()
+
+
+def test_a_thief_of_the_assignment_key_cannot_do_so_where_no_time_is_attested_either() -> None:
+    hub = TrustRepository()
+    hub.release(make_manifest())
+    device = Device(hub.first_root)
+    far = msgspec.structs.replace(
+        hub.assignment(RELEASE), issued_ms=NOW_MS + ROOT_MS - 1, expires_ms=NOW_MS + 9 * ROOT_MS
+    )
+    document = sign_assignment(far, hub.keys["assignment"][0])
+    with pytest.raises(TrustError) as caught:  # it drags the reference time along, and all else has expired then
+        device.verify(document, hub.serve, wall_ms=NOW_MS)
     assert caught.value.code == "trust.freeze"
     assert device.floors == Floors()
 
