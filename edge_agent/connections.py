@@ -98,7 +98,9 @@ def connect(
     renewals = Renewals(
         now_ms=now_ms,
         loop=loop,
-        renewer=LiveRenewer(state_dir=config.state_dir, hub_url=config.hub.url, now_ms=now_ms),
+        renewer=LiveRenewer(
+            state_dir=config.state_dir, hub_url=config.hub.url, now_ms=now_ms, basis=lambda: timekeeping.basis
+        ),
         life=CertificateLife(not_before_ms=identity.not_before_ms, not_after_ms=identity.not_after_ms),
         adopt=adopt,
     )

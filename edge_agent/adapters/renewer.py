@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.core.trusted_time import Basis
 from edge_agent.ports import CertificateLife
 from shared.errors import OutriderError, ProtocolViolation
 from shared.limits import KIB
@@ -41,17 +42,20 @@ class LiveRenewer:
         *,
         state_dir: Path,
         now_ms: Callable[[], int],
+        basis: Callable[[], Basis],
         hub_url: str = "",
         command: tuple[str, ...] = (sys.executable, "-I", "-m", "edge_agent.renewal"),
     ) -> None:
         """
         Args:
             state_dir: the agent's.
-            now_ms: the trusted time, by which the child judges the hub's certificate.
+            now_ms: the trusted time, by which the child judges the hub's certificate and ours.
+            basis: on what that rests.
             hub_url: where to ask; empty for where the hub said that it is.
             command: what starts the child.
         """
         self._now_ms = now_ms
+        self._basis = basis
         self._state_dir = state_dir.absolute()
         self._hub_url = hub_url
         self._command = command
@@ -63,7 +67,7 @@ class LiveRenewer:
     async def renew(self) -> CertificateLife:
         """As `ports.Renewer` says."""
         rest = (self._hub_url,) if self._hub_url else ()
-        return await self._run(str(self._state_dir), str(os.getpid()), str(self._now_ms()), *rest)
+        return await self._run(str(self._state_dir), str(os.getpid()), str(self._now_ms()), self._basis(), *rest)
 
     async def _run(self, *arguments: str) -> CertificateLife:
         process = self._start(arguments)

@@ -91,7 +91,7 @@ class TimeAttested(msgspec.Struct, frozen=True):
 
 
 class TimeDoubted(msgspec.Struct, frozen=True):
-    """The dates of a server's certificate do not agree with the trusted time."""
+    """The dates of a server's certificate, or of a new one of ours, do not agree with the trusted time."""
 
 
 class Noted(msgspec.Struct, frozen=True, eq=False):

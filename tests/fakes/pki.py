@@ -66,13 +66,13 @@ class TestCa:
         """A client certificate; negative days make an expired one."""
         return self._issue(common_name, common_name=common_name, usage=ExtendedKeyUsageOID.CLIENT_AUTH, days=days)
 
-    def sign_request(self, csr_pem: str, common_name: str) -> str:
-        """A client certificate for the key in the request."""
+    def sign_request(self, csr_pem: str, common_name: str, *, since: int = -20, days: int = 5) -> str:
+        """A client certificate for the key in the request, valid from and to so many days from now."""
         request = x509.load_pem_x509_csr(csr_pem.encode())
         public_key = request.public_key()
         assert isinstance(public_key, ec.EllipticCurvePublicKey)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        certificate = self._builder(name, public_key, days=5).sign(self._key, hashes.SHA256())
+        certificate = self._builder(name, public_key, since=since, days=days).sign(self._key, hashes.SHA256())
         return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _issue(
