@@ -187,7 +187,7 @@ class Agent:
                 self._renewals.time_changed()
                 self._inbox.post(ForLink(link.StartLink()))
             case TimeDoubted():
-                self._timekeeping.ask()
+                self._timekeeping.doubt()
             case Stop():
                 pass  # taken out of the loop before
             case _:

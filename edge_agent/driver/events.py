@@ -87,7 +87,7 @@ class InstalledJudged(msgspec.Struct, frozen=True):
 
 
 class TimeAttested(msgspec.Struct, frozen=True):
-    """The hub has attested the time; what waited for it goes on."""
+    """The hub has attested the time, for the first time or another one than before; what waited for it goes on."""
 
 
 class TimeDoubted(msgspec.Struct, frozen=True):

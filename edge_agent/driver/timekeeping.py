@@ -5,7 +5,9 @@ Rules of this file:
 2. The hub is asked at the start, whenever the link comes back, when an assignment waits for it, and when the dates of
    a server's certificate do not agree with an attested time; in between with growing pauses. A hub that attests no
    time is left in peace until the link comes back, unless an assignment waits.
-3. A question that brought nothing leaves everything as it was: whoever drops, replays or forges answers gains nothing.
+3. An answer that says what is known already is told to nobody: what failed goes on waiting for its own timer. A server
+   certificate that really is out of date would otherwise be tried, doubted and tried again without a pause.
+4. A question that brought nothing leaves everything as it was: whoever drops, replays or forges answers gains nothing.
 
 Not here: the arithmetic (edge_agent/core/trusted_time.py), whose word counts (the verifier child).
 """
@@ -21,7 +23,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from edge_agent.core import trusted_time
-from edge_agent.core.trusted_time import Basis
+from edge_agent.core.trusted_time import Basis, TrustedTime
 from edge_agent.driver.events import TimeAttested
 from edge_agent.driver.loop import Loop
 from edge_agent.ports import Ledger
@@ -71,6 +73,8 @@ class Timekeeping:
         self._time = trusted_time.at_start(Floors(), issued_ms=issued_ms)
         self._failures = 0
         self._is_asking = False
+        self._is_news = False
+        self._doubted_boot_ms: int | None = None
         self._told: set[str] = set()
         self.detail = ""
         self.waits = ""
@@ -121,6 +125,18 @@ class Timekeeping:
         if not self._time.attested:
             self.ask()
 
+    def doubt(self) -> None:
+        """Dates do not agree with the time: ask, attested or not, but not more than once in AGAIN_MS."""
+        if self._is_news:
+            # What is doubted was judged by the time before, most likely: it is tried once more by this one.
+            self._is_news = False
+            self._inbox.post(TimeAttested())
+        boot_ms = self._clock.boot_ms()
+        last_ms = self._doubted_boot_ms
+        if not self._is_asking and (last_ms is None or boot_ms - last_ms >= trusted_time.AGAIN_MS):
+            self._doubted_boot_ms = boot_ms
+            self.ask()
+
     def ask(self) -> None:
         """Ask now, attested or not; a question that is under way is enough."""
         if not self._is_asking:
@@ -149,15 +165,21 @@ class Timekeeping:
             return error.code == "transfer.not_found" and not self.waits
         finally:
             self._is_asking = False
-        self._time = trusted_time.attested(self._time, time_ms, asked_boot_ms=asked_boot_ms)
+        self._is_news = self._adopt(trusted_time.attested(self._time, time_ms, asked_boot_ms=asked_boot_ms))
         self._failures, self.detail = 0, ""
         error_ms = self.clock_error_ms()
         logger.info("the hub has told the time", extra={"clock_error_ms": error_ms})
         if abs(error_ms) >= trusted_time.WRONG_CLOCK_MS and "clock" not in self._told:
             self._told.add("clock")
             self._note("time.clock_wrong", {"ahead_by_ms": str(error_ms)})
-        self._inbox.post(TimeAttested())
+        if self._is_news:
+            self._inbox.post(TimeAttested())
         return True
+
+    def _adopt(self, time: TrustedTime) -> bool:
+        """Go by this time; returns whether that is news."""
+        before, self._time = self._time, time
+        return trusted_time.is_news(before, time, wall_ms=self._clock.wall_ms(), boot_ms=self._clock.boot_ms())
 
     def _failed(self, error: OutriderError) -> None:
         self.detail = f"{error.code}: {error.message}"

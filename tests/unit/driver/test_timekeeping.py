@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 
-from edge_agent.core import trusted_time
-from edge_agent.core.trusted_time import BUILT_MS
+from edge_agent.core import link, renewal, trusted_time
+from edge_agent.core.trusted_time import BUILT_MS, WRONG_DATES
 from edge_agent.driver.events import TimeDoubted
+from edge_agent.ports import CertificateLife
 from shared.errors import OutriderError, StorageError, TransferRefused, TrustError, Unreachable
 from shared.inference import AgentState, Answer, Status
 from shared.release import Floors
 from tests.fakes.agent_world import AgentWorld, release, until
+from tests.fakes.courier import FakeCourier
+from tests.fakes.renewer import FakeRenewer
 
 DAY_MS = 86_400_000
 TRUE_MS = BUILT_MS + 100 * DAY_MS
@@ -192,6 +195,54 @@ def test_dates_that_do_not_agree_with_an_attested_time_have_the_hub_asked_again(
         world.inbox.post(TimeDoubted())
         await until(lambda: world.timekeeping.now_ms() < TRUE_MS + DAY_MS, "set back by a fresh answer")
         assert world.ledger.floors.attested_ms == TRUE_MS
+
+    world.life(story)
+
+
+def test_a_certificate_that_really_is_out_of_date_makes_no_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS
+    expired = TransferRefused("it expired", code=WRONG_DATES)
+    world.certificate, world.renewer = CertificateLife(not_before_ms=1, not_after_ms=DAY_MS), FakeRenewer(expired)
+    connects: list[str] = []
+
+    async def refuse(_: FakeCourier, *, will_topic: str, will_payload: bytes, subscribe: str) -> None:
+        connects.append(will_topic)
+        raise expired
+
+    monkeypatch.setattr(FakeCourier, "connect", refuse)
+    for machine in (link, renewal):
+        monkeypatch.setattr(machine, "drawn_ms", lambda *_, **__: 3_600_000)
+
+    def tried() -> tuple[int, int, int]:
+        return len(connects), world.renewer.asked, len(world.time_source.asked)
+
+    async def at_rest() -> None:
+        for _ in range(500):
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        await until(lambda: min(tried()) >= 2, "both are tried again with the first attestation, then it is doubted")
+        await at_rest()
+        before = tried()
+        assert max(before) <= 3
+        world.inbox.post(TimeDoubted())
+        await at_rest()
+        assert tried() == before
+        # A minute later the hub is asked, and says the same.
+        world.clock.advance(trusted_time.AGAIN_MS)
+        world.time_source.says = TRUE_MS + trusted_time.AGAIN_MS
+        world.inbox.post(TimeDoubted())
+        await until(lambda: asked(world, before[2] + 1), "asked")
+        await at_rest()
+        assert tried() == (*before[:2], before[2] + 1)
+        # Then another time, by which they may be right.
+        world.clock.advance(trusted_time.AGAIN_MS)
+        world.time_source.says = TRUE_MS
+        world.inbox.post(TimeDoubted())
+        await until(lambda: tried()[0] > before[0] and tried()[1] > before[1], "tried by the other time")
+        await at_rest()
+        assert max(tried()) <= max(before) + 3
 
     world.life(story)
 
