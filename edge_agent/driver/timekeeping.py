@@ -2,8 +2,9 @@
 
 Rules of this file:
 1. A time counts only after it is on the disk as what was attested last.
-2. The hub is asked at the start, whenever the link comes back, when an assignment waits for it, and when the dates of
-   a server's certificate do not agree with an attested time; in between with growing pauses. A hub that attests no
+2. The hub is asked at the start, whenever the link comes back, when an assignment waits for it, and when something
+   does not agree with an attested time: the dates of a server's certificate, or of metadata. Until it answers, it is
+   asked with growing pauses; a time that was attested is not asked for again within a minute. A hub that attests no
    time is left in peace until the link comes back, unless an assignment waits.
 3. An answer that says what is known already is told to nobody: what failed goes on waiting for its own timer. A server
    certificate that really is out of date would otherwise be tried, doubted and tried again without a pause.
@@ -43,6 +44,7 @@ class Timekeeping:
 
     Attributes:
         detail: why the hub's last answer brought no time; empty when it did, or was not asked yet.
+        news: how often the hub has told a time by which others decide anew.
         waits: what waits for the time, in words; empty when nothing does.
     """
 
@@ -72,10 +74,11 @@ class Timekeeping:
         # Replaced as a whole, never changed: other threads read it.
         self._time = trusted_time.at_start(Floors(), issued_ms=issued_ms)
         self._failures = 0
-        self._is_asking = False
+        self._asking = asyncio.Lock()
         self._is_news = False
         self._doubted_boot_ms: int | None = None
         self._told: set[str] = set()
+        self.news = 0
         self.detail = ""
         self.waits = ""
 
@@ -125,21 +128,38 @@ class Timekeeping:
         if not self._time.attested:
             self.ask()
 
+    def reconnected(self) -> None:
+        """The link is back, to a hub whose clock may have been put right: ask, unless it has just told the time."""
+        if not self.attested or self._clock.boot_ms() - self._time.asked_boot_ms >= trusted_time.AGAIN_MS:
+            self.ask()
+
     def doubt(self) -> None:
         """Dates do not agree with the time: ask, attested or not, but not more than once in AGAIN_MS."""
         if self._is_news:
             # What is doubted was judged by the time before, most likely: it is tried once more by this one.
             self._is_news = False
             self._inbox.post(TimeAttested())
-        boot_ms = self._clock.boot_ms()
-        last_ms = self._doubted_boot_ms
-        if not self._is_asking and (last_ms is None or boot_ms - last_ms >= trusted_time.AGAIN_MS):
-            self._doubted_boot_ms = boot_ms
+        if not self._asking.locked() and self._may_doubt():
             self.ask()
+
+    async def confirm(self) -> None:
+        """Something has expired by this time: ask and wait for the answer, as seldom as `doubt` does."""
+        if self._asking.locked():
+            async with self._asking:
+                return  # what was under way has ended
+        if self._may_doubt():
+            await self._ask_once()
+
+    def _may_doubt(self) -> bool:
+        boot_ms, last_ms = self._clock.boot_ms(), self._doubted_boot_ms
+        if last_ms is not None and boot_ms - last_ms < trusted_time.AGAIN_MS:
+            return False
+        self._doubted_boot_ms = boot_ms
+        return True
 
     def ask(self) -> None:
         """Ask now, attested or not; a question that is under way is enough."""
-        if not self._is_asking:
+        if not self._asking.locked():
             self._works.start(_WORK, self._ask())
 
     async def _ask(self) -> None:
@@ -149,7 +169,10 @@ class Timekeeping:
 
     async def _ask_once(self) -> bool:
         """Whether there is nothing more to ask for now."""
-        self._is_asking = True
+        async with self._asking:
+            return await self._exchange()
+
+    async def _exchange(self) -> bool:
         try:
             asked_boot_ms = self._clock.boot_ms()
             floors = await self._floors()
@@ -163,8 +186,6 @@ class Timekeeping:
         except OutriderError as error:
             self._failed(error)
             return error.code == "transfer.not_found" and not self.waits
-        finally:
-            self._is_asking = False
         self._is_news = self._adopt(trusted_time.attested(self._time, time_ms, asked_boot_ms=asked_boot_ms))
         self._failures, self.detail = 0, ""
         error_ms = self.clock_error_ms()
@@ -173,6 +194,7 @@ class Timekeeping:
             self._told.add("clock")
             self._note("time.clock_wrong", {"ahead_by_ms": str(error_ms)})
         if self._is_news:
+            self.news += 1
             self._inbox.post(TimeAttested())
         return True
 
