@@ -2,6 +2,7 @@
 
     python -I -m edge_agent.renewal STATE_DIR PARENT_PID NOW_MS BASIS [HUB_URL]   renews, says how it went, ends
     python -I -m edge_agent.renewal --look STATE_DIR PARENT_PID    only says how long the certificate is good
+    python -I -m edge_agent.renewal --follow STATE_DIR PARENT_PID [HUB_URL]    only says which CAs follow from ours
 
 Rules of this file:
 1. No certificate is shown to TLS: what proves us is the old key's signature (`shared/renewal.py`), so that a device
@@ -15,6 +16,7 @@ Rules of this file:
 4. The device is enrolled all the time: the new files lie beside the old ones, and replacing `identity.json`, which
    names them, is the only step that counts. Whatever else a power cut leaves is garbage.
 5. A hub that has changed its CA while this device slept is believed by a link that a CA of ours has signed, or not.
+   The question for the time, which comes before a renewal where the clock has died, follows the same links.
 
 The answer to the parent is one JSON document on standard output. Not here: when (edge_agent/core/renewal.py).
 """
@@ -47,13 +49,15 @@ from shared.errors import OutriderError, ProtocolViolation, TrustError
 from shared.trust.ca_links import fingerprints, vouched
 
 LOOK: Final = "--look"
+FOLLOW: Final = "--follow"
 
 
 class RenewalSaid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the child tells its parent: the dates of the certificate, or an error's code, message and hint."""
+    """What the child tells its parent: the certificate's dates, or CAs; or an error's code, message and hint."""
 
     not_before_ms: int = 0
     not_after_ms: int = 0
+    authorities: str = ""
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -139,6 +143,12 @@ def look(state_dir: Path) -> Life:
     return life
 
 
+def follow(state_dir: Path, *, hub_url: str) -> str:
+    """The CAs that follow from ours by the hub's links, PEM; empty where none does. Raises as `fetch_ca` does."""
+    identity = load_identity(state_dir)
+    return _followed(hub_url or identity.hub_url, identity.ca_path.read_text("ascii"))
+
+
 def _request(folder: Path, identity: Identity) -> str:
     """The request that is on its way, or a new one with a new key."""
     key, csr = folder / "next.key", folder / "next.csr"
@@ -219,18 +229,11 @@ def _name(folder: Path, file: IdentityFile, *, life: Life) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run as a child of the daemon; returns the exit status."""
-    only_look = arguments[:1] == [LOOK]
-    state_dir, parent, *rest = arguments[1:] if only_look else arguments
+    task = arguments[0] if arguments[0] in (LOOK, FOLLOW) else ""
+    state_dir, parent, *rest = arguments[1:] if task else arguments
     bind_to_parent(int(parent))
     try:
-        if only_look:
-            life = look(Path(state_dir))
-        else:
-            now_ms, basis, *url = rest
-            life = renew(
-                Path(state_dir), hub_url=url[0] if url else "", now_ms=int(now_ms), attested=basis == "attested"
-            )
-        said = RenewalSaid(not_before_ms=life.not_before_ms, not_after_ms=life.not_after_ms)
+        said = _answer(task, Path(state_dir), rest)
     except OutriderError as error:
         said = RenewalSaid(code=error.code, message=error.message, hint=error.hint)
     except (OSError, ValueError) as error:
@@ -240,6 +243,17 @@ def main(arguments: list[str]) -> int:
         )
     sys.stdout.buffer.write(msgspec.json.encode(said))
     return 0
+
+
+def _answer(task: str, state_dir: Path, rest: list[str]) -> RenewalSaid:
+    if task == FOLLOW:
+        return RenewalSaid(authorities=follow(state_dir, hub_url=rest[0] if rest else ""))
+    if task == LOOK:
+        life = look(state_dir)
+    else:
+        now_ms, basis, *url = rest
+        life = renew(state_dir, hub_url=url[0] if url else "", now_ms=int(now_ms), attested=basis == "attested")
+    return RenewalSaid(not_before_ms=life.not_before_ms, not_after_ms=life.not_after_ms)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _REAP_S: Final = 5.0
 class _Said(msgspec.Struct, frozen=True):
     not_before_ms: int = 0
     not_after_ms: int = 0
+    authorities: str = ""
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -69,7 +70,19 @@ class LiveRenewer:
         rest = (self._hub_url,) if self._hub_url else ()
         return await self._run(str(self._state_dir), str(os.getpid()), str(self._now_ms()), self._basis(), *rest)
 
+    async def follow(self) -> str:
+        """The CAs to trust because a CA of ours vouches for them, PEM; empty where the hub publishes no such.
+
+        Nothing is kept: a renewal brings them for good. Raises OutriderError when the hub or the child does not answer.
+        """
+        rest = (self._hub_url,) if self._hub_url else ()
+        return (await self._ask("--follow", str(self._state_dir), str(os.getpid()), *rest)).authorities
+
     async def _run(self, *arguments: str) -> CertificateLife:
+        said = await self._ask(*arguments)
+        return CertificateLife(not_before_ms=said.not_before_ms, not_after_ms=said.not_after_ms)
+
+    async def _ask(self, *arguments: str) -> _Said:
         process = self._start(arguments)
         try:
             data = await asyncio.to_thread(_read, process)
@@ -111,11 +124,11 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def _understand(data: bytes) -> CertificateLife:
+def _understand(data: bytes) -> _Said:
     try:
         said = msgspec.json.decode(data, type=_Said)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolViolation("the renewal ended without a word", code="renew.lost") from error
     if said.code:
         raise OutriderError(said.message, code=said.code, hint=said.hint)
-    return CertificateLife(not_before_ms=said.not_before_ms, not_after_ms=said.not_after_ms)
+    return said

@@ -49,6 +49,16 @@ class TestCa:
         """SHA-256 of the certificate's DER, hex."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
+    def link(self, after: TestCa) -> bytes:
+        """This CA's word that the other one follows it: the other's name and key, signed by this one."""
+        certificate = (
+            self._builder(after.certificate.subject, after._key.public_key(), days=9)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM)
+
     def server(
         self, file: str = "server", *, host: str = "localhost", since: int = -20, days: int = 5, is_client: bool = False
     ) -> Pair:

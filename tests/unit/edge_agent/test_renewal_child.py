@@ -259,6 +259,20 @@ def test_a_hub_of_another_ca_is_not_asked(hub: Hub, tmp_path: Path) -> None:
     assert is_usable(state)
 
 
+def test_a_hub_that_has_changed_its_ca_renews_by_its_link_and_by_the_right_time(hub: Hub, tmp_path: Path) -> None:
+    state = enrolled(hub, tmp_path / "state")
+    (tmp_path / "second").mkdir()
+    second = TestCa(tmp_path / "second", name="second-ca")
+    hub.published = second.pem + hub.ca.link(second) + hub.ca.pem
+    hub.serving, hub.bundle = second, second.pem + hub.ca.pem
+    with HttpsServer(second, hub.reply) as server:
+        with pytest.raises(TransferRefused) as caught:
+            renewal.renew(state, hub_url=server.url, now_ms=NOW_MS - 30 * 86_400_000, attested=False)
+        assert caught.value.code == "transfer.certificate_dates"
+        go(state, server)
+    assert load_identity(state).ca_path.read_bytes() == hub.bundle
+
+
 def test_a_certificate_for_another_key_name_or_ca_is_not_taken(hub: Hub, server: HttpsServer, tmp_path: Path) -> None:
     state = enrolled(hub, tmp_path / "state")
     before = names(state)
