@@ -7,11 +7,13 @@ that the hub says, and signed by a CA that is trusted. The only module of the ag
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edge_agent import keeping
+from edge_agent.core.renewal import WRONG_LIFE
 from edge_agent.identity import check_hub_url
 from shared.errors import InvalidValue, ProtocolViolation, StorageError, TrustError
 from shared.ids import DeviceId, parse_device_id
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_CAS: Final = 2
 """One, and two during a change of the hub's CA."""
+
+MAX_AHEAD_MS: Final = 24 * 3_600_000
+"""How far ahead of an attested time a new certificate may begin: clocks differ, but not by a day."""
 
 _MALFORMED_HINT: Final = "report this to the hub's operator; nothing was changed on this device"
 
@@ -86,16 +91,20 @@ def prove(csr_pem: str, *, key_path: Path, certificate_pem: str, ca_pem: str, de
     return key.sign(message)
 
 
-def check_certificate(certificate_pem: str, *, device: str, hub_url: str, csr_pem: str, ca_pem: str) -> Life:
+def check_certificate(
+    certificate_pem: str, *, device: str, hub_url: str, csr_pem: str, ca_pem: str, now_ms: int, attested: bool
+) -> Life:
     """Hold what the hub gave against what was asked; returns how long it is good.
 
     Args:
         certificate_pem, device, hub_url: the hub's word.
         csr_pem: what was asked.
         ca_pem: the CAs that are trusted.
+        now_ms: the time; `attested` says whether the hub has told it. One that nobody told may be years behind.
 
     Raises:
-        TrustError: `trust.malformed`, or `trust.wrong_device` when it is for another key or name.
+        TrustError: `trust.malformed`, `trust.wrong_device` when it is for another key or name, and
+            `trust.certificate_life` when it has ended or is of a time to come.
     """
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
@@ -121,7 +130,28 @@ def check_certificate(certificate_pem: str, *, device: str, hub_url: str, csr_pe
             code="trust.wrong_device",
             hint=_MALFORMED_HINT,
         )
-    return _life(certificate)
+    life = _life(certificate)
+    check_life(life, now_ms=now_ms, attested=attested)
+    return life
+
+
+def check_life(life: Life, *, now_ms: int, attested: bool) -> None:
+    """Raise TrustError unless a certificate that was made just now may have this life.
+
+    The first day of a certificate that counts is proof that this day has come: the hub's clock, wrong for a moment,
+    must not move a device years ahead.
+    """
+    if life.not_after_ms <= now_ms or (attested and life.not_before_ms > now_ms + MAX_AHEAD_MS):
+        raise TrustError(
+            f"the hub's certificate is good from {_day(life.not_before_ms)} to {_day(life.not_after_ms)}, "
+            f"and this is {_day(now_ms)}",
+            code=WRONG_LIFE,
+            hint="check the hub's clock; the certificate at hand stays, and the hub is asked again",
+        )
+
+
+def _day(at_ms: int) -> str:
+    return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d")
 
 
 def life_of(certificate_path: Path) -> Life:

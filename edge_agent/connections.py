@@ -8,7 +8,8 @@ Rules of this file:
    passed.
 
 A device whose clock has died and whose certificate has expired comes back in three steps: the time is asked without a
-certificate, the renewal goes by that time and shows none to TLS, and the rest connects with the new one.
+certificate, the renewal goes by that time and shows none to TLS, and the rest connects with the new one. The first two
+follow a CA's link, so that the hub may have changed its CA meanwhile.
 """
 
 from __future__ import annotations
@@ -82,11 +83,20 @@ def connect(
         fetcher=fetcher,
         accept_learned=config.updates.accept_learned,
     )
+    renewer = LiveRenewer(
+        state_dir=config.state_dir, hub_url=config.hub.url, now_ms=now_ms, basis=lambda: timekeeping.basis
+    )
     timekeeping = Timekeeping(
         clock=clock,
         loop=loop,
         ledger=ledger,
-        source=HubTime(fetcher=undated, verifier=verifier, device=identity.device, random=secrets.token_bytes),
+        source=HubTime(
+            fetcher=undated,
+            follow=renewer.follow,
+            verifier=verifier,
+            device=identity.device,
+            random=secrets.token_bytes,
+        ),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         issued_ms=identity.not_before_ms,
     )
@@ -104,7 +114,7 @@ def connect(
     renewals = Renewals(
         now_ms=now_ms,
         loop=loop,
-        renewer=LiveRenewer(state_dir=config.state_dir, hub_url=config.hub.url, now_ms=now_ms),
+        renewer=renewer,
         life=CertificateLife(not_before_ms=identity.not_before_ms, not_after_ms=identity.not_after_ms),
         adopt=adopt,
     )

@@ -86,8 +86,8 @@ def enroll(*, token: str, state_dir: Path, profile: str, name: str | None, force
         csr_pem = certificates.new_request(folder / "device.key.new")
         body = {"token": token.strip(), "csr_pem": csr_pem, "profile": profile, "name": name}
         answer = _ask(join, ca_pem, body=body, now_ms=clock.wall_ms())
-        ca_pem, life = _check(answer, csr_pem=csr_pem, pinned=ca_pem)
         at_ms = clock.wall_ms()
+        ca_pem, life = _check(answer, csr_pem=csr_pem, pinned=ca_pem, now_ms=at_ms)
         _stage(folder, answer, ca_pem=ca_pem, profile=profile, at_ms=at_ms, life=life)
         moved = _set_aside(state_dir, before, answer, ca_pem=ca_pem, at_ms=at_ms)
         _swap(state_dir)
@@ -139,14 +139,20 @@ def _ask(join: JoinToken, ca_pem: str, *, body: dict[str, str | None], now_ms: i
         ) from error
 
 
-def _check(answer: _Enrolled, *, csr_pem: str, pinned: str) -> tuple[str, certificates.Life]:
+def _check(answer: _Enrolled, *, csr_pem: str, pinned: str, now_ms: int) -> tuple[str, certificates.Life]:
     """Hold the answer against what was asked; returns the CAs to trust and how long the certificate is good.
 
     The hub's list of CAs came over a connection that the pin vouches for, so it may name a second one.
     """
     ca_pem = certificates.check_bundle(answer.ca_pem)
     life = certificates.check_certificate(
-        answer.certificate_pem, device=answer.device, hub_url=answer.hub_url, csr_pem=csr_pem, ca_pem=pinned
+        answer.certificate_pem,
+        device=answer.device,
+        hub_url=answer.hub_url,
+        csr_pem=csr_pem,
+        ca_pem=pinned,
+        now_ms=now_ms,
+        attested=False,
     )
     if not answer.broker.host or not 0 < answer.broker.port < 65536 or not answer.root.lstrip().startswith("{"):
         raise ProtocolViolation("the hub's answer lacks the broker or the root metadata", code="protocol.enrolment")

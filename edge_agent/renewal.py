@@ -1,7 +1,8 @@
 """Renewal: the certificate at hand is traded for one with a new key. A short-lived child of the daemon.
 
-    python -I -m edge_agent.renewal STATE_DIR PARENT_PID NOW_MS [HUB_URL]   renews, says how it went, ends
-    python -I -m edge_agent.renewal --look STATE_DIR PARENT_PID            only says how long the certificate is good
+    python -I -m edge_agent.renewal STATE_DIR PARENT_PID NOW_MS BASIS [HUB_URL]   renews, says how it went, ends
+    python -I -m edge_agent.renewal --look STATE_DIR PARENT_PID    only says how long the certificate is good
+    python -I -m edge_agent.renewal --follow STATE_DIR PARENT_PID [HUB_URL]    only says which CAs follow from ours
 
 Rules of this file:
 1. No certificate is shown to TLS: what proves us is the old key's signature (`shared/renewal.py`), so that a device
@@ -9,10 +10,13 @@ Rules of this file:
    trusted time, which the parent gives: this machine's clock may have died.
 2. The new key and its request are on disk before the hub is asked, and stay until an answer has been kept: when an
    answer is lost, the same request is sent again and gets the same certificate.
-3. The answer is believed as enrolment believes it: for this key, under this name, signed by a CA of the hub.
+3. The answer is believed as enrolment believes it: for this key, under this name, signed by a CA of the hub. Its dates
+   must go with the trusted time (BASIS says what that rests on); when they do not, the next question is a new one,
+   because the hub would answer the same request with the same certificate.
 4. The device is enrolled all the time: the new files lie beside the old ones, and replacing `identity.json`, which
    names them, is the only step that counts. Whatever else a power cut leaves is garbage.
 5. A hub that has changed its CA while this device slept is believed by a link that a CA of ours has signed, or not.
+   The question for the time, which comes before a renewal where the clock has died, follows the same links.
 
 The answer to the parent is one JSON document on standard output. Not here: when (edge_agent/core/renewal.py).
 """
@@ -29,6 +33,7 @@ import msgspec
 
 from edge_agent import certificates, hub_call, keeping
 from edge_agent.certificates import Life
+from edge_agent.core.renewal import SELDOM, WRONG_LIFE
 from edge_agent.host.confine import bind_to_parent
 from edge_agent.identity import (
     IDENTITY_DIR,
@@ -41,17 +46,18 @@ from edge_agent.identity import (
     sweep,
 )
 from shared.errors import OutriderError, ProtocolViolation, TrustError
-from shared.renewal import REFUSED_FOR_GOOD
 from shared.trust.ca_links import fingerprints, vouched
 
 LOOK: Final = "--look"
+FOLLOW: Final = "--follow"
 
 
 class RenewalSaid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the child tells its parent: the dates of the certificate, or an error's code, message and hint."""
+    """What the child tells its parent: the certificate's dates, or CAs; or an error's code, message and hint."""
 
     not_before_ms: int = 0
     not_after_ms: int = 0
+    authorities: str = ""
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -70,13 +76,13 @@ class _Renewed(msgspec.Struct, frozen=True):
     broker: _Broker
 
 
-def renew(state_dir: Path, *, hub_url: str, now_ms: int) -> Life:
+def renew(state_dir: Path, *, hub_url: str, now_ms: int, attested: bool) -> Life:
     """Renew and switch over; returns how long the new certificate is good.
 
     Args:
         state_dir: the agent's; whoever calls holds its lock.
         hub_url: where to ask; empty for where the hub said that it is.
-        now_ms: the trusted time.
+        now_ms: the trusted time; `attested` says whether the hub has told it.
 
     Raises:
         Unreachable: no answer, or the hub asks to try later. The same request is sent the next time.
@@ -99,19 +105,34 @@ def renew(state_dir: Path, *, hub_url: str, now_ms: int) -> Life:
     body = {"certificate_pem": certificate_pem, "csr_pem": csr_pem, "proof": base64.b64encode(proof).decode()}
     try:
         answer = _ask(hub_url or identity.hub_url, ca_pem, body=body, now_ms=now_ms)
+        bundle = certificates.check_bundle(answer.ca_pem)
+        life = certificates.check_certificate(
+            answer.certificate_pem,
+            device=identity.device,
+            hub_url=answer.hub_url,
+            csr_pem=csr_pem,
+            ca_pem=bundle,
+            now_ms=now_ms,
+            attested=attested,
+        )
     except OutriderError as error:
-        if error.code in REFUSED_FOR_GOOD:
-            note = Refusal(code=error.code, message=error.message, hint=error.hint, at_ms=now_ms)
-            keeping.replace(folder / "refusal.json", msgspec.json.encode(note))
+        _note(folder, error, now_ms=now_ms)
         raise
-    bundle = certificates.check_bundle(answer.ca_pem)
-    life = certificates.check_certificate(
-        answer.certificate_pem, device=identity.device, hub_url=answer.hub_url, csr_pem=csr_pem, ca_pem=bundle
-    )
     if answer.device != identity.device or not answer.broker.host or not 0 < answer.broker.port < 65536:
         raise ProtocolViolation("the hub's answer is for another device or lacks the broker", code="protocol.renewal")
     _switch(folder, file, answer, ca_pem=bundle, life=life)
     return life
+
+
+def _note(folder: Path, error: OutriderError, *, now_ms: int) -> None:
+    """Leave word for people of what does not pass by itself."""
+    if error.code not in SELDOM:
+        return
+    if error.code == WRONG_LIFE:
+        with keeping.translated(folder):
+            (folder / "next.csr").unlink(missing_ok=True)
+    note = Refusal(code=error.code, message=error.message, hint=error.hint, at_ms=now_ms)
+    keeping.replace(folder / "refusal.json", msgspec.json.encode(note))
 
 
 def look(state_dir: Path) -> Life:
@@ -120,6 +141,12 @@ def look(state_dir: Path) -> Life:
     life = certificates.life_of(identity.certificate_path)
     _name(state_dir / IDENTITY_DIR, file, life=life)
     return life
+
+
+def follow(state_dir: Path, *, hub_url: str) -> str:
+    """The CAs that follow from ours by the hub's links, PEM; empty where none does. Raises as `fetch_ca` does."""
+    identity = load_identity(state_dir)
+    return _followed(hub_url or identity.hub_url, identity.ca_path.read_text("ascii"))
 
 
 def _request(folder: Path, identity: Identity) -> str:
@@ -202,16 +229,11 @@ def _name(folder: Path, file: IdentityFile, *, life: Life) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run as a child of the daemon; returns the exit status."""
-    only_look = arguments[:1] == [LOOK]
-    state_dir, parent, *rest = arguments[1:] if only_look else arguments
+    task = arguments[0] if arguments[0] in (LOOK, FOLLOW) else ""
+    state_dir, parent, *rest = arguments[1:] if task else arguments
     bind_to_parent(int(parent))
     try:
-        if only_look:
-            life = look(Path(state_dir))
-        else:
-            now_ms, *url = rest
-            life = renew(Path(state_dir), hub_url=url[0] if url else "", now_ms=int(now_ms))
-        said = RenewalSaid(not_before_ms=life.not_before_ms, not_after_ms=life.not_after_ms)
+        said = _answer(task, Path(state_dir), rest)
     except OutriderError as error:
         said = RenewalSaid(code=error.code, message=error.message, hint=error.hint)
     except (OSError, ValueError) as error:
@@ -221,6 +243,17 @@ def main(arguments: list[str]) -> int:
         )
     sys.stdout.buffer.write(msgspec.json.encode(said))
     return 0
+
+
+def _answer(task: str, state_dir: Path, rest: list[str]) -> RenewalSaid:
+    if task == FOLLOW:
+        return RenewalSaid(authorities=follow(state_dir, hub_url=rest[0] if rest else ""))
+    if task == LOOK:
+        life = look(state_dir)
+    else:
+        now_ms, basis, *url = rest
+        life = renew(state_dir, hub_url=url[0] if url else "", now_ms=int(now_ms), attested=basis == "attested")
+    return RenewalSaid(not_before_ms=life.not_before_ms, not_after_ms=life.not_after_ms)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from shared.errors import TransferCorrupt, TransferError, TransferRefused, Unrea
 from shared.limits import KIB
 from shared.model import FileRef
 
+FOREIGN_CERTIFICATE: Final = "transfer.hub_certificate"
+"""The code of a server that no CA of ours vouches for."""
+
 STALL_MS: Final = 15_000
 MIN_PROGRESS: Final = 1 * KIB
 CHUNK_BYTES: Final = 256 * KIB
@@ -391,7 +394,7 @@ def _guarded(work: Callable[[_Call], T], call: _Call) -> T:
     try:
         return work(call)
     except ssl.SSLCertVerificationError as error:
-        raise refused_certificate(call.peer, error, code="transfer.hub_certificate") from error
+        raise refused_certificate(call.peer, error, code=FOREIGN_CERTIFICATE) from error
     except ssl.SSLError as error:
         raise _refused_or_unreachable(call, error) from error
     except (OSError, http.client.HTTPException) as error:

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from edge_agent.core.trusted_time import Basis
 from edge_agent.ports import CertificateLife
 from shared.errors import OutriderError, ProtocolViolation
 from shared.limits import KIB
@@ -28,6 +29,7 @@ _REAP_S: Final = 5.0
 class _Said(msgspec.Struct, frozen=True):
     not_before_ms: int = 0
     not_after_ms: int = 0
+    authorities: str = ""
     code: str = ""
     message: str = ""
     hint: str = ""
@@ -41,17 +43,20 @@ class LiveRenewer:
         *,
         state_dir: Path,
         now_ms: Callable[[], int],
+        basis: Callable[[], Basis],
         hub_url: str = "",
         command: tuple[str, ...] = (sys.executable, "-I", "-m", "edge_agent.renewal"),
     ) -> None:
         """
         Args:
             state_dir: the agent's.
-            now_ms: the trusted time, by which the child judges the hub's certificate.
+            now_ms: the trusted time, by which the child judges the hub's certificate and ours.
+            basis: on what that rests.
             hub_url: where to ask; empty for where the hub said that it is.
             command: what starts the child.
         """
         self._now_ms = now_ms
+        self._basis = basis
         self._state_dir = state_dir.absolute()
         self._hub_url = hub_url
         self._command = command
@@ -63,9 +68,21 @@ class LiveRenewer:
     async def renew(self) -> CertificateLife:
         """As `ports.Renewer` says."""
         rest = (self._hub_url,) if self._hub_url else ()
-        return await self._run(str(self._state_dir), str(os.getpid()), str(self._now_ms()), *rest)
+        return await self._run(str(self._state_dir), str(os.getpid()), str(self._now_ms()), self._basis(), *rest)
+
+    async def follow(self) -> str:
+        """The CAs to trust because a CA of ours vouches for them, PEM; empty where the hub publishes no such.
+
+        Nothing is kept: a renewal brings them for good. Raises OutriderError when the hub or the child does not answer.
+        """
+        rest = (self._hub_url,) if self._hub_url else ()
+        return (await self._ask("--follow", str(self._state_dir), str(os.getpid()), *rest)).authorities
 
     async def _run(self, *arguments: str) -> CertificateLife:
+        said = await self._ask(*arguments)
+        return CertificateLife(not_before_ms=said.not_before_ms, not_after_ms=said.not_after_ms)
+
+    async def _ask(self, *arguments: str) -> _Said:
         process = self._start(arguments)
         try:
             data = await asyncio.to_thread(_read, process)
@@ -107,11 +124,11 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def _understand(data: bytes) -> CertificateLife:
+def _understand(data: bytes) -> _Said:
     try:
         said = msgspec.json.decode(data, type=_Said)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolViolation("the renewal ended without a word", code="renew.lost") from error
     if said.code:
         raise OutriderError(said.message, code=said.code, hint=said.hint)
-    return CertificateLife(not_before_ms=said.not_before_ms, not_after_ms=said.not_after_ms)
+    return said

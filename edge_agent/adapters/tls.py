@@ -5,7 +5,7 @@ Rules of this file:
    In its place the server certificate's dates are held against the trusted time when the handshake is done, before a
    byte of ours is sent; chain, purpose and host name are OpenSSL's affair as ever. Whoever connects calls
    `do_handshake`, which is where this happens: http.client does it in `connect`, paho right after wrapping.
-2. Only the question for the time itself goes without dates (`undated_context`): its answer is signed. It shows no
+2. Only the question for the time itself goes without dates (`undated_…`): its answer is signed. It shows no
    client certificate, which might have expired, and carries nothing secret.
 3. Only the hub's own CAs are trusted: one, or two during a change. The dates of the one that signed count too.
 
@@ -90,17 +90,17 @@ def dated_trust(ca_pem: str, *, now_ms: Callable[[], int]) -> ssl.SSLContext:
     context = DatedContext(ssl.PROTOCOL_TLS_CLIENT)
     context.now_ms = now_ms
     context.sslsocket_class = DatedSocket
-    _relax(context, ssl.TLSVersion.TLSv1_2)
-    try:
-        context.load_verify_locations(cadata=ca_pem)
-    except ssl.SSLError as error:
-        raise ValueError(str(error)) from error
-    return context
+    return _trusting(context, ca_pem)
 
 
 def undated_context(ca_path: Path) -> ssl.SSLContext:
     """A context for the question for the time, and for nothing else; raises TransferRefused."""
     return _furnished(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ca_path)
+
+
+def undated_trust(ca_pem: str) -> ssl.SSLContext:
+    """The same for CAs at hand, PEM; raises ValueError when they do not parse."""
+    return _trusting(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ca_pem)
 
 
 def check_dates(certificate: Mapping[str, Any], *, now_ms: int) -> None:
@@ -140,6 +140,15 @@ def refused_certificate(who: str, error: ssl.SSLCertVerificationError, *, code: 
         code=code,
         hint="check the hub's address; enrol again if the hub was set up anew",
     )
+
+
+def _trusting(context: ssl.SSLContext, ca_pem: str) -> ssl.SSLContext:
+    _relax(context, ssl.TLSVersion.TLSv1_2)
+    try:
+        context.load_verify_locations(cadata=ca_pem)
+    except ssl.SSLError as error:
+        raise ValueError(str(error)) from error
+    return context
 
 
 def _furnished(

@@ -6,7 +6,8 @@ Rules of this file:
 1. A certificate is renewed at two thirds of its life, and up to a twelfth of it later: a fleet that was enrolled in one
    hour does not come back in one hour. One that has expired is renewed at once.
 2. What fails by itself is tried again in windows that widen up to an hour, any moment of them (full jitter). What the
-   hub has refused for good (`shared/renewal.py`) is asked again within six hours: a person may have changed it.
+   hub has refused for good (`shared/renewal.py`) is asked again within six hours: a person may have changed it. So is
+   a certificate whose dates cannot be: each question makes the hub sign one more, and it has a limit.
 3. The trusted time jumps when the hub has told it, so that no wait is longer than an hour; each end of one looks at the
    clock again.
 4. After a renewal there is a pause whatever the clock says: a clock that is years ahead must not make a storm.
@@ -25,6 +26,12 @@ from msgspec.structs import replace
 from edge_agent.core.backoff import doubled_ms, drawn_ms
 from shared.machine import Decision, Row, Table
 from shared.renewal import REFUSED_FOR_GOOD
+
+WRONG_LIFE: Final = "trust.certificate_life"
+"""The code of a new certificate that does not go with the trusted time: the hub's clock is wrong, or the time is."""
+
+SELDOM: Final = REFUSED_FOR_GOOD | {WRONG_LIFE}
+"""What is told to people, and asked again within `REFUSED_WINDOW_MS` only."""
 
 LOOK_MS: Final = 3_600_000
 FIRST_WINDOW_MS: Final = 60_000
@@ -137,7 +144,7 @@ def _renewed(_: Renewal, event: Renewed) -> _Step:
 
 
 def _failed(renewal: Renewal, event: Failed) -> _Step:
-    for_good = event.code in REFUSED_FOR_GOOD
+    for_good = event.code in SELDOM
     # Of a life that is very short, a minute may be all that is left.
     longest_ms = min(LONGEST_WINDOW_MS, max(_life_ms(renewal) // 20, SHORTEST_WAIT_MS))
     window_ms = doubled_ms(min(FIRST_WINDOW_MS, longest_ms), times=renewal.failures, longest_ms=longest_ms)

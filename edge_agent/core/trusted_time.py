@@ -29,8 +29,16 @@ LONGEST_PAUSE_MS: Final = 300_000
 WRONG_CLOCK_MS: Final = 300_000
 """How far the system clock may be off before it is worth a word."""
 
+MOVED_MS: Final = 60_000
+"""By how much the time must move before what was decided by the former one is decided anew."""
+AGAIN_MS: Final = 60_000
+"""How long a hub that has told the time is left in peace, however often somebody doubts it."""
+
 WRONG_DATES: Final = "transfer.certificate_dates"
 """The code of a server certificate that is not valid at the trusted time: one of the two is wrong."""
+
+FROZEN: Final = "trust.freeze"
+"""The code of metadata that has expired by the trusted time: somebody holds the new back, or the time is wrong."""
 
 Basis = Literal["attested", "floor", "clock"]
 """On what the time rests: the hub's attestation in this boot; what has passed at least; the system clock alone."""
@@ -70,6 +78,12 @@ def proven(time: TrustedTime, floor_ms: int) -> TrustedTime:
 def attested(time: TrustedTime, time_ms: int, *, asked_boot_ms: int) -> TrustedTime:
     """The hub has attested this time, to a question that was asked at that moment of the boot clock."""
     return replace(time, attested_ms=max(time_ms, time.floor_ms), asked_boot_ms=asked_boot_ms)
+
+
+def is_news(before: TrustedTime, after: TrustedTime, *, wall_ms: int, boot_ms: int) -> bool:
+    """Whether an attestation is a reason to try again what failed before it: the first one, or another time."""
+    clocks = {"wall_ms": wall_ms, "boot_ms": boot_ms}
+    return not before.attested or abs(now_ms(after, **clocks) - now_ms(before, **clocks)) > MOVED_MS
 
 
 def now_ms(time: TrustedTime, *, wall_ms: int, boot_ms: int) -> int:

@@ -22,6 +22,7 @@ from edge_agent.core.intake import (
     Untimed,
 )
 from edge_agent.core.slot_values import FetchDue, Installed
+from edge_agent.core.trusted_time import FROZEN
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -187,7 +188,7 @@ class Agent:
                 self._renewals.time_changed()
                 self._inbox.post(ForLink(link.StartLink()))
             case TimeDoubted():
-                self._timekeeping.ask()
+                self._timekeeping.doubt()
             case Stop():
                 pass  # taken out of the loop before
             case _:
@@ -196,7 +197,7 @@ class Agent:
     async def _on_link(self, event: link.LinkEvent) -> None:
         await self._uplink.on_link(event)
         if isinstance(event, link.Connected):
-            self._timekeeping.hurry()
+            self._timekeeping.reconnected()
             # What waited for the network need not wait for its timer.
             self._inbox.post(ForIntake(PauseOver()))
             for family in self._models.families():
@@ -258,13 +259,9 @@ class Agent:
 
     async def _verify(self, document: bytes) -> None:
         try:
-            floors = await self._ledger.load_floors()
-            time = self._timekeeping
-            verified = await self._verifier.verify(
-                document, floors=floors, wall_ms=time.now_ms(), time_attested=time.attested
-            )
+            verified = await self._verified(document)
             await self._ledger.save_verified(verified)
-            time.proven(verified.floors.time_ms)
+            self._timekeeping.proven(verified.floors.time_ms)
         except TrustError as error:
             is_untimed = error.code == UNATTESTED
             event = Untimed(error.message) if is_untimed else Refused(error.code, error.message)
@@ -274,6 +271,22 @@ class Agent:
             self._inbox.post(ForIntake(Unavailable(error.message, error.code)))
         else:
             self._inbox.post(ForIntake(Accepted(verified)))
+
+    async def _verified(self, document: bytes) -> VerifiedAssignment:
+        """What the verifier accepts; something that has expired is judged anew when the hub tells another time."""
+        time = self._timekeeping
+        while True:
+            floors, news = await self._ledger.load_floors(), time.news
+            try:
+                return await self._verifier.verify(
+                    document, floors=floors, wall_ms=time.now_ms(), time_attested=time.attested
+                )
+            except TrustError as error:
+                if error.code != FROZEN:
+                    raise
+                await time.confirm()
+                if time.news == news:
+                    raise
 
     async def _offer(self, verified: VerifiedAssignment) -> None:
         try:

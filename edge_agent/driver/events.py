@@ -87,11 +87,11 @@ class InstalledJudged(msgspec.Struct, frozen=True):
 
 
 class TimeAttested(msgspec.Struct, frozen=True):
-    """The hub has attested the time; what waited for it goes on."""
+    """The hub has attested the time, for the first time or another one than before; what waited for it goes on."""
 
 
 class TimeDoubted(msgspec.Struct, frozen=True):
-    """The dates of a server's certificate do not agree with the trusted time."""
+    """The dates of a server's certificate, or of a new one of ours, do not agree with the trusted time."""
 
 
 class Noted(msgspec.Struct, frozen=True, eq=False):

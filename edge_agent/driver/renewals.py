@@ -126,7 +126,7 @@ class Renewals:
         except OutriderError as error:
             if error.code != self._renewal.code:
                 logger.warning("certificate not renewed", extra={"code": error.code, "why": error.message})
-            if error.code == WRONG_DATES:
+            if error.code in (WRONG_DATES, renewal.WRONG_LIFE):
                 self._inbox.post(TimeDoubted())
             failed = Failed(code=error.code, message=error.message, hint=error.hint, jitter=random.random())
             self._inbox.post(ForRenewal(failed))

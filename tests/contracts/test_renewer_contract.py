@@ -65,7 +65,7 @@ class Children:
                 device="dev-a", hub_url=server.url, broker_host="b", broker_port=1, profile="pi4", enrolled_ms=1
             )
             (identity / "identity.json").write_bytes(msgspec.json.encode(file))
-            yield LiveRenewer(state_dir=folder / "state", now_ms=SystemClock().wall_ms)
+            yield LiveRenewer(state_dir=folder / "state", now_ms=SystemClock().wall_ms, basis=lambda: "clock")
             load_identity(folder / "state")
 
 
@@ -95,11 +95,11 @@ def test_looking_needs_no_hub(kind: Fakes | Children, tmp_path: Path) -> None:
 
 
 def test_a_child_that_says_nothing_is_an_error(tmp_path: Path) -> None:
-    renewer = LiveRenewer(state_dir=tmp_path, now_ms=lambda: 1, command=("/bin/true",))
+    renewer = LiveRenewer(state_dir=tmp_path, now_ms=lambda: 1, basis=lambda: "floor", command=("/bin/true",))
     with pytest.raises(OutriderError) as caught:
         asyncio.run(renewer.renew())
     assert caught.value.code == "renew.lost"
-    renewer = LiveRenewer(state_dir=tmp_path, now_ms=lambda: 1, command=("/no/such/program",))
+    renewer = LiveRenewer(state_dir=tmp_path, now_ms=lambda: 1, basis=lambda: "floor", command=("/no/such/program",))
     with pytest.raises(OutriderError) as caught:
         asyncio.run(renewer.renew())
     assert caught.value.code == "renew.start"

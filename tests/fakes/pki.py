@@ -49,6 +49,16 @@ class TestCa:
         """SHA-256 of the certificate's DER, hex."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
+    def link(self, after: TestCa) -> bytes:
+        """This CA's word that the other one follows it: the other's name and key, signed by this one."""
+        certificate = (
+            self._builder(after.certificate.subject, after._key.public_key(), days=9)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM)
+
     def server(
         self, file: str = "server", *, host: str = "localhost", since: int = -20, days: int = 5, is_client: bool = False
     ) -> Pair:
@@ -66,13 +76,13 @@ class TestCa:
         """A client certificate; negative days make an expired one."""
         return self._issue(common_name, common_name=common_name, usage=ExtendedKeyUsageOID.CLIENT_AUTH, days=days)
 
-    def sign_request(self, csr_pem: str, common_name: str) -> str:
-        """A client certificate for the key in the request."""
+    def sign_request(self, csr_pem: str, common_name: str, *, since: int = -20, days: int = 5) -> str:
+        """A client certificate for the key in the request, valid from and to so many days from now."""
         request = x509.load_pem_x509_csr(csr_pem.encode())
         public_key = request.public_key()
         assert isinstance(public_key, ec.EllipticCurvePublicKey)
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        certificate = self._builder(name, public_key, days=5).sign(self._key, hashes.SHA256())
+        certificate = self._builder(name, public_key, since=since, days=days).sign(self._key, hashes.SHA256())
         return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _issue(

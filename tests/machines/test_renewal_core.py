@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from edge_agent.core import renewal
 from edge_agent.core.renewal import Adopt, Ask, Failed, Looked, NoteRefusal, Phase, Renewal, Renewed, StartTimer, decide
-from shared.renewal import REFUSED_FOR_GOOD
 
 DAY_MS = 86_400_000
 LIFE_MS = 30 * DAY_MS
@@ -68,7 +67,7 @@ def test_failures_are_waited_out_longer_and_longer_up_to_an_hour(failures: int) 
     assert at_once == StartTimer(renewal.SHORTEST_WAIT_MS)
 
 
-@pytest.mark.parametrize("code", sorted(REFUSED_FOR_GOOD))
+@pytest.mark.parametrize("code", sorted(renewal.SELDOM))
 def test_a_refusal_for_good_is_told_once_and_asked_again_seldom(code: str) -> None:
     asking = Renewal(phase=Phase.ASKING, not_before_ms=0, not_after_ms=LIFE_MS, spread=0)
     failed = Failed(code=code, message="no", hint="enrol again", jitter=0.5)
@@ -92,7 +91,7 @@ def test_a_refusal_for_good_is_told_once_and_asked_again_seldom(code: str) -> No
             ),
             st.builds(
                 Failed,
-                code=st.sampled_from(["x", *sorted(REFUSED_FOR_GOOD)]),
+                code=st.sampled_from(["x", *sorted(renewal.SELDOM)]),
                 message=st.just("m"),
                 hint=st.just(""),
                 jitter=st.floats(0, 1),

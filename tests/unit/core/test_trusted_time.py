@@ -87,6 +87,15 @@ def test_whatever_happens_it_is_never_before_what_is_proven(steps: list[tuple[st
         assert time.floor_ms == proven_ms
 
 
+def test_news_is_a_first_attestation_and_a_time_that_has_moved() -> None:
+    unknown = tt.at_start(Floors(attested_ms=TRUE_MS), issued_ms=0)
+    known = tt.attested(unknown, TRUE_MS, asked_boot_ms=0)
+    assert tt.is_news(unknown, known, wall_ms=TRUE_MS, boot_ms=0)
+    for moved_ms, is_news in ((0, False), (tt.MOVED_MS, False), (-tt.MOVED_MS - 1, True), (tt.MOVED_MS + 1, True)):
+        after = tt.attested(known, TRUE_MS + HOUR_MS + moved_ms, asked_boot_ms=HOUR_MS)
+        assert tt.is_news(known, after, wall_ms=0, boot_ms=HOUR_MS) is is_news
+
+
 def test_the_hub_is_asked_again_after_pauses_that_grow_and_are_spread() -> None:
     longest = [tt.pause_ms(failures, jitter=1.0) for failures in range(1, 40)]
     assert longest == sorted(longest)

@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 
-from edge_agent.core import trusted_time
-from edge_agent.core.trusted_time import BUILT_MS
-from edge_agent.driver.events import TimeDoubted
+from edge_agent.core import link, renewal, trusted_time
+from edge_agent.core.trusted_time import BUILT_MS, FROZEN, WRONG_DATES
+from edge_agent.driver.events import ForLink, TimeDoubted
+from edge_agent.ports import CertificateLife
 from shared.errors import OutriderError, StorageError, TransferRefused, TrustError, Unreachable
 from shared.inference import AgentState, Answer, Status
-from shared.release import Floors
+from shared.release import Floors, VerifiedAssignment
 from tests.fakes.agent_world import AgentWorld, release, until
+from tests.fakes.courier import FakeCourier
+from tests.fakes.renewer import FakeRenewer
 
 DAY_MS = 86_400_000
 TRUE_MS = BUILT_MS + 100 * DAY_MS
@@ -192,6 +195,127 @@ def test_dates_that_do_not_agree_with_an_attested_time_have_the_hub_asked_again(
         world.inbox.post(TimeDoubted())
         await until(lambda: world.timekeeping.now_ms() < TRUE_MS + DAY_MS, "set back by a fresh answer")
         assert world.ledger.floors.attested_ms == TRUE_MS
+
+    world.life(story)
+
+
+def test_a_link_that_comes_back_has_the_hub_asked_again_but_not_at_once() -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS + 3 * DAY_MS  # the hub's clock was wrong when the device started
+
+    async def again() -> None:
+        births = world.hub.births
+        world.inbox.post(ForLink(link.Reconnect()))
+        await until(lambda: world.hub.births > births, "the link is made anew")
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested and world.uplink.online, "attested and online")
+        world.time_source.says = TRUE_MS
+        before = len(world.time_source.asked)
+        for _ in range(3):
+            await again()
+        assert len(world.time_source.asked) == before
+        world.clock.advance(trusted_time.AGAIN_MS)
+        await again()
+        await until(lambda: world.timekeeping.now_ms() == TRUE_MS, "set back by a fresh answer")
+
+    world.life(story)
+
+
+def freezing(world: AgentWorld) -> None:
+    """Metadata that expires a day after the true time."""
+    inner = world.verifier.verify
+
+    async def verify(
+        document: bytes, *, floors: Floors, wall_ms: int, time_attested: bool = False
+    ) -> VerifiedAssignment:
+        verified = await inner(document, floors=floors, wall_ms=wall_ms, time_attested=time_attested)
+        if wall_ms > TRUE_MS + DAY_MS:
+            raise TrustError("the timestamp metadata has expired", code=FROZEN)
+        return verified
+
+    world.verifier.verify = verify  # type: ignore[method-assign]
+
+
+def test_what_has_expired_by_a_time_that_was_wrong_is_judged_once_more() -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS + 3 * DAY_MS
+    freezing(world)
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        world.time_source.says = TRUE_MS
+        world.arrive(world.publish(release(world, "1.0.0")))
+        await serving(world, "1.0.0")
+        assert "release.refused" not in world.hub.events()
+
+    world.life(story)
+
+
+def test_what_has_expired_is_refused_when_the_hub_says_the_same_time_and_is_not_asked_for_each() -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS + 3 * DAY_MS
+    freezing(world)
+
+    async def refused(number: int) -> None:
+        world.arrive(world.publish(release(world, f"1.{number}.0")))
+        await until(lambda: world.hub.events().count("release.refused") == number, "refused")
+
+    async def story() -> None:
+        await until(lambda: world.timekeeping.attested, "attested")
+        before = len(world.time_source.asked)
+        for number in (1, 2, 3):
+            await refused(number)
+        assert len(world.time_source.asked) == before + 1
+        assert len(world.verifier.times) == 3
+
+    world.life(story)
+
+
+def test_a_certificate_that_really_is_out_of_date_makes_no_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = AgentWorld()
+    world.time_source.says = TRUE_MS
+    expired = TransferRefused("it expired", code=WRONG_DATES)
+    world.certificate, world.renewer = CertificateLife(not_before_ms=1, not_after_ms=DAY_MS), FakeRenewer(expired)
+    connects: list[str] = []
+
+    async def refuse(_: FakeCourier, *, will_topic: str, will_payload: bytes, subscribe: str) -> None:
+        connects.append(will_topic)
+        raise expired
+
+    monkeypatch.setattr(FakeCourier, "connect", refuse)
+    for machine in (link, renewal):
+        monkeypatch.setattr(machine, "drawn_ms", lambda *_, **__: 3_600_000)
+
+    def tried() -> tuple[int, int, int]:
+        return len(connects), world.renewer.asked, len(world.time_source.asked)
+
+    async def at_rest() -> None:
+        for _ in range(500):
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        await until(lambda: min(tried()) >= 2, "both are tried again with the first attestation, then it is doubted")
+        await at_rest()
+        before = tried()
+        assert max(before) <= 3
+        world.inbox.post(TimeDoubted())
+        await at_rest()
+        assert tried() == before
+        # A minute later the hub is asked, and says the same.
+        world.clock.advance(trusted_time.AGAIN_MS)
+        world.time_source.says = TRUE_MS + trusted_time.AGAIN_MS
+        world.inbox.post(TimeDoubted())
+        await until(lambda: asked(world, before[2] + 1), "asked")
+        await at_rest()
+        assert tried() == (*before[:2], before[2] + 1)
+        # Then another time, by which they may be right.
+        world.clock.advance(trusted_time.AGAIN_MS)
+        world.time_source.says = TRUE_MS
+        world.inbox.post(TimeDoubted())
+        await until(lambda: tried()[0] > before[0] and tried()[1] > before[1], "tried by the other time")
+        await at_rest()
+        assert max(tried()) <= max(before) + 3
 
     world.life(story)
 

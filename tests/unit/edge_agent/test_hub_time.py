@@ -9,13 +9,16 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_agent.adapters.fetcher import HubFetcher
 from edge_agent.adapters.hub_time import HubTime
+from edge_agent.adapters.renewer import LiveRenewer
 from edge_agent.adapters.system import SystemClock
 from edge_agent.adapters.tls import undated_context
 from edge_agent.adapters.verifier import LiveVerifier
+from edge_agent.identity import IdentityFile
 from shared.errors import OutriderError
 from shared.ids import DeviceId
 from shared.limits import MAX_TIME_ANSWER_BYTES
@@ -32,6 +35,7 @@ class House:
 
     def __init__(self, folder: Path) -> None:
         self.ca = TestCa(folder)
+        self.serving, self.published = self.ca, self.ca.pem
         self.hub = TrustRepository(attests_time=True)
         self.trust = folder / "trust"
         self.trust.mkdir()
@@ -44,19 +48,40 @@ class House:
         self.answers.append(self.hub.attest(json.loads(request.body)["nonce"]))
         return 200, self.answers[-1]
 
+    def renewer(self, server: HttpsServer) -> LiveRenewer:
+        """Who follows links: the real child, on an identity that knows the first CA."""
+        pair, folder = self.ca.client(DEVICE), self.trust.parent / "identity"
+        folder.mkdir(exist_ok=True)
+        file = IdentityFile(
+            device=DEVICE, hub_url=server.url, broker_host="b", broker_port=1, profile="pi4", enrolled_ms=1
+        )
+        for name, data in (
+            ("device.key", pair.key.read_bytes()),
+            ("device.pem", pair.certificate.read_bytes()),
+            ("ca.pem", self.ca.pem),
+            ("identity.json", msgspec.json.encode(file)),
+        ):
+            (folder / name).write_bytes(data)
+        return LiveRenewer(state_dir=self.trust.parent, now_ms=lambda: 1, basis=lambda: "floor")
+
     def ask(self, *replies: Reply, floors: Floors | None = None) -> list[int | str]:
         """Ask once for each reply: the time, or the code of the refusal."""
         waiting = list(replies)
 
         def reply(request: Request, handler: BaseHTTPRequestHandler) -> None:
+            if request.path == "/v1/ca":
+                answer(handler, 200, self.published)
+                return
             status, body = waiting.pop(0)(request)
             answer(handler, status, body)
 
-        with HttpsServer(self.ca, reply) as server:
+        with HttpsServer(self.serving, reply) as server:
             clock = SystemClock()
             fetcher = HubFetcher(hub_url=server.url, context=undated_context(self.ca.path), clock=clock)
             verifier = LiveVerifier(trust_dir=self.trust, device=DEVICE, profile="generic", fetcher=fetcher)
-            source = HubTime(fetcher=fetcher, verifier=verifier, device=DEVICE, random=os.urandom)
+            source = HubTime(
+                fetcher=fetcher, follow=self.renewer(server).follow, verifier=verifier, device=DEVICE, random=os.urandom
+            )
 
             async def one() -> int | str:
                 try:
@@ -111,3 +136,30 @@ def test_time_attestation_replayed_or_for_another_or_forged_or_too_long_or_dropp
 
 def test_time_attestation_below_the_floor_is_refused_by_the_child_too(house: House) -> None:
     assert house.ask(house.honest, floors=Floors(time_ms=NOW_MS + 1)) == ["trust.time.rollback"]
+
+
+def second_ca(folder: Path) -> TestCa:
+    (folder / "second").mkdir()
+    return TestCa(folder / "second", name="second-ca")
+
+
+def test_a_hub_that_has_changed_its_ca_tells_the_time_by_its_link(house: House, tmp_path: Path) -> None:
+    """A device with a dead clock slept through the change: the renewal would follow the link, but needs the time."""
+    house.serving = second_ca(tmp_path)
+    house.published = house.serving.pem + house.ca.link(house.serving) + house.ca.pem
+    assert house.ask(house.honest, house.honest) == [NOW_MS, NOW_MS]
+    # Nothing of the question is sent before the link holds, and the link is believed from then on.
+    assert [request.path for request in house.requests] == ["/v1/ca", "/v1/time", "/v1/time"]
+
+
+def test_a_hub_of_another_ca_without_a_link_is_not_asked_for_the_time(house: House, tmp_path: Path) -> None:
+    house.serving = impostor = second_ca(tmp_path)
+    for published in (
+        b"",
+        impostor.pem,
+        impostor.pem + house.ca.pem,
+        impostor.pem + impostor.link(impostor) + house.ca.pem,
+    ):
+        house.published = published
+        assert house.ask(house.honest) == ["transfer.hub_certificate"]
+        assert [request.path for request in house.requests] == ["/v1/ca"]

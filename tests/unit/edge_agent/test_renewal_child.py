@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from edge_agent import renewal
+from edge_agent.core.renewal import WRONG_LIFE
 from edge_agent.identity import IdentityFile, load_file, load_identity, load_refusal, sweep
 from shared.errors import ProtocolViolation, TransferRefused, TrustError, Unreachable
 from shared.ids import DeviceId
@@ -42,6 +43,7 @@ class Hub:
         self.refusal: tuple[int, str] | None = None
         self.answers: dict[str, str] = {}
         self.loses = 0
+        self.since, self.days = -20, 5
 
     def reply(self, request: Request, handler: BaseHTTPRequestHandler) -> None:
         if request.path == "/v1/ca":
@@ -54,7 +56,7 @@ class Hub:
             answer(handler, status, json.dumps({"detail": "no", "code": code, "hint": "enrol again"}).encode())
             return
         csr = asked["csr_pem"]
-        certificate = self.answers.setdefault(csr, self.serving.sign_request(csr, self.device))
+        certificate = self.answers.setdefault(csr, self.made(csr))
         if self.loses:
             self.loses -= 1
             handler.close_connection = True
@@ -67,6 +69,9 @@ class Hub:
             "broker": {"host": "elsewhere", "port": 8884},
         }
         answer(handler, 200, json.dumps(body).encode())
+
+    def made(self, csr: str) -> str:
+        return self.serving.sign_request(csr, self.device, since=self.since, days=self.days)
 
     def check(self, asked: dict[str, str]) -> None:
         shown = x509.load_pem_x509_certificate(asked["certificate_pem"].encode())
@@ -116,7 +121,7 @@ def is_usable(state: Path) -> bool:
 
 
 def go(state: Path, server: HttpsServer) -> None:
-    renewal.renew(state, hub_url=server.url, now_ms=NOW_MS)
+    renewal.renew(state, hub_url=server.url, now_ms=NOW_MS, attested=True)
 
 
 def names(state: Path) -> list[str]:
@@ -126,7 +131,7 @@ def names(state: Path) -> list[str]:
 def test_a_device_gets_a_new_pair_and_keeps_no_old_one(hub: Hub, server: HttpsServer, tmp_path: Path) -> None:
     state = enrolled(hub, tmp_path / "state")
     old = load_identity(state).key_path.read_bytes()
-    life = renewal.renew(state, hub_url=server.url, now_ms=NOW_MS)
+    life = renewal.renew(state, hub_url=server.url, now_ms=NOW_MS, attested=True)
     assert is_usable(state)
     new = load_identity(state)
     assert new.key_path.read_bytes() != old
@@ -254,6 +259,20 @@ def test_a_hub_of_another_ca_is_not_asked(hub: Hub, tmp_path: Path) -> None:
     assert is_usable(state)
 
 
+def test_a_hub_that_has_changed_its_ca_renews_by_its_link_and_by_the_right_time(hub: Hub, tmp_path: Path) -> None:
+    state = enrolled(hub, tmp_path / "state")
+    (tmp_path / "second").mkdir()
+    second = TestCa(tmp_path / "second", name="second-ca")
+    hub.published = second.pem + hub.ca.link(second) + hub.ca.pem
+    hub.serving, hub.bundle = second, second.pem + hub.ca.pem
+    with HttpsServer(second, hub.reply) as server:
+        with pytest.raises(TransferRefused) as caught:
+            renewal.renew(state, hub_url=server.url, now_ms=NOW_MS - 30 * 86_400_000, attested=False)
+        assert caught.value.code == "transfer.certificate_dates"
+        go(state, server)
+    assert load_identity(state).ca_path.read_bytes() == hub.bundle
+
+
 def test_a_certificate_for_another_key_name_or_ca_is_not_taken(hub: Hub, server: HttpsServer, tmp_path: Path) -> None:
     state = enrolled(hub, tmp_path / "state")
     before = names(state)
@@ -277,6 +296,40 @@ def test_a_certificate_for_another_key_name_or_ca_is_not_taken(hub: Hub, server:
         go(state, server)
     assert [name for name in names(state) if not name.startswith("next")] == before
     assert is_usable(state)
+
+
+@pytest.mark.parametrize(("since", "days"), [(2, 32), (3650, 3680), (-30, -1)], ids=["days", "years", "ended"])
+def test_a_certificate_of_another_time_is_not_taken_and_a_new_one_is_asked_for(
+    hub: Hub, server: HttpsServer, tmp_path: Path, since: int, days: int
+) -> None:
+    """The hub's clock was wrong for a moment: the first day of a certificate would count as a day that has come."""
+    state = enrolled(hub, tmp_path / "state")
+    hub.since, hub.days = since, days
+    with pytest.raises(TrustError) as caught:
+        go(state, server)
+    assert caught.value.code == WRONG_LIFE
+    assert load_file(state).generation == load_file(state).not_before_ms == 0
+    assert is_usable(state)
+    refusal = load_refusal(state)
+    assert refusal is not None
+    assert refusal.code == WRONG_LIFE
+    hub.since, hub.days = -20, 5
+    go(state, server)
+    assert len(hub.answers) == 2
+    assert is_usable(state)
+    assert load_refusal(state) is None
+
+
+def test_a_time_that_nobody_told_may_be_behind(hub: Hub, server: HttpsServer, tmp_path: Path) -> None:
+    """A hub that attests none, and a device whose clock begins where its certificate does."""
+    state = enrolled(hub, tmp_path / "state")
+    hub.since = 0
+    behind_ms = NOW_MS - 10 * 86_400_000
+    life = renewal.renew(state, hub_url=server.url, now_ms=behind_ms, attested=False)
+    assert life.not_before_ms > behind_ms + 86_400_000
+    with pytest.raises(TrustError) as caught:
+        renewal.renew(state, hub_url=server.url, now_ms=behind_ms, attested=True)
+    assert caught.value.code == WRONG_LIFE
 
 
 def test_looking_notes_the_dates_of_an_older_identity(hub: Hub, tmp_path: Path) -> None:
