@@ -206,6 +206,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     wait_until(lambda: not comes_in(asleep, context) and comes_in(awake, awake.context()), "the broker has too")
     assert hub.call("GET", "/v1/whoami", context=awake.context()).status == 200
     assert hub.call("GET", "/v1/whoami", context=context).status == 403
+    wait_until(lambda: hub.call("GET", "/readyz").status == 200, "the hub's own link, at the broker of the new CA")
     with pytest.raises(TrustError) as caught:
         enrolled(hub, short_tmp / "x", name="too-late", token=old_token)
     assert "has changed its CA since; ask for a new token" in caught.value.hint
