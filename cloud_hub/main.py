@@ -172,11 +172,11 @@ async def _follow_authorities(
         forget: makes the broker drop a CA that is trusted no longer.
     """
     config, authorities = foundation.config, foundation.authorities
-    seen, before = rotation.stamp(config.folder), set(authorities.fingerprints)
+    # From when they were read: what has changed while the hub started is followed as well.
+    seen, before = authorities.now.stamp, set(authorities.fingerprints)
     while True:
         await asyncio.sleep(CA_LOOK_S)
-        found = rotation.stamp(config.folder)
-        if found == seen:
+        if rotation.stamp(config.folder) == seen:
             continue
         try:
             pair = await asyncio.to_thread(rotation.load, config.folder, now_ms=foundation.clock.wall_ms())
@@ -194,7 +194,7 @@ async def _follow_authorities(
         logger.info("CA %s, phase %s", authorities.fingerprint, pair.phase)
         if before - set(authorities.fingerprints):
             forget()
-        seen, before = found, set(authorities.fingerprints)
+        seen, before = pair.stamp, set(authorities.fingerprints)
 
 
 async def _keep_claim(foundation: Foundation) -> None:

@@ -18,6 +18,8 @@ from cloud_hub.ground.ca import Authority, DeviceCertificate, IssuedPair, PeerCe
 from shared.ids import DeviceId
 
 Phase: TypeAlias = Literal["steady", "begun", "switched"]
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+"""What changes whenever the files of the authorities do (`rotation.stamp`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class TrustedPair:
 
     Attributes:
         link: the old one's word that the new one follows it, PEM; only after the switch.
+        stamp: of the files, from before they were read: another one later says that they have to be read again.
     """
 
     phase: Phase
     issuing: Authority
     other: Authority | None = None
     link: str = ""
+    stamp: Stamp = ()
 
     @property
     def all(self) -> tuple[Authority, ...]:
