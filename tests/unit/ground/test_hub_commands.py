@@ -13,7 +13,7 @@ import pytest
 from cloud_hub.__main__ import main
 from cloud_hub.commands import init as init_command
 from cloud_hub.devices import tables
-from cloud_hub.ground import audit, ca, transport
+from cloud_hub.ground import audit, ca, rotation, transport
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import DataFolder
 from cloud_hub.ground.revocation import make_list
@@ -283,3 +283,31 @@ def test_doctor_tells_the_age_of_the_revocation_list(
     (found,) = [check for check in output(capsys)["checks"] if check["check"] == "revocation"]
     assert found["ok"] is ok
     assert words in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("days", "phase", "ok", "words"),
+    [
+        (181, "steady", True, "180 days left"),
+        (181, "begun", True, "180 days left; a change is under way, phase begun"),
+        (180, "steady", False, "the CA ends in 179 days"),
+        (180, "begun", False, "the CA ends in 179 days"),
+        (1, "steady", False, "the CA has expired"),
+    ],
+)
+def test_doctor_warns_long_before_the_ca_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], days: int, phase: str, ok: bool, words: str
+) -> None:
+    folder = DataFolder(tmp_path)
+    folder.make()
+    now_ms = SystemClock().wall_ms()
+    made = ca.make_ca(now_ms=now_ms, label="test", days=days)
+    folder.ca_key.write_bytes(made.key_pem)
+    folder.ca_certificate.write_bytes(made.certificate_pem)
+    if phase == "begun":
+        rotation.begin(folder, now_ms=now_ms, label="next")
+    main(["doctor", "--data", str(tmp_path), "--json"])
+    (found,) = [check for check in output(capsys)["checks"] if check["check"] == "ca"]
+    assert (found["ok"], words in found["detail"]) == (ok, True), found
+    if words.startswith("the CA ends"):
+        assert f"outrider-hub ca rotate {'begin' if phase == 'steady' else 'switch'}" in found["hint"]
