@@ -278,6 +278,23 @@ def test_the_fleet_is_counted_during_a_change_of_the_ca(room: Room) -> None:
     assert hashlib.sha256(der(by_new.ca_pem[: len(new.pem)])).hexdigest() == new.fingerprint
 
 
+def test_a_device_that_may_not_renew_holds_up_no_change_of_the_ca(room: Room) -> None:
+    new, now_ms = make_authority(now_ms=room.clock.wall_ms()), room.clock.wall_ms()
+    room.enroll("pi-2", new_key())
+
+    def untold() -> tuple[list[str], int]:
+        ready = room.database.read_now(lambda conn: readiness(conn, ca_fingerprint=new.fingerprint, now_ms=now_ms))
+        assert ready.untold == ready.unsigned
+        return list(ready.untold), ready.live
+
+    asyncio.run(room.desk.standings.quarantine("pi-1", reason="odd", actor="op"))
+    assert untold() == (["pi-2"], 1)
+    asyncio.run(room.desk.standings.lift("pi-1", actor="op"))
+    assert untold() == (["pi-1", "pi-2"], 2)
+    asyncio.run(room.desk.standings.revoke("pi-2", reason="stolen", actor="op"))
+    assert untold() == (["pi-1"], 1)
+
+
 @pytest.mark.parametrize("kind", ["revoked", "quarantined"])
 def test_a_device_that_is_not_welcome_gets_no_new_certificate(room: Room, kind: str) -> None:
     standings = room.desk.standings
