@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import json
+import secrets
 import shutil
 import socket
 import ssl
@@ -21,7 +23,7 @@ from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
-from cloud_hub.ground import audit, broker, migrate, revocation, rotation, transport
+from cloud_hub.ground import audit, broker, migrate, revocation, rotation, transport, walltime
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("disk", _disk),
         ("database", _database),
         ("audit", _audit),
+        ("clock", _clock),
         ("ca", _ca),
         ("certificates", _certificates),
         ("revocation", _revocation),
@@ -124,6 +127,39 @@ def _audit(config: HubConfig) -> str:
             hint="compare with a backup; somebody has written into the database past the hub",
         )
     return f"{verdict.rows} rows, each bound to the one before"
+
+
+def _clock(config: HubConfig) -> str:
+    config.require()
+    with closing(Database(config.database_url)) as database:
+        newest_ms = database.read_now(audit.newest_ms)
+    now_ms = SystemClock().wall_ms()
+    found, hint = walltime.doubt(now_ms=now_ms, expected_ms=now_ms, newest_ms=newest_ms), walltime.HINT
+    if not found:
+        # What has happened since its start only the running hub knows.
+        found, hint = _doubt_at(config)
+    if found:
+        raise ConfigError(found, code=walltime.CODE, hint=hint)
+    return "not doubted"
+
+
+def _doubt_at(config: HubConfig) -> tuple[str, str]:
+    """Why the running hub tells nobody the time, and what to do; empty when it does, or does not run."""
+    context = ssl.create_default_context(cafile=str(config.folder.broker / "ca.pem"))
+    context.check_hostname = False
+    host = broker.local_address(config.listen.host)
+    connection = http.client.HTTPSConnection(host, config.listen.port, timeout=3, context=context)
+    asked = json.dumps({"nonce": secrets.token_urlsafe(32), "device": "doctor", "root": 1})
+    try:
+        connection.request("POST", "/v1/time", asked, {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read(65536))
+        if answer.get("code") == walltime.CODE:
+            return str(answer["detail"]), str(answer["hint"])
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, KeyError):
+        pass
+    finally:
+        connection.close()
+    return "", ""
 
 
 def _ca(config: HubConfig) -> str:

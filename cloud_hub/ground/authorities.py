@@ -10,7 +10,7 @@ Values and bytes only: `transport.py` keeps them in files. What changes while th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -44,11 +44,16 @@ class TrustedPair:
 
 
 class Authorities:
-    """What rooms ask to issue and to check; follows a change of the CA."""
+    """What rooms ask to issue and to check; follows a change of the CA.
 
-    def __init__(self, issuing: Authority) -> None:
-        """Begin with one CA."""
+    Args:
+        issuing: the CA to begin with.
+        require_time: raises ConfigError when a reading of the clock is nothing that a device should keep.
+    """
+
+    def __init__(self, issuing: Authority, *, require_time: Callable[[int], None] = lambda _: None) -> None:
         self.now = TrustedPair(phase="steady", issuing=issuing)
+        self.require_time = require_time
 
     def adopt(self, pair: TrustedPair) -> None:
         """Go on with these."""
@@ -88,7 +93,8 @@ class Authorities:
         return self.now.issuing.issue_client(name, now_ms=now_ms, days=days)
 
     def issue_device(self, csr_pem: str, *, device: DeviceId, now_ms: int, days: float) -> DeviceCertificate:
-        """As `Authority.issue_device`."""
+        """As `Authority.issue_device`; raises ConfigError when the clock is doubted (`walltime.py`)."""
+        self.require_time(now_ms)
         return self.now.issuing.issue_device(csr_pem, device=device, now_ms=now_ms, days=days)
 
     def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:

@@ -19,10 +19,12 @@ from cloud_hub.devices.standing import listed
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.database import Database
+from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, Throttled
-from shared.errors import InvalidValue, OutriderError
+from cloud_hub.ground.walltime import WallTime
+from shared.errors import ConfigError, InvalidValue, OutriderError
 from shared.ids import DeviceId
-from shared.renewal import csr_digest, proof_message
+from shared.renewal import REFUSED_FOR_GOOD, csr_digest, proof_message
 from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, csr_for, der, hub_database, make_authority, make_desk, new_csr
 
@@ -250,6 +252,22 @@ def test_one_device_cannot_flood(room: Room) -> None:
         room.renew(request)
     with pytest.raises(Throttled):
         room.renew(request)
+
+
+@pytest.mark.parametrize("ahead_days", [25, 800])
+def test_a_hub_whose_clock_is_ahead_neither_renews_nor_enrols_nor_refuses_for_good(room: Room, ahead_days: int) -> None:
+    time = WallTime(room.clock, newest_ms=None, metrics=Metrics())
+    room.authorities.require_time = time.require
+    request = room.request(new_csr())
+    room.clock.wall += ahead_days * DAY_MS
+    error = room.refused(request)
+    assert error.code == "config.clock"
+    assert error.code not in REFUSED_FOR_GOOD
+    with pytest.raises(ConfigError):
+        room.enroll("pi-2", new_key())
+    room.clock.wall -= ahead_days * DAY_MS
+    assert room.renew(request).device == "pi-1"
+    assert room.audit() == ["certificate.renewed"]
 
 
 def test_the_fleet_is_counted_during_a_change_of_the_ca(room: Room) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from cloud_hub.ground.revocation import make_list
 from cloud_hub.ground.system import SystemClock
 from shared.join import decode_join_token
 from shared.trust import repository
+from shared.trust.time import check_nonce
+from tests.fakes.https import HttpsServer, Request, answer
+from tests.fakes.pki import TestCa
 
 
 def init(tmp_path: Path, *more: str) -> int:
@@ -311,3 +316,39 @@ def test_doctor_warns_long_before_the_ca_ends(
     assert (found["ok"], words in found["detail"]) == (ok, True), found
     if words.startswith("the CA ends"):
         assert f"outrider-hub ca rotate {'begin' if phase == 'steady' else 'switch'}" in found["hint"]
+
+
+def test_doctor_tells_of_a_clock_that_is_doubted(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what is written, and by what the running hub says, which alone knows of a jump."""
+    pki_folder = tmp_path / "pki"
+    pki_folder.mkdir()
+    pki = TestCa(pki_folder)
+    told = {"code": "config.clock", "detail": "the clock was set forward", "hint": "look at it"}
+
+    def clock() -> dict[str, Any]:
+        capsys.readouterr()
+        main(["doctor", "--data", str(tmp_path / "data"), "--json"])
+        found: dict[str, Any] = next(item for item in output(capsys)["checks"] if item["check"] == "clock")
+        return found
+
+    def reply(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        answer(handler, 503, json.dumps(told if request.path == "/v1/time" else {}).encode())
+
+    with HttpsServer(pki, reply) as hub:
+        port = int(hub.url.rpartition(":")[2])
+        assert init(tmp_path, "--port", str(port), "--broker-port", str(free_port)) == 0
+        assert clock()["ok"], "somebody else answers there"
+        (tmp_path / "data" / "broker" / "ca.pem").write_bytes(pki.pem)
+        found = clock()
+        assert (found["ok"], found["detail"], found["hint"]) == (False, "the clock was set forward", "look at it")
+        (asked,) = [request for request in hub.requests if request.path == "/v1/time"]
+        check_nonce(json.loads(asked.body)["nonce"])
+    assert clock()["ok"]
+    later_ms = SystemClock().wall_ms() + 2 * 3600 * 1000
+    with closing(Database(f"sqlite:///{tmp_path / 'data' / 'hub.db'}")) as database:
+        database.write_now(lambda conn: audit.record(conn, at_ms=later_ms, actor="a", action="x", subject="s"))
+    found = clock()
+    assert not found["ok"]
+    assert "behind the newest audit row" in found["detail"]
