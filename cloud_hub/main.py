@@ -27,7 +27,7 @@ from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
 from cloud_hub.devices.desk import write_lists
 from cloud_hub.ground import broker as managed_broker
-from cloud_hub.ground import migrate, rotation, tlsport, transport
+from cloud_hub.ground import migrate, rotation, tlsport, transport, walltime
 from cloud_hub.ground.access import BrokerAccess
 from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.broker import Broker, BrokerSettings
@@ -50,6 +50,7 @@ LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
 CLAIM_LOOK_S: Final = 10.0
 CA_LOOK_S: Final = 2.0
+TIME_LOOK_S: Final = 5.0
 
 
 def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -71,7 +72,9 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
     with config.folder.alone(), closing(Database(config.database_url)) as database:
         migrate.require_current(database)
         database.claim()
-        authorities = load_authorities(config, clock=clock)
+        metrics = Metrics()
+        time = walltime.begin(database, clock, metrics=metrics)
+        authorities = load_authorities(config, clock=clock, require_time=time.require)
         renew_certificates(config, authorities, clock=clock)
         keys = online_keys(config.folder.keys)
         keys(newest_root(database))
@@ -84,11 +87,12 @@ def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | No
                 clock=clock,
                 database=database,
                 authorities=authorities,
-                metrics=Metrics(),
+                metrics=metrics,
                 bus=Bus(),
                 link=Link(clock),
                 keys=keys,
                 lists=lists,
+                time=time,
             )
             try:
                 return runner.run(_serve(foundation, announce=announce, manager=manager))
@@ -108,10 +112,12 @@ def require_own_packages() -> None:
         )
 
 
-def load_authorities(config: HubConfig, *, clock: Clock) -> Authorities:
-    """The CA, or both during a change; raises ConfigError."""
+def load_authorities(
+    config: HubConfig, *, clock: Clock, require_time: Callable[[int], None] = lambda _: None
+) -> Authorities:
+    """The CA, or both during a change; `require_time` as for `Authorities`. Raises ConfigError."""
     pair = rotation.load(config.folder, now_ms=clock.wall_ms())
-    authorities = Authorities(pair.issuing)
+    authorities = Authorities(pair.issuing, require_time=require_time)
     authorities.adopt(pair)
     return authorities
 
@@ -172,11 +178,11 @@ async def _follow_authorities(
         forget: makes the broker drop a CA that is trusted no longer.
     """
     config, authorities = foundation.config, foundation.authorities
-    seen, before = rotation.stamp(config.folder), set(authorities.fingerprints)
+    # From when they were read: what has changed while the hub started is followed as well.
+    seen, before = authorities.now.stamp, set(authorities.fingerprints)
     while True:
         await asyncio.sleep(CA_LOOK_S)
-        found = rotation.stamp(config.folder)
-        if found == seen:
+        if rotation.stamp(config.folder) == seen:
             continue
         try:
             pair = await asyncio.to_thread(rotation.load, config.folder, now_ms=foundation.clock.wall_ms())
@@ -194,7 +200,14 @@ async def _follow_authorities(
         logger.info("CA %s, phase %s", authorities.fingerprint, pair.phase)
         if before - set(authorities.fingerprints):
             forget()
-        seen, before = found, set(authorities.fingerprints)
+        seen, before = pair.stamp, set(authorities.fingerprints)
+
+
+async def _watch_time(foundation: Foundation) -> None:
+    """Tell whoever reads the log when the clock is doubted; metrics and `doctor` say it too."""
+    while True:
+        foundation.time.look()
+        await asyncio.sleep(TIME_LOOK_S)
 
 
 async def _keep_claim(foundation: Foundation) -> None:
@@ -300,6 +313,7 @@ async def _serve_rooms(
             group.create_task(_renew_in_time(foundation, turn=turn, reload=reload)),
             group.create_task(follow(forget=restart_broker)),
             group.create_task(_keep_claim(foundation)),
+            group.create_task(_watch_time(foundation)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))
         status = await stop

@@ -7,15 +7,15 @@ asking `/v1/ca` there.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
+import json
+import secrets
 import shutil
 import socket
 import ssl
 import stat
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import msgspec
 
@@ -23,7 +23,7 @@ from cloud_hub.cli import screen
 from cloud_hub.commands import settings
 from cloud_hub.composition.signing import online_keys
 from cloud_hub.config import HubConfig
-from cloud_hub.ground import audit, broker, migrate, revocation, transport
+from cloud_hub.ground import audit, broker, migrate, revocation, rotation, transport, walltime
 from cloud_hub.ground import folder as files
 from cloud_hub.ground.ca import common_name, needs_renewal
 from cloud_hub.ground.database import Database
@@ -33,11 +33,14 @@ from cloud_hub.keyring import LATER, ONLINE
 from cloud_hub.releases.desk import newest_root
 from shared.errors import ConfigError, OutriderError
 from shared.limits import MIB
+from shared.trust import ca_links
 
 _LEAST_FREE_BYTES = 512 * MIB
 _HOUR_MS = 3600 * 1000
 _DAY_MS = 24 * _HOUR_MS
 _OLD_HOURS = 72
+_CA_LEAST_DAYS = 180
+"""A change of the CA waits until devices have renewed, and some of them are asleep for long."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("disk", _disk),
         ("database", _database),
         ("audit", _audit),
+        ("clock", _clock),
         ("ca", _ca),
         ("certificates", _certificates),
         ("revocation", _revocation),
@@ -125,12 +129,54 @@ def _audit(config: HubConfig) -> str:
     return f"{verdict.rows} rows, each bound to the one before"
 
 
+def _clock(config: HubConfig) -> str:
+    config.require()
+    with closing(Database(config.database_url)) as database:
+        newest_ms = database.read_now(audit.newest_ms)
+    now_ms = SystemClock().wall_ms()
+    found, hint = walltime.doubt(now_ms=now_ms, expected_ms=now_ms, newest_ms=newest_ms), walltime.HINT
+    if not found:
+        # What has happened since its start only the running hub knows.
+        found, hint = _doubt_at(config)
+    if found:
+        raise ConfigError(found, code=walltime.CODE, hint=hint)
+    return "not doubted"
+
+
+def _doubt_at(config: HubConfig) -> tuple[str, str]:
+    """Why the running hub tells nobody the time, and what to do; empty when it does, or does not run."""
+    context = ssl.create_default_context(cafile=str(config.folder.broker / "ca.pem"))
+    context.check_hostname = False
+    host = broker.local_address(config.listen.host)
+    connection = http.client.HTTPSConnection(host, config.listen.port, timeout=3, context=context)
+    asked = json.dumps({"nonce": secrets.token_urlsafe(32), "device": "doctor", "root": 1})
+    try:
+        connection.request("POST", "/v1/time", asked, {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read(65536))
+        if answer.get("code") == walltime.CODE:
+            return str(answer["detail"]), str(answer["hint"])
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, KeyError):
+        pass
+    finally:
+        connection.close()
+    return "", ""
+
+
 def _ca(config: HubConfig) -> str:
-    authority = transport.load_authority(config.folder)
-    days = (authority.expires_ms - SystemClock().wall_ms()) // _DAY_MS
+    now_ms = SystemClock().wall_ms()
+    pair = rotation.load(config.folder, now_ms=now_ms)
+    days = (pair.issuing.expires_ms - now_ms) // _DAY_MS
     if days < 1:
         raise ConfigError("the CA has expired", code="config.ca_expired", hint="check the clock; else make a new hub")
-    return f"{authority.fingerprint}, {days} days left"
+    if days < _CA_LEAST_DAYS:
+        step = {"steady": "begin", "begun": "switch", "switched": "finish"}[pair.phase]
+        raise ConfigError(
+            f"the CA ends in {days} days, and every certificate of it by then",
+            code="config.ca_expires",
+            hint=f"change it now: `outrider-hub ca rotate {step}` (docs/certificates.md)",
+        )
+    change = "" if pair.other is None else f"; a change is under way, phase {pair.phase}"
+    return f"{pair.issuing.fingerprint}, {days} days left{change}"
 
 
 def _certificates(config: HubConfig) -> str:
@@ -189,8 +235,9 @@ def _broker(config: HubConfig) -> str:
 
 def _https_port(config: HubConfig) -> str:
     host, port = broker.local_address(config.listen.host), config.listen.port
-    found = _ca_at(host, port)
-    if found is not None and found == hashlib.sha256(_der(config.folder.ca_certificate)).hexdigest():
+    own = transport.load_authority(config.folder).fingerprint
+    # During a change a hub tells two CAs and the link between them.
+    if own in _cas_at(host, port):
         return f"{port}: this hub answers"
     bind(config.listen.host, port, key="listen.port").close()
     return f"{port}: free"
@@ -198,8 +245,9 @@ def _https_port(config: HubConfig) -> str:
 
 def _mqtt_port(config: HubConfig) -> str:
     host, port = broker.local_address(config.broker.host), config.broker.port
-    context = ssl.create_default_context(cafile=str(config.folder.ca_certificate))
     try:
+        # What the hub itself trusts: during a change its broker may still have a certificate of the other CA.
+        context = ssl.create_default_context(cafile=str(config.folder.broker / "ca.pem"))
         context.load_cert_chain(config.folder.broker / "hub.pem", config.folder.broker / "hub.key")
         with socket.create_connection((host, port), timeout=3) as raw, context.wrap_socket(raw, server_hostname=host):
             return f"{port}: this hub's broker answers"
@@ -216,20 +264,16 @@ def _mqtt_port(config: HubConfig) -> str:
         return f"{port}: free"
 
 
-def _ca_at(host: str, port: int) -> str | None:
-    """Fingerprint of the CA that a hub at this address tells; None when no hub answers there."""
+def _cas_at(host: str, port: int) -> tuple[str, ...]:
+    """Fingerprints of what a hub at this address tells at `/v1/ca`; empty when no hub answers there."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     connection = http.client.HTTPSConnection(host, port, timeout=3, context=context)
     try:
         connection.request("GET", "/v1/ca")
-        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(connection.getresponse().read(65536).decode())).hexdigest()
+        return ca_links.fingerprints(connection.getresponse().read(65536).decode())
     except (OSError, http.client.HTTPException, ValueError):
-        return None
+        return ()
     finally:
         connection.close()
-
-
-def _der(path: Path) -> bytes:
-    return ssl.PEM_cert_to_DER_cert(files.read(path).decode())

@@ -23,6 +23,7 @@ def releases(foundation: Foundation, *, devices: devices_room.Desk, post: Post) 
         post=post,
         bus=foundation.bus,
         settings=releases_room.ReleaseSettings(),
+        sure_ms=foundation.time.sure_ms,
     )
 
 

@@ -11,6 +11,7 @@ from cloud_hub.ground.courier import Link
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.revocation import AccessLists
+from cloud_hub.ground.walltime import WallTime
 from cloud_hub.releases.desk import KeySource
 from shared.clock import Clock
 
@@ -28,3 +29,4 @@ class Foundation:
     link: Link
     keys: KeySource
     lists: AccessLists
+    time: WallTime

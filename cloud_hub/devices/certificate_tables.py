@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from cloud_hub.devices.rules import CertificateStanding, DeviceTrust, Standing
-from cloud_hub.devices.tables import certificate_owner, device_certificates
+from cloud_hub.devices.tables import certificate_owner, device_certificates, devices
 from cloud_hub.ground.ca import DeviceCertificate
 from cloud_hub.ground.schema import metadata
 from shared.ids import DeviceId
@@ -122,12 +122,16 @@ def forget_old(conn: Connection, device: DeviceId, *, before_ms: int) -> None:
 
 
 def trust_of_devices(conn: Connection) -> tuple[DeviceTrust, ...]:
-    """For every device that has a certificate which was not revoked: its newest one, and what it was told with it."""
+    """For every welcome device with a certificate that was not revoked: its newest one, and what it was told with it.
+
+    Who is in quarantine may not renew, and so can follow no change: it must not hold one up.
+    """
     own, issues = device_certificates.c, certificate_issues.c
     query = (
         sa.select(own.device, own.expires_ms, own.authority, issues.told)
         .outerjoin_from(device_certificates, certificate_issues, own.fingerprint == issues.fingerprint)
-        .where(own.revoked_ms.is_(None))
+        .join(devices, devices.c.id == own.device)
+        .where(own.revoked_ms.is_(None), devices.c.standing == Standing.GOOD.value)
         .order_by(own.device, own.issued_ms, own.expires_ms)
     )
     newest = {

@@ -79,6 +79,7 @@ class Renewing:
             InvalidValue: the request is not usable, or for the key that the device has already.
             NotAllowed: nothing proves it, or the certificate may not be renewed.
             Throttled: too often.
+            ConfigError: the hub's clock is doubted.
         """
         shown = self._prove(request)
         wait_s = self._rate.take(shown.name, now_ms=self._clock.mono_ms())
@@ -121,6 +122,8 @@ class Renewing:
         self, conn: Connection, shown: ShownCertificate, request: RenewalRequest, *, address: str
     ) -> tuple[DeviceId, DeviceCertificate]:
         now_ms = self._clock.wall_ms()
+        # First: by a clock that is wrong for a moment this could be refused for good.
+        self._authorities.require_time(now_ms)
         device = rules.check_renewal(
             certificate_tables.standing(conn, shown.fingerprint),
             name=shown.name,

@@ -6,7 +6,9 @@ Rules:
 2. What is dropped is not acknowledged: the device keeps its records, and sends them when it is welcome again.
 3. Every certificate that was ever issued to a revoked name goes onto the revocation list. Enrolling the name again
    lifts the denial of the name, and leaves the old certificates on the list.
-4. What the broker has not shown to be done is tried again until it has, and told: in the answer, the log, a metric.
+4. What the broker has not shown to be done is tried again until it has, and told: in the answer, the log, a metric. A
+   name that is welcome again shares it with a device that must not be disturbed: once its session has ended, it is
+   tried again only when the list is made anew.
 5. The revocation list is made anew long before it ends. An expired one keeps the whole fleet out.
 
 Not here: lists and sessions (ground/revocation.py, ground/access.py), what is evidence of a clone (clones.py).
@@ -26,6 +28,7 @@ from cloud_hub.devices import clones, rules, tables
 from cloud_hub.devices.clones import SeenBirth
 from cloud_hub.devices.rules import Standing
 from cloud_hub.ground import audit
+from cloud_hub.ground.access import PushedOut
 from cloud_hub.ground.bus import Bus, DeviceStandingChanged
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
@@ -54,8 +57,8 @@ class Access(Protocol):
         revoked: Collection[RevokedCertificate],
         denied: Collection[DeviceId],
         kick: Collection[DeviceId],
-    ) -> frozenset[DeviceId]:
-        """Write the lists, have them read, end these sessions; returns whose may go on. Raises StorageError."""
+    ) -> PushedOut:
+        """Write the lists, have them read, end these sessions; returns what was shown. Raises StorageError."""
         ...
 
 
@@ -113,6 +116,7 @@ class Standings:
         self._changes = 0
         self._births: dict[DeviceId, tuple[SeenBirth, ...]] = {}
         self._pending: set[DeviceId] = set()
+        self._ended: set[DeviceId] = set()
         self._kick_again_ms = 0
         self._is_failing = False
         self._barred = metrics.gauge("outrider_hub_devices_barred", "Devices that are not welcome.", ("standing",))
@@ -196,10 +200,11 @@ class Standings:
     async def enforce(self, *, kick: Collection[DeviceId] = ()) -> bool:
         """Tell the broker who is out; whether it has shown that it knows. What it has not is tried again by `run`."""
         self._pending |= set(kick)
+        self._ended -= set(kick)
         try:
             now_ms = self._clock.wall_ms()
             revoked, denied = await self._database.read(lambda conn: listed(conn, now_ms=now_ms))
-            left = await self._access.enforce(revoked=revoked, denied=denied, kick=kick)
+            pushed = await self._access.enforce(revoked=revoked, denied=denied, kick=kick)
         except OutriderError as error:
             self._failures.inc()
             if not self._is_failing:
@@ -210,7 +215,9 @@ class Standings:
         if self._is_failing:
             self._is_failing = False
             logger.info("revocation list is made again")
-        self._pending -= set(kick) - left
+        left = frozenset(kick) - pushed.out
+        self._pending -= pushed.out
+        self._ended |= pushed.ended & left
         self._kick_again_ms = self._clock.mono_ms() + KICK_AGAIN_MS
         for device in left:
             logger.error("broker has not shown that a device is out", extra={"device": device})
@@ -235,8 +242,14 @@ class Standings:
             if now_ms - births[-1].at_ms >= clones.WINDOW_MS:
                 del self._births[device]
         is_due = await asyncio.to_thread(self._lists.is_due)
-        if is_due or (self._pending and now_ms >= self._kick_again_ms):
+        if is_due:
             await self.enforce(kick=frozenset(self._pending))
+        elif (again := self._again()) and now_ms >= self._kick_again_ms:
+            await self.enforce(kick=again)
+
+    def _again(self) -> frozenset[DeviceId]:
+        """Whose session is ended again soon: not that of a welcome device, which would pay for the broker's sloth."""
+        return frozenset(one for one in self._pending if one not in self._ended or not self.is_welcome(one))
 
     async def _set(self, device: str, standing: Standing, *, reason: str, actor: str) -> DeviceId:
         rules.check_reason(reason)

@@ -16,6 +16,7 @@ import logging
 import ssl
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +42,19 @@ ENFORCE_S: Final = 4.0
 AGAIN_S: Final = 0.1
 _POLL_S: Final = 0.05
 _NOT_AUTHORIZED: Final = 0x87
+
+
+@dataclass(frozen=True, slots=True)
+class PushedOut:
+    """What the broker has shown of names whose sessions were to end.
+
+    Attributes:
+        ended: their sessions have ended; who has them may come in again where the broker has not read the lists.
+        out: the broker has read the lists, and their sessions have ended after that.
+    """
+
+    ended: frozenset[DeviceId] = frozenset()
+    out: frozenset[DeviceId] = frozenset()
 
 
 class BrokerAccess:
@@ -69,6 +83,8 @@ class BrokerAccess:
         self._reload = reload
         self._clock = clock
         self._turn = asyncio.Lock()
+        self._visits = 0
+        self._visited: dict[DeviceId, int] = {}
 
     async def enforce(
         self,
@@ -76,7 +92,7 @@ class BrokerAccess:
         revoked: Collection[RevokedCertificate],
         denied: Collection[DeviceId],
         kick: Collection[DeviceId],
-    ) -> frozenset[DeviceId]:
+    ) -> PushedOut:
         """Write the lists, have them read, and end these devices' sessions.
 
         Args:
@@ -84,7 +100,7 @@ class BrokerAccess:
             kick: whose sessions end.
 
         Returns:
-            Those of `kick` of which the broker has not shown in time that they are out for good.
+            What the broker has shown in time.
 
         Raises:
             StorageError: the lists cannot be written; nothing has changed.
@@ -92,26 +108,36 @@ class BrokerAccess:
         async with self._turn:
             mark = await asyncio.to_thread(self.lists.write, revoked=revoked, denied=denied)
             self._reload()
-            out: set[DeviceId] = set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ENFORCE_S):
-                    for device in sorted(kick):
-                        await self._push_out(device, mark)
-                        out.add(device)
-            return frozenset(kick) - out
+            return await self._push_out(kick, mark)
 
-    async def _push_out(self, device: DeviceId, mark: str) -> None:
-        """Visit until the broker refuses the marked topic; the caller sets the deadline."""
-        while True:
-            if await self._visit(device, mark):
-                return
-            await asyncio.sleep(AGAIN_S)
+    async def _push_out(self, kick: Collection[DeviceId], mark: str) -> PushedOut:
+        """Visit each in turn until the broker refuses the marked topic, or the time is over.
 
-    async def _visit(self, device: DeviceId, mark: str) -> bool:
-        """Whether the broker refused us the marked topic while we were in under the device's name."""
+        Who was visited longest ago comes first, so that one that stays in does not keep the others in.
+        """
+        ended: set[DeviceId] = set()
+        out: set[DeviceId] = set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENFORCE_S):
+                while waiting := sorted(set(kick) - out, key=lambda device: (self._visited.get(device, 0), device)):
+                    for device in waiting:
+                        reason = await self._visit(device, mark)
+                        self._visits += 1
+                        self._visited[device] = self._visits
+                        if reason is not None:
+                            ended.add(device)
+                        if reason == _NOT_AUTHORIZED:
+                            out.add(device)
+                            del self._visited[device]
+                    if not out.issuperset(waiting):
+                        await asyncio.sleep(AGAIN_S)
+        return PushedOut(ended=frozenset(ended), out=frozenset(out))
+
+    async def _visit(self, device: DeviceId, mark: str) -> int | None:
+        """What the broker answered to the marked topic while we were in under the device's name; None: not in."""
         deadline_ms = self._clock.mono_ms() + VISIT_MS
 
-        def visit() -> bool:
+        def visit() -> int | None:
             pair = self._authorities.issue_client(device, now_ms=self._clock.wall_ms(), days=VISIT_DAYS)
             with tempfile.TemporaryDirectory(prefix=".visit-", dir=self._link.certificate.parent) as folder:
                 certificate, key = Path(folder) / "visit.pem", Path(folder) / "visit.key"
@@ -127,9 +153,9 @@ class BrokerAccess:
             return await asyncio.to_thread(visit)
         except (OSError, ValueError, OutriderError) as error:
             logger.debug("the broker could not be visited: %s", error)
-            return False
+            return None
 
-    def _write_marked(self, device: DeviceId, mark: str, *, context: ssl.SSLContext, deadline_ms: int) -> bool:
+    def _write_marked(self, device: DeviceId, mark: str, *, context: ssl.SSLContext, deadline_ms: int) -> int | None:
         reasons: list[int] = []
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=device, protocol=mqtt.MQTTv5, reconnect_on_failure=False
@@ -152,4 +178,4 @@ class BrokerAccess:
                 break
         client.disconnect()
         client.loop(_POLL_S)
-        return reasons == [_NOT_AUTHORIZED]
+        return reasons[0] if reasons else None

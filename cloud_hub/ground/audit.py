@@ -110,6 +110,12 @@ def entries(conn: Connection, *, after: int, limit: int) -> tuple[AuditEntry, ..
     )
 
 
+def newest_ms(conn: Connection) -> int | None:
+    """When the row was written that came last; None before the first."""
+    found = conn.execute(sa.select(audit.c.at_ms).order_by(audit.c.seq.desc()).limit(1)).scalar_one_or_none()
+    return None if found is None else int(found)
+
+
 def _canonical(detail: dict[str, Json]) -> str:
     return json.dumps(detail, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 

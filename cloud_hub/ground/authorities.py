@@ -10,7 +10,7 @@ Values and bytes only: `transport.py` keeps them in files. What changes while th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -18,6 +18,8 @@ from cloud_hub.ground.ca import Authority, DeviceCertificate, IssuedPair, PeerCe
 from shared.ids import DeviceId
 
 Phase: TypeAlias = Literal["steady", "begun", "switched"]
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+"""What changes whenever the files of the authorities do (`rotation.stamp`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class TrustedPair:
 
     Attributes:
         link: the old one's word that the new one follows it, PEM; only after the switch.
+        stamp: of the files, from before they were read: another one later says that they have to be read again.
     """
 
     phase: Phase
     issuing: Authority
     other: Authority | None = None
     link: str = ""
+    stamp: Stamp = ()
 
     @property
     def all(self) -> tuple[Authority, ...]:
@@ -40,11 +44,16 @@ class TrustedPair:
 
 
 class Authorities:
-    """What rooms ask to issue and to check; follows a change of the CA."""
+    """What rooms ask to issue and to check; follows a change of the CA.
 
-    def __init__(self, issuing: Authority) -> None:
-        """Begin with one CA."""
+    Args:
+        issuing: the CA to begin with.
+        require_time: raises ConfigError when a reading of the clock is nothing that a device should keep.
+    """
+
+    def __init__(self, issuing: Authority, *, require_time: Callable[[int], None] = lambda _: None) -> None:
         self.now = TrustedPair(phase="steady", issuing=issuing)
+        self.require_time = require_time
 
     def adopt(self, pair: TrustedPair) -> None:
         """Go on with these."""
@@ -84,7 +93,8 @@ class Authorities:
         return self.now.issuing.issue_client(name, now_ms=now_ms, days=days)
 
     def issue_device(self, csr_pem: str, *, device: DeviceId, now_ms: int, days: float) -> DeviceCertificate:
-        """As `Authority.issue_device`."""
+        """As `Authority.issue_device`; raises ConfigError when the clock is doubted (`walltime.py`)."""
+        self.require_time(now_ms)
         return self.now.issuing.issue_device(csr_pem, device=device, now_ms=now_ms, days=days)
 
     def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:

@@ -14,17 +14,19 @@ Rules:
 4. Nothing rests on the broker keeping a message: both sides send again until the other's own answer is there.
 5. The subscription is shared: of several who take telemetry each message reaches one.
 6. A broker that does not let us in, does not grant the subscription or falls silent is left, and tried again.
+7. Each connection is made with the files as they are then: the CA may have changed since, and certificates end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -155,7 +157,9 @@ class HubCourier:
         self._loop = asyncio.get_running_loop()
         self._ready = ready
         client = self._client
-        client.tls_set_context(_context(self._settings))
+        # What cannot be used at the start cannot be used at all; later on it may be half of a change.
+        _context(self._settings)
+        client.tls_set_context(_ContextOfNow(self._settings))
         client.on_connect = self._connect_answered
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
@@ -226,6 +230,9 @@ class HubCourier:
             await asyncio.to_thread(connect)
         except (OSError, ValueError) as error:
             logger.debug("the broker cannot be reached: %s", error)
+            return False
+        except ConfigError as error:
+            self._tell(error.message)
             return False
         link = self._client.socket()
         assert isinstance(link, LineSocket)
@@ -372,6 +379,29 @@ class HubCourier:
             self._connected.clear()
         self._link.set(is_up=is_up)
         self._metrics.link_up.set(1 if is_up else 0)
+
+
+class _ContextOfNow(ssl.SSLContext):
+    """Reads the files for each connection: the client takes a context once and for all, and this one stands for many.
+
+    Loading them into one context again would not do, which goes on trusting a CA that was there before.
+    """
+
+    _settings: LinkSettings
+
+    def __new__(cls, settings: LinkSettings) -> Self:
+        made = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+        made._settings = settings
+        return made
+
+    def wrap_socket(self, sock: socket.socket, *arguments: Any, **named: Any) -> ssl.SSLSocket:
+        """A socket of a new context; raises ConfigError."""
+        try:
+            return _context(self._settings).wrap_socket(sock, *arguments, **named)
+        except ConfigError:
+            # The client forgets what it could not wrap.
+            sock.close()
+            raise
 
 
 def _context(settings: LinkSettings) -> ssl.SSLContext:

@@ -44,6 +44,14 @@ class LineSocket(ssl.SSLSocket):
         self._on_published = on_published
         self._most = most
 
+    def do_handshake(self, block: bool = False) -> None:
+        """As the class has it, but closed when it fails: the client forgets such a socket."""
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
     @property
     def waiting_bytes(self) -> int:
         """What is written and not yet sent."""

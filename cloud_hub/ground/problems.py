@@ -69,6 +69,7 @@ STATUS: Final[Mapping[str, int]] = {
     "transfer.unreachable": 503,
     "trust": 422,
     "config": 500,
+    "config.clock": 503,
 }
 
 

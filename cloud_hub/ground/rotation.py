@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cloud_hub.ground import folder as files
-from cloud_hub.ground.authorities import Phase, TrustedPair
+from cloud_hub.ground.authorities import Phase, Stamp, TrustedPair
 from cloud_hub.ground.ca import Authority, make_ca
 from cloud_hub.ground.folder import DataFolder
 from shared.errors import Conflict, StorageError
@@ -28,17 +28,18 @@ from shared.errors import Conflict, StorageError
 
 def load(folder: DataFolder, *, now_ms: int) -> TrustedPair:
     """The authorities and the phase; raises ConfigError when files are missing or do not belong together."""
-    phase = phase_of(folder)
+    # First, so that a step which is taken while we read is noticed by whoever compares.
+    seen, phase = stamp(folder), phase_of(folder)
     next_pem, old_pem = folder.next_ca[0], folder.old_ca[0]
     if phase == "steady":
-        return TrustedPair(phase=phase, issuing=_pair(folder.ca_certificate, folder.ca_key))
+        return TrustedPair(phase=phase, issuing=_pair(folder.ca_certificate, folder.ca_key), stamp=seen)
     if phase == "begun":
         issuing, other = _pair(folder.ca_certificate, folder.ca_key), _pair(*folder.next_ca)
-        return TrustedPair(phase=phase, issuing=issuing, other=other)
+        return TrustedPair(phase=phase, issuing=issuing, other=other, stamp=seen)
     torn = next_pem.is_file()
     new = _pair(*folder.next_ca) if torn else _pair(folder.ca_certificate, folder.ca_key)
     old = _pair(old_pem, folder.old_ca[1])
-    return TrustedPair(phase=phase, issuing=new, other=old, link=old.link_to(new, now_ms=now_ms))
+    return TrustedPair(phase=phase, issuing=new, other=old, link=old.link_to(new, now_ms=now_ms), stamp=seen)
 
 
 def phase_of(folder: DataFolder) -> Phase:
@@ -48,7 +49,7 @@ def phase_of(folder: DataFolder) -> Phase:
     return "begun" if folder.next_ca[0].is_file() else "steady"
 
 
-def stamp(folder: DataFolder) -> tuple[tuple[str, int, int], ...]:
+def stamp(folder: DataFolder) -> Stamp:
     """What changes whenever the authorities do: who looks again and again compares this."""
     found = []
     for path in (folder.ca_certificate, folder.next_ca[0], folder.old_ca[0]):

@@ -29,7 +29,7 @@ def take_turns_sooner() -> None:
 
 
 class SystemClock:
-    """The machine's clocks, as `shared.clock.Clock`."""
+    """The machine's clocks, as `shared.clock.BootClock`."""
 
     def wall_ms(self) -> int:
         """Milliseconds since 1970-01-01 UTC."""
@@ -38,6 +38,10 @@ class SystemClock:
     def mono_ms(self) -> int:
         """Milliseconds since an arbitrary moment of this boot, never backwards."""
         return time.monotonic_ns() // 1_000_000
+
+    def boot_ms(self) -> int:
+        """Milliseconds since the machine started, suspended time included."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
     def mono_us(self) -> int:
         """The same moment in microseconds, for what takes less than a millisecond."""

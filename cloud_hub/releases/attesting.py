@@ -11,6 +11,7 @@ Not here: how often one address may ask (routes.py), and what a device believes 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy.engine import Connection
@@ -19,7 +20,6 @@ from cloud_hub.ground.database import Database
 from cloud_hub.ground.problems import NotFound
 from cloud_hub.releases import tables
 from cloud_hub.releases.online import KeySource
-from shared.clock import Clock
 from shared.errors import StorageError
 from shared.ids import DeviceId, parse_device_id
 from shared.limits import MAX_ROOTS_WITH_TIME, MAX_TIME_ROOTS_BYTES
@@ -33,13 +33,14 @@ class Attesting:
     """Signs the time.
 
     Args:
-        database, clock: the hub's.
+        database: the hub's.
+        sure_ms: the time, or ConfigError when the hub's clock is doubted.
         keys: the online keys, by root; where a root made earlier names no time key, no time is attested.
     """
 
-    def __init__(self, *, database: Database, clock: Clock, keys: KeySource) -> None:
+    def __init__(self, *, database: Database, sure_ms: Callable[[], int], keys: KeySource) -> None:
         self._database = database
-        self._clock = clock
+        self._sure_ms = sure_ms
         self._keys = keys
 
     async def attest(self, *, device: str, nonce: str, root_version: int) -> bytes:
@@ -48,6 +49,7 @@ class Attesting:
         Raises:
             InvalidValue: the name or the nonce is unusable.
             NotFound: this hub attests no time.
+            ConfigError: its clock is doubted.
         """
         name = parse_device_id(device)
         check_nonce(nonce)
@@ -56,7 +58,7 @@ class Attesting:
         if signer is None:
             raise NotFound("this hub attests no time", code=NO_TIME, hint="its root names no time key")
         # The clock is read last, so that the answer is as young as can be.
-        time = AttestedTime(device=DeviceId(name), nonce=nonce, time_ms=self._clock.wall_ms())
+        time = AttestedTime(device=DeviceId(name), nonce=nonce, time_ms=self._sure_ms())
         signed = sign_time(time, signer)
         return signed[:-1] + b',"roots":' + json.dumps([root.decode() for root in roots]).encode() + b"}"
 

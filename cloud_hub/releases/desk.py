@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -87,6 +88,7 @@ class Desk:
         post: sends to devices.
         bus: tells of births and reports.
         settings: what an operator may choose.
+        sure_ms: the time that is told to devices; raises ConfigError when the clock is doubted. None: the clock's.
 
     Attributes:
         blobs, catalogue, publishing, patches, assigning, attesting: the room's parts, each with its own methods.
@@ -105,6 +107,7 @@ class Desk:
         post: Post,
         bus: Bus,
         settings: ReleaseSettings,
+        sure_ms: Callable[[], int] | None = None,
     ) -> None:
         self.counts = Counts(metrics)
         self.blobs = Blobs(data / "blobs")
@@ -151,7 +154,7 @@ class Desk:
             ttl_ms=settings.assignment_ttl_ms,
         )
         self.assigning.listen(bus)
-        self.attesting = Attesting(database=database, clock=clock, keys=keys)
+        self.attesting = Attesting(database=database, sure_ms=sure_ms or clock.wall_ms, keys=keys)
 
     def open(self) -> None:
         """Make the room's folders and clear what an interrupted run left; blocks, once, before anything else."""

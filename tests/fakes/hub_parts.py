@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from cloud_hub.devices.desk import BrokerAddress, Desk, EnrolSettings, Standings
 from cloud_hub.ground import ca, migrate
+from cloud_hub.ground.access import PushedOut
 from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus
 from cloud_hub.ground.ca import Authority
@@ -78,7 +79,8 @@ class FakeAccess:
 
     Attributes:
         told: revoked serials, denied names and kicked names of each call.
-        stuck: names that it does not get out.
+        stuck: names that it does not get out, though it ends their sessions.
+        unreachable: names whose sessions it does not end.
         broken: the error that it raises instead.
         due: whether the list is.
     """
@@ -86,19 +88,21 @@ class FakeAccess:
     def __init__(self) -> None:
         self.told: list[tuple[set[int], set[str], set[str]]] = []
         self.stuck: frozenset[DeviceId] = frozenset()
+        self.unreachable: frozenset[DeviceId] = frozenset()
         self.broken: OutriderError | None = None
         self.due = False
         self.holds: ListState | None = None
 
     async def enforce(
         self, *, revoked: Collection[RevokedCertificate], denied: Collection[DeviceId], kick: Collection[DeviceId]
-    ) -> frozenset[DeviceId]:
+    ) -> PushedOut:
         """Note it."""
         if self.broken is not None:
             raise self.broken
         self.told.append(({one.serial for one in revoked}, set(denied), set(kick)))
         self.due = False
-        return frozenset(kick) & self.stuck
+        ended = frozenset(kick) - self.unreachable
+        return PushedOut(ended=ended, out=ended - self.stuck)
 
     def state(self) -> ListState | None:
         """What the test says."""

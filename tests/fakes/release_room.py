@@ -3,7 +3,7 @@ offline keys of an operator at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ class ReleaseRoom:
         self.bus = Bus()
         self.metrics = Metrics()
         self.settings = settings or ReleaseSettings()
+        self.sure_ms: Callable[[], int] = self.clock.wall_ms
         self.desk = self.open_desk()
         self._found()
 
@@ -158,6 +159,7 @@ class ReleaseRoom:
             post=Post(publish=self.outgoing.publish, clock=self.clock),
             bus=self.bus,
             settings=self.settings,
+            sure_ms=lambda: self.sure_ms(),
         )
         desk.open()
         return desk

@@ -28,6 +28,7 @@ class ScriptedBroker:
         answers_pings: whether a PINGREQ is answered.
         connections, pings: how many came.
         acknowledged: numbers of messages, in the order in which their PUBACK came.
+        context: what the next connections are made with.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class ScriptedBroker:
         self.connections = 0
         self.pings = 0
         self.acknowledged: list[int] = []
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._writer: asyncio.StreamWriter | None = None
         self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
@@ -98,10 +100,9 @@ async def scripted_broker(folder: Path) -> AsyncIterator[tuple[ScriptedBroker, L
     """A broker that listens, and how the hub comes in there."""
     pki = TestCa(folder)
     server, client = pki.server(), pki.client("hub")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(server.certificate, server.key)
     broker = ScriptedBroker()
-    listening = await asyncio.start_server(broker.serve, "127.0.0.1", 0, ssl=context)
+    broker.context.load_cert_chain(server.certificate, server.key)
+    listening = await asyncio.start_server(broker.serve, "127.0.0.1", 0, ssl=broker.context)
     try:
         yield (
             broker,

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from cloud_hub.__main__ import main as hub_command
 from cloud_hub.commands import authority as ca_commands
 from cloud_hub.ground import rotation
 from cloud_hub.ground.folder import DataFolder
@@ -167,7 +168,9 @@ def test_a_certificate_renews_itself_and_an_expired_one_comes_back(hub: HubProce
     assert any(row["detail"]["had_expired"] for row in rows)
 
 
-def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Path) -> None:
+def test_the_ca_is_changed_under_a_running_fleet(
+    hub: HubProcess, short_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.start()
     old_ca = (hub.data / "ca" / "ca.pem").read_text()
     old_token = hub.join_token()
@@ -179,6 +182,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     assert "2 devices were not told of the next CA yet: asleep, awake" in refused(hub, "switch")
     wait_until(lambda: len(authorities(hub)) == 2, "the hub has seen the next CA")
     wait_until(lambda: lists(hub) == 2, "a revocation list of each")
+    assert_healthy(hub, capsys)
     renew(hub, awake)
     assert (awake.folder / "ca.pem").read_text().count("BEGIN") == 2
     assert "1 devices were not told of the next CA yet: asleep" in refused(hub, "switch")
@@ -189,6 +193,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     assert lists(hub) == 2
     # The hub's ports have certificates of the new CA, and take those of both.
     wait_until(lambda: issuer_of(shown(hub), awake) == new_ca, "the port's certificate of the new CA")
+    assert_healthy(hub, capsys)
     assert not line.lost.is_set()
     assert line.publish("outrider/1/awake/up/event", b"x") == 0
     line.close()
@@ -206,6 +211,7 @@ def test_the_ca_is_changed_under_a_running_fleet(hub: HubProcess, short_tmp: Pat
     wait_until(lambda: not comes_in(asleep, context) and comes_in(awake, awake.context()), "the broker has too")
     assert hub.call("GET", "/v1/whoami", context=awake.context()).status == 200
     assert hub.call("GET", "/v1/whoami", context=context).status == 403
+    wait_until(lambda: hub.call("GET", "/readyz").status == 200, "the hub's own link, at the broker of the new CA")
     with pytest.raises(TrustError) as caught:
         enrolled(hub, short_tmp / "x", name="too-late", token=old_token)
     assert "has changed its CA since; ask for a new token" in caught.value.hint
@@ -216,6 +222,14 @@ def rotate(hub: HubProcess, step: str, *, force: bool = False) -> str:
     arguments = argparse.Namespace(data=str(hub.data), step=step, force=force, json=False)
     assert ca_commands.rotate(arguments) == 0
     return rotation.phase_of(DataFolder(hub.data))
+
+
+def assert_healthy(hub: HubProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """`outrider-hub doctor` finds nothing wrong, and this hub at its ports."""
+    capsys.readouterr()
+    status = hub_command(["doctor", "--data", str(hub.data)])
+    told = capsys.readouterr().out
+    assert (status, told.count("this hub")) == (0, 2), told
 
 
 def refused(hub: HubProcess, step: str) -> str:

@@ -19,10 +19,12 @@ from cloud_hub.devices.standing import listed
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.database import Database
+from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, Throttled
-from shared.errors import InvalidValue, OutriderError
+from cloud_hub.ground.walltime import WallTime
+from shared.errors import ConfigError, InvalidValue, OutriderError
 from shared.ids import DeviceId
-from shared.renewal import csr_digest, proof_message
+from shared.renewal import REFUSED_FOR_GOOD, csr_digest, proof_message
 from tests.fakes.clock import FakeClock
 from tests.fakes.hub_parts import DAY_MS, csr_for, der, hub_database, make_authority, make_desk, new_csr
 
@@ -252,6 +254,22 @@ def test_one_device_cannot_flood(room: Room) -> None:
         room.renew(request)
 
 
+@pytest.mark.parametrize("ahead_days", [25, 800])
+def test_a_hub_whose_clock_is_ahead_neither_renews_nor_enrols_nor_refuses_for_good(room: Room, ahead_days: int) -> None:
+    time = WallTime(room.clock, newest_ms=None, metrics=Metrics())
+    room.authorities.require_time = time.require
+    request = room.request(new_csr())
+    room.clock.wall += ahead_days * DAY_MS
+    error = room.refused(request)
+    assert error.code == "config.clock"
+    assert error.code not in REFUSED_FOR_GOOD
+    with pytest.raises(ConfigError):
+        room.enroll("pi-2", new_key())
+    room.clock.wall -= ahead_days * DAY_MS
+    assert room.renew(request).device == "pi-1"
+    assert room.audit() == ["certificate.renewed"]
+
+
 def test_the_fleet_is_counted_during_a_change_of_the_ca(room: Room) -> None:
     new = make_authority(now_ms=room.clock.wall_ms())
     room.enroll("pi-2", new_key())
@@ -276,6 +294,23 @@ def test_the_fleet_is_counted_during_a_change_of_the_ca(room: Room) -> None:
     with pytest.raises(NotAllowed):
         asyncio.run(room.desk.device_of(der(renewed.certificate_pem)))
     assert hashlib.sha256(der(by_new.ca_pem[: len(new.pem)])).hexdigest() == new.fingerprint
+
+
+def test_a_device_that_may_not_renew_holds_up_no_change_of_the_ca(room: Room) -> None:
+    new, now_ms = make_authority(now_ms=room.clock.wall_ms()), room.clock.wall_ms()
+    room.enroll("pi-2", new_key())
+
+    def untold() -> tuple[list[str], int]:
+        ready = room.database.read_now(lambda conn: readiness(conn, ca_fingerprint=new.fingerprint, now_ms=now_ms))
+        assert ready.untold == ready.unsigned
+        return list(ready.untold), ready.live
+
+    asyncio.run(room.desk.standings.quarantine("pi-1", reason="odd", actor="op"))
+    assert untold() == (["pi-2"], 1)
+    asyncio.run(room.desk.standings.lift("pi-1", actor="op"))
+    assert untold() == (["pi-1", "pi-2"], 2)
+    asyncio.run(room.desk.standings.revoke("pi-2", reason="stolen", actor="op"))
+    assert untold() == (["pi-1"], 1)
 
 
 @pytest.mark.parametrize("kind", ["revoked", "quarantined"])

@@ -187,6 +187,40 @@ def test_what_the_broker_has_not_shown_is_tried_again(room: Room) -> None:
     assert len(room.access.told) == 2
 
 
+def test_a_device_that_is_welcome_again_is_not_pushed_out_again_and_again(room: Room) -> None:
+    """A broker of another owner may read the list a day later; until then the new certificate must be of use."""
+    room.access.stuck = room.access.unreachable = frozenset({PI})
+    room.revoke()
+    room.enroll(device=PI)
+    room.clock.advance(standing.KICK_AGAIN_MS)
+    room.look()
+    assert room.access.told[-1][2] == {PI}, "its old session has not ended yet"
+    room.access.unreachable = frozenset()
+    room.clock.advance(standing.KICK_AGAIN_MS)
+    room.look()
+    told = len(room.access.told)
+    for _ in range(10):
+        room.clock.advance(standing.KICK_AGAIN_MS)
+        room.look()
+    assert len(room.access.told) == told
+    assert room.metric("outrider_hub_revocations_waiting") == 1
+    # With the next list once more: who has come in with the old certificate meanwhile does not stay for good.
+    room.access.due, room.access.stuck = True, frozenset()
+    room.look()
+    assert room.access.told[-1][2] == {PI}
+    assert room.metric("outrider_hub_revocations_waiting") == 0
+
+
+def test_a_revoked_device_is_pushed_out_again_and_again(room: Room) -> None:
+    room.access.stuck = frozenset({PI})
+    room.revoke()
+    for times in range(2, 5):
+        room.clock.advance(standing.KICK_AGAIN_MS)
+        room.look()
+        assert len(room.access.told) == times
+        assert room.access.told[-1][2] == {PI}
+
+
 def test_a_list_that_cannot_be_made_is_an_alarm_and_the_device_is_refused_all_the_same(
     room: Room, caplog: pytest.LogCaptureFixture
 ) -> None:

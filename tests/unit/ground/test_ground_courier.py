@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cloud_hub.ground.courier import HubCourier, Inbound, Link
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.system import SystemClock
 from cloud_hub.ground.watch import ANSWER_LOOKS, PING_LOOKS, SILENT_LOOKS, Watch
+from tests.fakes.pki import TestCa
 from tests.fakes.scripted_broker import GRANTED, NOT_AUTHORIZED, QUOTA_EXCEEDED, ScriptedBroker, scripted_broker
 
 WAIT_S = 15.0
@@ -98,6 +100,51 @@ def test_a_broker_that_falls_silent_is_left(tmp_path: Path) -> None:
             await until(lambda: broker.connections > before, "it comes anew")
 
     asyncio.run(story())
+
+
+def test_the_link_is_made_with_the_files_of_now(tmp_path: Path) -> None:
+    """A hub that has changed its CA, or whose first certificate has ended, must not go deaf until it is restarted."""
+    next_folder = tmp_path / "next"
+    next_folder.mkdir()
+    following = TestCa(next_folder)
+    server, client = following.server(), following.client("hub")
+
+    async def story() -> None:
+        async with running(tmp_path) as (broker, courier, _):
+            await until(lambda: courier.is_connected, "it is connected")
+            broker.context.verify_mode = ssl.CERT_REQUIRED
+            broker.context.load_verify_locations(following.path)
+            broker.context.load_cert_chain(server.certificate, server.key)
+            # Half of the step: the broker has taken it, our own pair does not fit yet.
+            (tmp_path / "hub.key").write_bytes(client.key.read_bytes())
+            before = broker.connections
+            broker.reset()
+            await until(lambda: not courier.is_connected, "the link is lost")
+            (tmp_path / "hub.pem").write_bytes(client.certificate.read_bytes())
+            (tmp_path / "test-ca.pem").write_bytes(following.pem)
+            await until(lambda: courier.is_connected, "it is connected again")
+            assert broker.connections == before + 1
+
+    asyncio.run(story())
+
+
+def test_a_ca_of_before_is_not_believed_any_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    other = TestCa(other_folder)
+
+    async def story() -> None:
+        async with running(tmp_path) as (broker, courier, _):
+            await until(lambda: courier.is_connected, "it is connected")
+            (tmp_path / "test-ca.pem").write_bytes(other.pem)
+            before = broker.connections
+            broker.reset()
+            await until(lambda: "certificate verify failed" in caplog.text, "it tries, and does not believe")
+            assert not courier.is_connected
+            assert broker.connections == before
+
+    with caplog.at_level(logging.DEBUG, logger="cloud_hub.ground.courier"):
+        asyncio.run(story())
 
 
 def test_full_hands_do_not_cost_the_link(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import pytest
 from cloud_hub.__main__ import main
 from cloud_hub.commands import init as init_command
 from cloud_hub.devices import tables
-from cloud_hub.ground import audit, ca, transport
+from cloud_hub.ground import audit, ca, rotation, transport
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.folder import DataFolder
 from cloud_hub.ground.revocation import make_list
 from cloud_hub.ground.system import SystemClock
 from shared.join import decode_join_token
 from shared.trust import repository
+from shared.trust.time import check_nonce
+from tests.fakes.https import HttpsServer, Request, answer
+from tests.fakes.pki import TestCa
 
 
 def init(tmp_path: Path, *more: str) -> int:
@@ -283,3 +288,67 @@ def test_doctor_tells_the_age_of_the_revocation_list(
     (found,) = [check for check in output(capsys)["checks"] if check["check"] == "revocation"]
     assert found["ok"] is ok
     assert words in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("days", "phase", "ok", "words"),
+    [
+        (181, "steady", True, "180 days left"),
+        (181, "begun", True, "180 days left; a change is under way, phase begun"),
+        (180, "steady", False, "the CA ends in 179 days"),
+        (180, "begun", False, "the CA ends in 179 days"),
+        (1, "steady", False, "the CA has expired"),
+    ],
+)
+def test_doctor_warns_long_before_the_ca_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], days: int, phase: str, ok: bool, words: str
+) -> None:
+    folder = DataFolder(tmp_path)
+    folder.make()
+    now_ms = SystemClock().wall_ms()
+    made = ca.make_ca(now_ms=now_ms, label="test", days=days)
+    folder.ca_key.write_bytes(made.key_pem)
+    folder.ca_certificate.write_bytes(made.certificate_pem)
+    if phase == "begun":
+        rotation.begin(folder, now_ms=now_ms, label="next")
+    main(["doctor", "--data", str(tmp_path), "--json"])
+    (found,) = [check for check in output(capsys)["checks"] if check["check"] == "ca"]
+    assert (found["ok"], words in found["detail"]) == (ok, True), found
+    if words.startswith("the CA ends"):
+        assert f"outrider-hub ca rotate {'begin' if phase == 'steady' else 'switch'}" in found["hint"]
+
+
+def test_doctor_tells_of_a_clock_that_is_doubted(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what is written, and by what the running hub says, which alone knows of a jump."""
+    pki_folder = tmp_path / "pki"
+    pki_folder.mkdir()
+    pki = TestCa(pki_folder)
+    told = {"code": "config.clock", "detail": "the clock was set forward", "hint": "look at it"}
+
+    def clock() -> dict[str, Any]:
+        capsys.readouterr()
+        main(["doctor", "--data", str(tmp_path / "data"), "--json"])
+        found: dict[str, Any] = next(item for item in output(capsys)["checks"] if item["check"] == "clock")
+        return found
+
+    def reply(request: Request, handler: BaseHTTPRequestHandler) -> None:
+        answer(handler, 503, json.dumps(told if request.path == "/v1/time" else {}).encode())
+
+    with HttpsServer(pki, reply) as hub:
+        port = int(hub.url.rpartition(":")[2])
+        assert init(tmp_path, "--port", str(port), "--broker-port", str(free_port)) == 0
+        assert clock()["ok"], "somebody else answers there"
+        (tmp_path / "data" / "broker" / "ca.pem").write_bytes(pki.pem)
+        found = clock()
+        assert (found["ok"], found["detail"], found["hint"]) == (False, "the clock was set forward", "look at it")
+        (asked,) = [request for request in hub.requests if request.path == "/v1/time"]
+        check_nonce(json.loads(asked.body)["nonce"])
+    assert clock()["ok"]
+    later_ms = SystemClock().wall_ms() + 2 * 3600 * 1000
+    with closing(Database(f"sqlite:///{tmp_path / 'data' / 'hub.db'}")) as database:
+        database.write_now(lambda conn: audit.record(conn, at_ms=later_ms, actor="a", action="x", subject="s"))
+    found = clock()
+    assert not found["ok"]
+    assert "behind the newest audit row" in found["detail"]

@@ -306,3 +306,37 @@ def test_the_running_hub_lists_a_ca_before_the_broker_trusts_it(
         "reload with 1 trusted and 1 listed",
         "forget",
     ]
+
+
+def test_a_step_that_is_taken_while_the_hub_starts_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the reading of the CAs and the first look at them a broker starts, which may take long."""
+    folder, clock = new_folder(tmp_path), FakeClock(wall_ms=NOW_MS)
+    config = HubConfig(data_dir=str(tmp_path))
+    begin(folder)
+    rotation.switch(folder)
+    trusted = load_authorities(config, clock=clock)
+    renew_certificates(config, trusted, clock=clock)
+    rotation.finish(folder)
+    foundation: Any = SimpleNamespace(config=config, clock=clock, authorities=trusted)
+    events: list[str] = []
+    monkeypatch.setattr(main, "CA_LOOK_S", 0.005)
+
+    async def list_all() -> bool:
+        return True
+
+    async def go() -> None:
+        follow = main._follow_authorities(
+            foundation,
+            turn=asyncio.Lock(),
+            list_all=list_all,
+            reload=lambda: events.append("reload"),
+            forget=lambda: events.append("forget"),
+        )
+        task = asyncio.create_task(follow)
+        await until(lambda: "forget" in events, "the old CA is forgotten")
+        task.cancel()
+
+    asyncio.run(go())
+    assert events == ["reload", "forget"]
+    assert trusted.now.phase == "steady"
+    assert len(trusted.fingerprints) == 1

@@ -13,7 +13,9 @@ import pytest
 from fastapi import FastAPI
 
 from cloud_hub.ground import problems
+from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.rates import Buckets
+from cloud_hub.ground.walltime import WallTime
 from cloud_hub.releases import tables
 from cloud_hub.releases.routes import router
 from cloud_hub.releases.tables import MetadataRow
@@ -22,6 +24,7 @@ from shared.limits import MAX_ROOTS_WITH_TIME
 from shared.release import Floors
 from shared.trust import refresh
 from shared.wire.verification import TimeJob
+from tests.fakes.hub_parts import DAY_MS
 from tests.fakes.release_room import ReleaseRoom
 
 NONCE = "n" * 43
@@ -74,6 +77,17 @@ def test_a_device_believes_the_time_that_the_hub_tells_to_anyone(room: ReleaseRo
     assert answer.headers["cache-control"] == "no-store"
     assert believed(room, answer.content) == room.clock.wall
     assert json.loads(answer.content)["roots"] == []
+
+
+def test_a_time_that_is_doubted_is_told_to_nobody(room: ReleaseRoom, ask: Ask) -> None:
+    """A device that is told a time ahead renews at once, for a certificate that begins when the time has come."""
+    time = WallTime(room.clock, newest_ms=None, metrics=Metrics())
+    room.sure_ms = time.sure_ms
+    room.clock.wall += 60 * DAY_MS
+    answer = ask(nonce=NONCE, device=DEVICE, root=1)
+    assert (answer.status_code, answer.json()["code"]) == (503, "config.clock")
+    room.clock.wall -= 60 * DAY_MS
+    assert believed(room, ask(nonce=NONCE, device=DEVICE, root=1).content) == room.clock.wall
 
 
 def test_the_roots_after_the_askers_come_along_up_to_a_bound(room: ReleaseRoom, ask: Ask) -> None:
