@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices import certificate_tables, rules, tables
+from cloud_hub.devices import certificate_tables, rules, sightings, tables
 from cloud_hub.devices.certificate_tables import Issue
 from cloud_hub.devices.readiness import Readiness, readiness
 from cloud_hub.devices.renewing import RenewalRequest, Renewing
@@ -26,7 +26,7 @@ from cloud_hub.devices.tables import Device
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
-from cloud_hub.ground.ca import check_csr
+from cloud_hub.ground.ca import ShownCertificate, check_csr
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, NotFound
@@ -280,12 +280,10 @@ class Desk:
 
     async def device_of(self, certificate_der: bytes) -> DeviceId:
         """The device that a verified client certificate stands for; raises NotAllowed for any other certificate."""
-        peer = self._authorities.check_client(certificate_der, now_ms=self._clock.wall_ms())
-        owner = None
-        if peer is not None:
-            fingerprint = peer.fingerprint
-            owner = await self._database.read(lambda conn: tables.certificate_owner(conn, fingerprint))
-        if peer is None or owner is None or owner.device != peer.name:
+        now_ms = self._clock.wall_ms()
+        shown = self._authorities.check_client(certificate_der, now_ms=now_ms)
+        owner = None if shown is None else await self._owner(shown, at_ms=now_ms)
+        if shown is None or owner is None or owner.device != shown.name:
             raise NotAllowed(
                 "the client certificate is not one of this hub's devices, or has expired",
                 code="auth.unknown_certificate",
@@ -304,6 +302,15 @@ class Desk:
                 hint=f"look at it, then `outrider device quarantine {owner.device} --lift`",
             )
         return owner.device
+
+    async def _owner(self, shown: ShownCertificate, *, at_ms: int) -> tables.Owner | None:
+        def look(conn: Connection) -> tuple[tables.Owner | None, bool]:
+            return tables.certificate_owner(conn, shown.fingerprint), sightings.is_due(conn, shown)
+
+        owner, is_due = await self._database.read(look)
+        if is_due:
+            owner = await self._database.write(lambda conn: sightings.note(conn, shown, at_ms=at_ms))
+        return owner
 
     # Presence and reports
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices import certificate_tables, rules
+from cloud_hub.devices import certificate_tables, rules, sightings
 from cloud_hub.devices.certificate_tables import Issue
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities
@@ -121,6 +121,7 @@ class Renewing:
         self, conn: Connection, shown: ShownCertificate, request: RenewalRequest, *, address: str
     ) -> tuple[DeviceId, DeviceCertificate]:
         now_ms = self._clock.wall_ms()
+        sightings.note(conn, shown, at_ms=now_ms)
         device = rules.check_renewal(
             certificate_tables.standing(conn, shown.fingerprint),
             name=shown.name,

@@ -75,6 +75,14 @@ class CertificateStanding:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a name whose certificate is not: its standing, and when its newest known one was issued."""
+
+    standing: Standing
+    newest_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceTrust:
     """A device's newest certificate: when it ends, who signed it, which CAs the device was told with it.
 
@@ -116,6 +124,15 @@ def check_renewal(
     if now_ms >= ends_ms + expired_ms:
         raise NotAllowed("the certificate has expired too long ago", code="renew.too_old", hint=again)
     return standing.device
+
+
+def is_adoptable(known: Known | None, *, begins_ms: int) -> bool:
+    """Whether an unknown certificate of the hub's own CA is one that a restored database has forgotten.
+
+    Only the hub makes them and it notes each one, so that one which begins after all that is noted was noted in what
+    was lost. An older one is unknown because it was forgotten on purpose.
+    """
+    return known is not None and known.standing is Standing.GOOD and begins_ms > known.newest_ms
 
 
 def without_bundle(trust: Sequence[DeviceTrust], *, wanted: str, now_ms: int) -> tuple[DeviceId, ...]:
