@@ -26,6 +26,7 @@ certificate_issues = sa.Table(
     sa.Column("renews", sa.String(64), nullable=True),
     sa.Column("pem", sa.Text, nullable=False),
     sa.Index("ix_certificate_issues_csr", "csr_sha256"),
+    sa.Index("ix_certificate_issues_renews", "renews"),
 )
 
 
@@ -106,6 +107,23 @@ def record_adopted(conn: Connection, shown: ShownCertificate) -> None:
             authority=shown.issuer,
         )
     )
+
+
+def set_used(conn: Connection, fingerprint: str, *, at_ms: int) -> None:
+    """Note that a certificate was shown by who has its key."""
+    own = device_certificates.c
+    conn.execute(device_certificates.update().where(own.fingerprint == fingerprint).values(used_ms=at_ms))
+
+
+def has_used_successor(conn: Connection, fingerprint: str) -> bool:
+    """Whether a certificate was renewed, and one that it was traded for has been used since."""
+    own = device_certificates.c
+    query = (
+        sa.select(own.fingerprint)
+        .join(certificate_issues, certificate_issues.c.fingerprint == own.fingerprint)
+        .where(certificate_issues.c.renews == fingerprint, own.used_ms.is_not(None))
+    )
+    return conn.execute(query.limit(1)).first() is not None
 
 
 def answered(conn: Connection, *, csr_sha256: str, renews: str, now_ms: int) -> DeviceCertificate | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, NotFound
 from shared import join, limits
 from shared.clock import Clock
-from shared.errors import InvalidValue, OutriderError, ProtocolViolation
+from shared.errors import InvalidValue, OutriderError, ProtocolViolation, StorageError
 from shared.ids import DeviceId, parse_device_id
 from shared.renewal import csr_digest
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Birth, Death, Reported
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BrokerAddress",
@@ -309,7 +312,11 @@ class Desk:
 
         owner, is_due = await self._database.read(look)
         if is_due:
-            owner = await self._database.write(lambda conn: sightings.note(conn, shown, at_ms=at_ms))
+            try:
+                owner = await self._database.write(lambda conn: sightings.note(conn, shown, at_ms=at_ms))
+            except StorageError as error:
+                # A full disk keeps nobody out whom the hub knows; it is noted another time.
+                logger.warning("use of a certificate was not noted: %s: %s", error.code, error.message)
         return owner
 
     # Presence and reports

@@ -7,6 +7,8 @@ Rules:
 2. The hub's clock decides. The name is the certificate's, never the request's.
 3. The same request with the same certificate is answered with the same new certificate, so that a lost answer costs
    nothing; a device has at most `MAX_LIVE` good certificates; what expired beyond use is forgotten.
+4. Once a new certificate has been used, the one that it was traded for gets nothing but that same answer: its key would
+   otherwise be worth a renewal for a year, and eight of them shut the device out.
 """
 
 from __future__ import annotations
@@ -133,6 +135,8 @@ class Renewing:
         certificate = certificate_tables.answered(conn, csr_sha256=digest, renews=shown.fingerprint, now_ms=now_ms)
         is_repeated = certificate is not None
         if certificate is None:
+            if certificate_tables.has_used_successor(conn, shown.fingerprint):
+                raise rules.superseded()
             if certificate_tables.live_count(conn, device, now_ms=now_ms) >= MAX_LIVE:
                 raise Throttled(
                     f"{device} has {MAX_LIVE} certificates that are good",

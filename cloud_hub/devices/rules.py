@@ -126,6 +126,16 @@ def check_renewal(
     return standing.device
 
 
+def superseded() -> OutriderError:
+    """The error for a certificate whose successor is in use."""
+    return NotAllowed(
+        "the certificate was renewed, and the one that followed it is in use",
+        code="renew.superseded",
+        hint="if the device's disk was set back to an older copy, enrol it again with a new join token; "
+        "if it was not, somebody else has its key: revoke the device first",
+    )
+
+
 def is_adoptable(known: Known | None, *, begins_ms: int) -> bool:
     """Whether an unknown certificate of the hub's own CA is one that a restored database has forgotten.
 

@@ -4,6 +4,9 @@ The broker lets in what the CA signed and no list names; the hub knows each cert
 restored from a backup has forgotten those of after it: the devices that have them are as good as before, and are taken
 up again when they show them. Nobody but the hub signs such certificates.
 
+When a certificate is used for the first time is noted, because then its device has it: the one before is not renewed
+any more (`Renewing`).
+
 Functions take a connection inside the caller's transaction; none of them begins or commits.
 """
 
@@ -19,12 +22,18 @@ from cloud_hub.ground.ca import ShownCertificate
 
 def is_due(conn: Connection, shown: ShownCertificate) -> bool:
     """Whether `note` has anything to note: asked first, so that a look costs no write."""
-    return tables.certificate_owner(conn, shown.fingerprint) is None and _is_adoptable(conn, shown)
+    owner = tables.certificate_owner(conn, shown.fingerprint)
+    return _is_adoptable(conn, shown) if owner is None else not owner.is_used
 
 
 def note(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> Owner | None:
-    """Take up a certificate that the database has lost; returns whose it is, None when it is nobody's."""
-    if tables.certificate_owner(conn, shown.fingerprint) is None and _is_adoptable(conn, shown):
+    """Note that a certificate was used, and take it up first if the database has lost it.
+
+    Returns:
+        Whose it is; None when it is nobody's.
+    """
+    owner = tables.certificate_owner(conn, shown.fingerprint)
+    if owner is None and _is_adoptable(conn, shown):
         certificate_tables.record_adopted(conn, shown)
         audit.record(
             conn,
@@ -34,7 +43,10 @@ def note(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> Owner | No
             subject=f"device:{shown.name}",
             detail={"certificate": shown.fingerprint, "begins_ms": shown.begins_ms},
         )
-    return tables.certificate_owner(conn, shown.fingerprint)
+        owner = tables.certificate_owner(conn, shown.fingerprint)
+    if owner is not None and not owner.is_used:
+        certificate_tables.set_used(conn, shown.fingerprint, at_ms=at_ms)
+    return owner
 
 
 def _is_adoptable(conn: Connection, shown: ShownCertificate) -> bool:

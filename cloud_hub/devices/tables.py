@@ -75,6 +75,7 @@ device_certificates = sa.Table(
     sa.Column("revoked_ms", sa.BigInteger, nullable=True),
     sa.Column("serial", sa.String(40), nullable=False, server_default=""),
     sa.Column("authority", sa.String(64), nullable=False, server_default=""),
+    sa.Column("used_ms", sa.BigInteger, nullable=True),
 )
 
 
@@ -110,10 +111,11 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a certificate was issued to, whether it is void, and whether its device is welcome."""
+    """Whom a certificate was issued to, whether it is void or was ever used, and whether its device is welcome."""
 
     device: DeviceId
     is_revoked: bool
+    is_used: bool
     standing: Standing
     reason: str
 
@@ -189,6 +191,7 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
         sa.select(
             device_certificates.c.device,
             device_certificates.c.revoked_ms,
+            device_certificates.c.used_ms,
             devices.c.standing,
             devices.c.standing_reason,
         )
@@ -200,6 +203,7 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
     return Owner(
         device=DeviceId(row.device),
         is_revoked=row.revoked_ms is not None,
+        is_used=row.used_ms is not None,
         standing=Standing(row.standing),
         reason=row.standing_reason,
     )

@@ -21,7 +21,7 @@ from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.refusals import NotAllowed, Throttled
-from shared.errors import InvalidValue, OutriderError
+from shared.errors import InvalidValue, OutriderError, StorageError
 from shared.ids import DeviceId
 from shared.renewal import csr_digest, proof_message
 from tests.fakes.clock import FakeClock
@@ -232,6 +232,41 @@ def test_certificates_do_not_grow_without_bound(room: Room) -> None:
     assert isinstance(room.refused(room.request(new_csr())), Throttled)
     room.clock.advance(31 * DAY_MS)
     room.renew(room.request(new_csr()))
+
+
+@pytest.mark.parametrize("use", ["shown at the HTTPS port", "renewed"])
+def test_once_a_certificate_is_used_the_one_before_it_gets_only_its_answer_again(room: Room, use: str) -> None:
+    key = new_key()
+    first = room.request(csr_for(key))
+    renewed = room.renew(first)
+    assert room.renew(room.request(new_csr())).device == "pi-1"
+    if use == "renewed":
+        room.renew(room.request(new_csr(), key=key, pem=renewed.certificate_pem))
+    else:
+        assert asyncio.run(room.desk.device_of(der(renewed.certificate_pem))) == "pi-1"
+    for _ in range(2):
+        assert room.refused(room.request(new_csr())).code == "renew.superseded"
+    assert room.renew(room.request(first.csr_pem)) == renewed
+    room.clock.advance(25 * DAY_MS)
+    assert room.renew(room.request(new_csr(), key=key, pem=renewed.certificate_pem)).device == "pi-1"
+    assert room.audit().count("certificate.renewal_refused") == 2
+
+
+def test_the_use_of_a_certificate_is_noted_once(room: Room) -> None:
+    for _ in range(3):
+        asyncio.run(room.desk.device_of(der(room.pem)))
+        room.clock.advance(1000)
+    (row,) = room.database.read_now(lambda conn: conn.execute(tables.device_certificates.select()).all())
+    assert row.used_ms == room.clock.wall_ms() - 3000
+
+
+def test_who_is_known_is_let_in_when_nothing_can_be_noted(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: object) -> None:
+        raise StorageError("the disk is full", code="storage.full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room.database, "write", full)
+        assert asyncio.run(room.desk.device_of(der(room.pem))) == "pi-1"
 
 
 def test_what_expired_beyond_use_is_forgotten(room: Room) -> None:
