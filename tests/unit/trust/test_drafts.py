@@ -307,6 +307,27 @@ def test_attack_10_a_root_of_strangers_is_not_followed(team: Team) -> None:
         assert caught.value.code == "trust.root"
 
 
+def test_who_has_signed_the_first_root_knows_it(team: Team) -> None:
+    roots, others = chain(team, length=3), chain(Team(), length=2)
+    mine = [team.root[0].public_key]
+    found = drafts.own_first(roots, mine)
+    assert found is not None
+    assert found.to_bytes() == roots[0]
+    drafts.follow(found.to_bytes(), roots)
+    copied = json.loads(others[0])
+    copied["signatures"].append(json.loads(roots[0])["signatures"][0])
+    for offered, keys_here in (
+        (roots, [team.root[2].public_key]),  # a root key that has not signed
+        (roots, [team.targets[0].public_key, team.online["snapshot"].public_key]),
+        (roots, []),
+        (roots[1:], mine),
+        (others, mine),
+        ([json.dumps(copied).encode()], mine),
+        ([], mine),
+    ):
+        assert drafts.own_first(offered, keys_here) is None
+
+
 # Public halves
 
 
