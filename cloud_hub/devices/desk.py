@@ -214,10 +214,13 @@ class Desk:
         grant = rules.check_grant(tables.find_grant(conn, secret_sha256), now_ms=now_ms)
         device = rules.choose_name(grant, proposed=name, generated=_generated_name())
         profile = rules.choose_profile(grant, proposed=profile)
-        is_known = tables.device_exists(conn, device)
+        standing = tables.standing_of(conn, device)
+        is_known = standing is not None
         if is_known and grant.device is None:
             raise rules.name_taken(device)
-        if is_known and tables.is_revoked(conn, device) and tables.has_unlistable(conn, device, now_ms=now_ms):
+        if standing is Standing.QUARANTINED:
+            raise rules.quarantined(device)
+        if standing is Standing.REVOKED and tables.has_unlistable(conn, device, now_ms=now_ms):
             raise rules.unlistable(device)
         if not tables.spend_grant(conn, secret_sha256, now_ms=now_ms):
             raise rules.spent()

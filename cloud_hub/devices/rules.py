@@ -20,6 +20,10 @@ MAX_LABEL_CHARS: Final = 63
 MAX_USES: Final = 10_000
 MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
 MAX_REASON_CHARS: Final = 200
+_AFTER_QUARANTINE: Final = (
+    "find out whether somebody else has its key: if nobody has, `outrider device quarantine {name} --lift`; "
+    "else `outrider device revoke {name}`, and then enrol it again"
+)
 PRESENCE: Final = frozenset({"birth", "death", "reported"})
 
 
@@ -117,7 +121,7 @@ def check_renewal(
         raise NotAllowed(
             "the device is in quarantine",
             code="renew.quarantined",
-            hint="find out whether somebody else has its key; then enrol it again",
+            hint=_AFTER_QUARANTINE.format(name=name),
         )
     if now_ms >= ends_ms and not expired_ms:
         raise NotAllowed("certificates that have expired are not renewed here", code="renew.disabled", hint=again)
@@ -220,6 +224,15 @@ def unlistable(name: DeviceId) -> OutriderError:
         f"{name!r} has a certificate of an earlier version of the hub, which cannot be put onto the revocation list",
         code="enrol.old_certificate",
         hint="choose another name, or wait until that certificate has ended (a month at most)",
+    )
+
+
+def quarantined(name: DeviceId) -> OutriderError:
+    """The error for a name in quarantine, which a new certificate would not end."""
+    return Conflict(
+        f"{name!r} is in quarantine",
+        code="enrol.quarantined",
+        hint=_AFTER_QUARANTINE.format(name=name) + " (the join token keeps its use)",
     )
 
 

@@ -161,11 +161,6 @@ def spend_grant(conn: Connection, secret_sha256: str, *, now_ms: int) -> bool:
     return done.rowcount == 1
 
 
-def device_exists(conn: Connection, device: DeviceId) -> bool:
-    """Whether there is such a device."""
-    return conn.execute(sa.select(devices.c.id).where(devices.c.id == device)).one_or_none() is not None
-
-
 def add_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) -> None:
     """Store a new device that was never seen."""
     conn.execute(devices.insert().values(id=device, profile=profile, enrolled_ms=at_ms, **_UNSEEN))
@@ -174,7 +169,7 @@ def add_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) 
 def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) -> None:
     """Let a device begin anew under its name: it was enrolled again, its former certificates are void.
 
-    A revocation ends with this, for the certificates that follow; a quarantine does not.
+    A revocation ends with this, for the certificates that follow.
     """
     conn.execute(devices.update().where(devices.c.id == device).values(profile=profile, enrolled_ms=at_ms, **_UNSEEN))
     conn.execute(
@@ -262,10 +257,10 @@ def standings(conn: Connection) -> dict[DeviceId, Standing]:
     return {DeviceId(row.id): Standing(row.standing) for row in conn.execute(query)}
 
 
-def is_revoked(conn: Connection, device: DeviceId) -> bool:
-    """Whether a device is revoked."""
+def standing_of(conn: Connection, device: DeviceId) -> Standing | None:
+    """Whether a device is welcome; None for an unknown one."""
     row = conn.execute(sa.select(devices.c.standing).where(devices.c.id == device)).one_or_none()
-    return row is not None and row.standing == Standing.REVOKED.value
+    return None if row is None else Standing(row.standing)
 
 
 def set_standing(conn: Connection, device: DeviceId, standing: Standing, *, reason: str, at_ms: int) -> None:

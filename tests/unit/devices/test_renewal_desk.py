@@ -321,6 +321,7 @@ def test_a_device_that_is_not_welcome_gets_no_new_certificate(room: Room, kind: 
     asyncio.run(act("pi-1", reason="stolen", actor="op"))
     error = room.refused(room.request(csr_for(new_key())))
     assert error.code == f"renew.{kind}"
+    assert (kind == "quarantined") is ("device quarantine pi-1 --lift" in error.hint)
     assert room.audit() == ["certificate.renewal_refused"]
     if kind == "quarantined":
         asyncio.run(standings.lift("pi-1", actor="op"))
