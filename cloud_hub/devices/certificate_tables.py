@@ -109,10 +109,12 @@ def record_adopted(conn: Connection, shown: ShownCertificate) -> None:
     )
 
 
-def set_used(conn: Connection, fingerprint: str, *, at_ms: int) -> None:
-    """Note that a certificate was shown by who has its key."""
+def record_use(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> None:
+    """Note that a certificate was shown by who has its key, and its serial where a hub of before did not."""
     own = device_certificates.c
-    conn.execute(device_certificates.update().where(own.fingerprint == fingerprint).values(used_ms=at_ms))
+    this = device_certificates.update().where(own.fingerprint == shown.fingerprint)
+    conn.execute(this.where(own.used_ms.is_(None)).values(used_ms=at_ms))
+    conn.execute(this.where(own.serial == "").values(serial=f"{shown.serial:x}", authority=shown.issuer))
 
 
 def has_used_successor(conn: Connection, fingerprint: str) -> bool:

@@ -173,8 +173,10 @@ class Renewing:
         if error.code not in REFUSED_FOR_GOOD:
             return
         now_ms = self._clock.wall_ms()
-        await self._database.write(
-            lambda conn: audit.record(
+
+        def work(conn: Connection) -> None:
+            sightings.note(conn, shown, at_ms=now_ms)
+            audit.record(
                 conn,
                 at_ms=now_ms,
                 actor=f"address:{address[:64]}",
@@ -182,4 +184,5 @@ class Renewing:
                 subject=f"device:{shown.name[:63]}",
                 detail={"code": error.code, "certificate": shown.fingerprint},
             )
-        )
+
+        await self._database.write(work)

@@ -223,7 +223,8 @@ def unlistable(name: DeviceId) -> OutriderError:
     return Conflict(
         f"{name!r} has a certificate of an earlier version of the hub, which cannot be put onto the revocation list",
         code="enrol.old_certificate",
-        hint="choose another name, or wait until that certificate has ended (a month at most)",
+        hint="start the old device once, so that it shows its certificate to the hub; or choose another name, or wait "
+        "until that certificate has ended (a month at most)",
     )
 
 

@@ -5,7 +5,8 @@ restored from a backup has forgotten those of after it: the devices that have th
 up again when they show them. Nobody but the hub signs such certificates.
 
 When a certificate is used for the first time is noted, because then its device has it: the one before is not renewed
-any more (`Renewing`).
+any more (`Renewing`). A certificate of a hub that kept no serials is completed by the way, so that it can be put onto a
+revocation list; that of a revoked device too.
 
 Functions take a connection inside the caller's transaction; none of them begins or commits.
 """
@@ -23,11 +24,11 @@ from cloud_hub.ground.ca import ShownCertificate
 def is_due(conn: Connection, shown: ShownCertificate) -> bool:
     """Whether `note` has anything to note: asked first, so that a look costs no write."""
     owner = tables.certificate_owner(conn, shown.fingerprint)
-    return _is_adoptable(conn, shown) if owner is None else not owner.is_used
+    return _is_adoptable(conn, shown) if owner is None else not owner.is_noted
 
 
 def note(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> Owner | None:
-    """Note that a certificate was used, and take it up first if the database has lost it.
+    """Note that a certificate was used, and its serial; take it up first if the database has lost it.
 
     Returns:
         Whose it is; None when it is nobody's.
@@ -44,8 +45,8 @@ def note(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> Owner | No
             detail={"certificate": shown.fingerprint, "begins_ms": shown.begins_ms},
         )
         owner = tables.certificate_owner(conn, shown.fingerprint)
-    if owner is not None and not owner.is_used:
-        certificate_tables.set_used(conn, shown.fingerprint, at_ms=at_ms)
+    if owner is not None and not owner.is_noted:
+        certificate_tables.record_use(conn, shown, at_ms=at_ms)
     return owner
 
 

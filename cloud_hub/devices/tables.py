@@ -111,11 +111,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a certificate was issued to, whether it is void or was ever used, and whether its device is welcome."""
+    """Whom a certificate was issued to, whether it is void, and whether its device is welcome.
+
+    Attributes:
+        is_noted: its first use was noted, and its serial, without which it cannot be put onto a revocation list.
+    """
 
     device: DeviceId
     is_revoked: bool
-    is_used: bool
+    is_noted: bool
     standing: Standing
     reason: str
 
@@ -187,6 +191,7 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
             device_certificates.c.device,
             device_certificates.c.revoked_ms,
             device_certificates.c.used_ms,
+            device_certificates.c.serial,
             devices.c.standing,
             devices.c.standing_reason,
         )
@@ -198,7 +203,7 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
     return Owner(
         device=DeviceId(row.device),
         is_revoked=row.revoked_ms is not None,
-        is_used=row.used_ms is not None,
+        is_noted=row.used_ms is not None and row.serial != "",
         standing=Standing(row.standing),
         reason=row.standing_reason,
     )

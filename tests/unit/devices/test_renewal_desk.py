@@ -21,7 +21,7 @@ from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities, TrustedPair
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.refusals import NotAllowed, Throttled
-from shared.errors import InvalidValue, OutriderError, StorageError
+from shared.errors import Conflict, InvalidValue, OutriderError, StorageError
 from shared.ids import DeviceId
 from shared.renewal import csr_digest, proof_message
 from tests.fakes.clock import FakeClock
@@ -428,3 +428,29 @@ def test_what_the_hub_signs_for_a_takeover_is_not_taken_up(room: Room) -> None:
     with pytest.raises(NotAllowed):
         asyncio.run(room.desk.device_of(der(device.pem)))
     assert room.certificates() == 1
+
+
+@pytest.mark.parametrize("shown", ["welcome", "at the door", "at renewal"])
+def test_the_serial_of_an_old_certificate_is_noted_when_it_is_shown(room: Room, shown: str) -> None:
+    """Made by a hub that kept none: welcome or refused, from then on it can be put onto the list."""
+
+    def forget(conn: Connection) -> None:
+        conn.execute(tables.device_certificates.update().values(serial="", authority=""))
+
+    room.database.write_now(forget)
+    if shown == "welcome":
+        asyncio.run(room.desk.device_of(der(room.pem)))
+    asyncio.run(room.desk.standings.revoke("pi-1", reason="stolen", actor="op"))
+    if shown != "welcome":
+        with pytest.raises(Conflict) as caught:
+            room.enroll("pi-1", new_key(), device="pi-1")
+        assert caught.value.code == "enrol.old_certificate"
+    if shown == "at the door":
+        with pytest.raises(NotAllowed):
+            asyncio.run(room.desk.device_of(der(room.pem)))
+    if shown == "at renewal":
+        assert room.refused(room.request(new_csr())).code == "renew.revoked"
+    room.enroll("pi-1", new_key(), device="pi-1")
+    ((line,), _) = room.database.read_now(lambda conn: listed(conn, now_ms=room.clock.wall_ms()))
+    serial = x509.load_pem_x509_certificate(room.pem.encode()).serial_number
+    assert (line.authority, line.serial) == (room.authority.fingerprint, serial)
