@@ -19,6 +19,7 @@ REFUSED_FOR_GOOD: Final = frozenset(
         "renew.disabled",
         "renew.quarantined",
         "renew.revoked",
+        "renew.superseded",
         "renew.too_old",
         "renew.unknown_certificate",
     }

@@ -2,12 +2,14 @@
 
 Rules: a private key never leaves the directory where it was made, and no command reads two holders' keys; whoever signs
 sees every key that there will be, not only what changes; a machine remembers the root that it followed last
-(`trusted-root.json` beside the keys) and signs nothing that does not follow from it.
+(`trusted-root.json` beside the keys) and signs nothing that does not follow from it; without that file, nothing but
+what follows from a first root that one of its keys has signed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,7 +24,7 @@ from shared.errors import Conflict, InvalidValue, StorageError, TrustError
 from shared.trust import ceremony, drafts, repository
 from shared.trust.authority import short
 from shared.trust.drafts import Draft, Quorum
-from shared.trust.library import Key
+from shared.trust.library import Key, Signer
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import ROOT, TARGETS
 
@@ -57,7 +59,7 @@ def sign(arguments: argparse.Namespace) -> int:
     draft, signers = read_draft(path), keyring.signers()
     now_ms = SystemClock().wall_ms()
     drafts.check_draft(draft, now_ms=now_ms)
-    _require_known(draft, keyring)
+    _require_known(draft, keyring, signers, is_sure=arguments.yes)
     screen.note("\n".join(drafts.describe(draft)))
     signed, added = drafts.add_signatures(draft, signers)
     if not added:
@@ -73,7 +75,7 @@ def sign(arguments: argparse.Namespace) -> int:
     for role, keyid in added:
         screen.note(f"key {short(keyid)} signs {role}")
     if not arguments.yes:
-        _ask()
+        _ask("sign this?")
     _write(path, drafts.encode_draft(signed))
     _remember(signed, keyring)
     _show_state(path, signed, as_json=arguments.json)
@@ -216,7 +218,7 @@ def _first_draft(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _require_known(draft: Draft, keyring: Keyring) -> None:
+def _require_known(draft: Draft, keyring: Keyring, signers: Sequence[Signer], *, is_sure: bool) -> None:
     """Raise TrustError when the draft builds on another root than this machine followed."""
     path = keyring.directory / TRUSTED_ROOT
     known = path.read_bytes() if path.exists() else None
@@ -231,13 +233,35 @@ def _require_known(draft: Draft, keyring: Keyring) -> None:
         return
     if draft.roots[-1:] != (draft.basis.get(ROOT),):
         raise InvalidValue("the draft's roots do not end in its basis", code="invalid.draft", hint="make it again")
+    roots = [text.encode() for text in draft.roots]
     if known is None:
+        known = _founded_here(roots, keyring, signers, is_sure=is_sure)
+    drafts.follow(known, roots)
+
+
+def _founded_here(roots: Sequence[bytes], keyring: Keyring, signers: Sequence[Signer], *, is_sure: bool) -> bytes:
+    """The first root, if a key of this directory has signed it: keys of before the known root was kept beside them.
+
+    Raises:
+        TrustError: no key here has.
+        Conflict: whoever was asked says that it is another hub's.
+    """
+    first = drafts.own_first(roots, [signer.public_key for signer in signers])
+    if first is None:
         raise TrustError(
             f"without {TRUSTED_ROOT} in {keyring.directory}, nothing here tells this hub's root from a stranger's",
             code="trust.root",
             hint=f"take {TRUSTED_ROOT} over from a colleague who has signed for this hub",
         )
-    drafts.follow(known, [text.encode() for text in draft.roots])
+    digest = hashlib.sha256(first.signed_bytes).hexdigest()
+    keyids = ", ".join(short(keyid) for keyid in first.signed.roles[ROOT].keyids)
+    screen.note(
+        f"there is no {TRUSTED_ROOT} in {keyring.directory}, but a key of it has signed the first root of this hub\n"
+        f"  until {first.signed.expires:%Y-%m-%d}, root keys {keyids}\n  fingerprint {digest}"
+    )
+    if not is_sure:
+        _ask("is that your hub's first root?")
+    return first.to_bytes()
 
 
 def _remember(draft: Draft, keyring: Keyring) -> None:
@@ -268,12 +292,12 @@ def _plain(found: Sequence[Quorum]) -> list[dict[str, object]]:
     return [{**msgspec.to_builtins(quorum), "missing": quorum.missing} for quorum in found]
 
 
-def _ask() -> None:
+def _ask(question: str) -> None:
     if not screen.can_ask():
         raise InvalidValue(
             "nobody is here to confirm the signature", code="usage.confirm", hint="look at it, or give --yes"
         )
-    if not screen.confirm("sign this?"):
+    if not screen.confirm(question):
         raise Conflict("not signed", code="command.declined")
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices.rules import CertificateStanding, DeviceTrust, Standing
+from cloud_hub.devices.rules import CertificateStanding, DeviceTrust, Known, Standing
 from cloud_hub.devices.tables import certificate_owner, device_certificates, devices
-from cloud_hub.ground.ca import DeviceCertificate
+from cloud_hub.ground.ca import DeviceCertificate, ShownCertificate
 from cloud_hub.ground.schema import metadata
 from shared.ids import DeviceId
 
@@ -26,6 +26,7 @@ certificate_issues = sa.Table(
     sa.Column("renews", sa.String(64), nullable=True),
     sa.Column("pem", sa.Text, nullable=False),
     sa.Index("ix_certificate_issues_csr", "csr_sha256"),
+    sa.Index("ix_certificate_issues_renews", "renews"),
 )
 
 
@@ -79,6 +80,52 @@ def standing(conn: Connection, fingerprint: str) -> CertificateStanding | None:
         is_revoked=owner.is_revoked or owner.standing is Standing.REVOKED,
         is_quarantined=owner.standing is Standing.QUARANTINED,
     )
+
+
+def known(conn: Connection, device: str) -> Known | None:
+    """The standing of a device and its newest certificate, void or not; None when nothing was ever issued to it."""
+    own = device_certificates.c
+    query = (
+        sa.select(devices.c.standing, sa.func.max(own.issued_ms).label("newest_ms"))
+        .join(device_certificates, own.device == devices.c.id)
+        .where(devices.c.id == device)
+        .group_by(devices.c.id, devices.c.standing)
+    )
+    row = conn.execute(query).one_or_none()
+    return None if row is None else Known(standing=Standing(row.standing), newest_ms=row.newest_ms)
+
+
+def record_adopted(conn: Connection, shown: ShownCertificate) -> None:
+    """Note a certificate that the database had lost, as issued when it begins; what was told with it is not known."""
+    conn.execute(
+        device_certificates.insert().values(
+            fingerprint=shown.fingerprint,
+            device=shown.name,
+            issued_ms=shown.begins_ms,
+            expires_ms=shown.ends_ms,
+            serial=f"{shown.serial:x}",
+            authority=shown.issuer,
+        )
+    )
+
+
+def record_use(conn: Connection, shown: ShownCertificate, *, at_ms: int) -> None:
+    """Note that a certificate was shown by who has its key, and its serial where a hub of before did not."""
+    own = device_certificates.c
+    this = device_certificates.update().where(own.fingerprint == shown.fingerprint)
+    conn.execute(this.where(own.used_ms.is_(None)).values(used_ms=at_ms))
+    conn.execute(this.where(own.serial == "").values(serial=f"{shown.serial:x}", authority=shown.issuer))
+
+
+def has_used_successor(conn: Connection, fingerprint: str) -> bool:
+    """Whether a certificate was renewed, and one that it was traded for has been used since."""
+    own = device_certificates.c
+    query = (
+        sa.select(own.fingerprint)
+        .join(certificate_issues, certificate_issues.c.fingerprint == own.fingerprint)
+        .where(certificate_issues.c.renews == fingerprint, own.used_ms.is_not(None))
+    )
+    return conn.execute(query.limit(1)).first() is not None
 
 
 def answered(conn: Connection, *, csr_sha256: str, renews: str, now_ms: int) -> DeviceCertificate | None:

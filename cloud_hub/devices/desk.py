@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices import certificate_tables, rules, tables
+from cloud_hub.devices import certificate_tables, rules, sightings, tables
 from cloud_hub.devices.certificate_tables import Issue
 from cloud_hub.devices.readiness import Readiness, readiness
 from cloud_hub.devices.renewing import RenewalRequest, Renewing
@@ -26,17 +27,19 @@ from cloud_hub.devices.tables import Device
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities
 from cloud_hub.ground.bus import Bus, DeviceBorn, DeviceDied, DeviceReported
-from cloud_hub.ground.ca import check_csr
+from cloud_hub.ground.ca import ShownCertificate, check_csr
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.metrics import Metrics
 from cloud_hub.ground.refusals import NotAllowed, NotFound
 from shared import join, limits
 from shared.clock import Clock
-from shared.errors import InvalidValue, OutriderError, ProtocolViolation
+from shared.errors import InvalidValue, OutriderError, ProtocolViolation, StorageError
 from shared.ids import DeviceId, parse_device_id
 from shared.renewal import csr_digest
 from shared.wire.envelope import Envelope
 from shared.wire.messages import Birth, Death, Reported
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "BrokerAddress",
@@ -211,10 +214,13 @@ class Desk:
         grant = rules.check_grant(tables.find_grant(conn, secret_sha256), now_ms=now_ms)
         device = rules.choose_name(grant, proposed=name, generated=_generated_name())
         profile = rules.choose_profile(grant, proposed=profile)
-        is_known = tables.device_exists(conn, device)
+        standing = tables.standing_of(conn, device)
+        is_known = standing is not None
         if is_known and grant.device is None:
             raise rules.name_taken(device)
-        if is_known and tables.is_revoked(conn, device) and tables.has_unlistable(conn, device, now_ms=now_ms):
+        if standing is Standing.QUARANTINED:
+            raise rules.quarantined(device)
+        if standing is Standing.REVOKED and tables.has_unlistable(conn, device, now_ms=now_ms):
             raise rules.unlistable(device)
         if not tables.spend_grant(conn, secret_sha256, now_ms=now_ms):
             raise rules.spent()
@@ -280,12 +286,10 @@ class Desk:
 
     async def device_of(self, certificate_der: bytes) -> DeviceId:
         """The device that a verified client certificate stands for; raises NotAllowed for any other certificate."""
-        peer = self._authorities.check_client(certificate_der, now_ms=self._clock.wall_ms())
-        owner = None
-        if peer is not None:
-            fingerprint = peer.fingerprint
-            owner = await self._database.read(lambda conn: tables.certificate_owner(conn, fingerprint))
-        if peer is None or owner is None or owner.device != peer.name:
+        now_ms = self._clock.wall_ms()
+        shown = self._authorities.check_client(certificate_der, now_ms=now_ms)
+        owner = None if shown is None else await self._owner(shown, at_ms=now_ms)
+        if shown is None or owner is None or owner.device != shown.name:
             raise NotAllowed(
                 "the client certificate is not one of this hub's devices, or has expired",
                 code="auth.unknown_certificate",
@@ -304,6 +308,19 @@ class Desk:
                 hint=f"look at it, then `outrider device quarantine {owner.device} --lift`",
             )
         return owner.device
+
+    async def _owner(self, shown: ShownCertificate, *, at_ms: int) -> tables.Owner | None:
+        def look(conn: Connection) -> tuple[tables.Owner | None, bool]:
+            return tables.certificate_owner(conn, shown.fingerprint), sightings.is_due(conn, shown)
+
+        owner, is_due = await self._database.read(look)
+        if is_due:
+            try:
+                owner = await self._database.write(lambda conn: sightings.note(conn, shown, at_ms=at_ms))
+            except StorageError as error:
+                # A full disk keeps nobody out whom the hub knows; it is noted another time.
+                logger.warning("use of a certificate was not noted: %s: %s", error.code, error.message)
+        return owner
 
     # Presence and reports
 

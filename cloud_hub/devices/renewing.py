@@ -7,6 +7,8 @@ Rules:
 2. The hub's clock decides. The name is the certificate's, never the request's.
 3. The same request with the same certificate is answered with the same new certificate, so that a lost answer costs
    nothing; a device has at most `MAX_LIVE` good certificates; what expired beyond use is forgotten.
+4. Once a new certificate has been used, the one that it was traded for gets nothing but that same answer: its key would
+   otherwise be worth a renewal for a year, and eight of them shut the device out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Final
 
 from sqlalchemy.engine import Connection
 
-from cloud_hub.devices import certificate_tables, rules
+from cloud_hub.devices import certificate_tables, rules, sightings
 from cloud_hub.devices.certificate_tables import Issue
 from cloud_hub.ground import audit
 from cloud_hub.ground.authorities import Authorities
@@ -124,6 +126,7 @@ class Renewing:
         now_ms = self._clock.wall_ms()
         # First: by a clock that is wrong for a moment this could be refused for good.
         self._authorities.require_time(now_ms)
+        sightings.note(conn, shown, at_ms=now_ms)
         device = rules.check_renewal(
             certificate_tables.standing(conn, shown.fingerprint),
             name=shown.name,
@@ -135,6 +138,8 @@ class Renewing:
         certificate = certificate_tables.answered(conn, csr_sha256=digest, renews=shown.fingerprint, now_ms=now_ms)
         is_repeated = certificate is not None
         if certificate is None:
+            if certificate_tables.has_used_successor(conn, shown.fingerprint):
+                raise rules.superseded()
             if certificate_tables.live_count(conn, device, now_ms=now_ms) >= MAX_LIVE:
                 raise Throttled(
                     f"{device} has {MAX_LIVE} certificates that are good",
@@ -171,8 +176,10 @@ class Renewing:
         if error.code not in REFUSED_FOR_GOOD:
             return
         now_ms = self._clock.wall_ms()
-        await self._database.write(
-            lambda conn: audit.record(
+
+        def work(conn: Connection) -> None:
+            sightings.note(conn, shown, at_ms=now_ms)
+            audit.record(
                 conn,
                 at_ms=now_ms,
                 actor=f"address:{address[:64]}",
@@ -180,4 +187,5 @@ class Renewing:
                 subject=f"device:{shown.name[:63]}",
                 detail={"code": error.code, "certificate": shown.fingerprint},
             )
-        )
+
+        await self._database.write(work)

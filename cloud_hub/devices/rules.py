@@ -20,6 +20,10 @@ MAX_LABEL_CHARS: Final = 63
 MAX_USES: Final = 10_000
 MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
 MAX_REASON_CHARS: Final = 200
+_AFTER_QUARANTINE: Final = (
+    "find out whether somebody else has its key: if nobody has, `outrider device quarantine {name} --lift`; "
+    "else `outrider device revoke {name}`, and then enrol it again"
+)
 PRESENCE: Final = frozenset({"birth", "death", "reported"})
 
 
@@ -75,6 +79,14 @@ class CertificateStanding:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a name whose certificate is not: its standing, and when its newest known one was issued."""
+
+    standing: Standing
+    newest_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceTrust:
     """A device's newest certificate: when it ends, who signed it, which CAs the device was told with it.
 
@@ -109,13 +121,32 @@ def check_renewal(
         raise NotAllowed(
             "the device is in quarantine",
             code="renew.quarantined",
-            hint="find out whether somebody else has its key; then enrol it again",
+            hint=_AFTER_QUARANTINE.format(name=name),
         )
     if now_ms >= ends_ms and not expired_ms:
         raise NotAllowed("certificates that have expired are not renewed here", code="renew.disabled", hint=again)
     if now_ms >= ends_ms + expired_ms:
         raise NotAllowed("the certificate has expired too long ago", code="renew.too_old", hint=again)
     return standing.device
+
+
+def superseded() -> OutriderError:
+    """The error for a certificate whose successor is in use."""
+    return NotAllowed(
+        "the certificate was renewed, and the one that followed it is in use",
+        code="renew.superseded",
+        hint="if the device's disk was set back to an older copy, enrol it again with a new join token; "
+        "if it was not, somebody else has its key: revoke the device first",
+    )
+
+
+def is_adoptable(known: Known | None, *, begins_ms: int) -> bool:
+    """Whether an unknown certificate of the hub's own CA is one that a restored database has forgotten.
+
+    Only the hub makes them and it notes each one, so that one which begins after all that is noted was noted in what
+    was lost. An older one is unknown because it was forgotten on purpose.
+    """
+    return known is not None and known.standing is Standing.GOOD and begins_ms > known.newest_ms
 
 
 def without_bundle(trust: Sequence[DeviceTrust], *, wanted: str, now_ms: int) -> tuple[DeviceId, ...]:
@@ -192,7 +223,17 @@ def unlistable(name: DeviceId) -> OutriderError:
     return Conflict(
         f"{name!r} has a certificate of an earlier version of the hub, which cannot be put onto the revocation list",
         code="enrol.old_certificate",
-        hint="choose another name, or wait until that certificate has ended (a month at most)",
+        hint="start the old device once, so that it shows its certificate to the hub; or choose another name, or wait "
+        "until that certificate has ended (a month at most)",
+    )
+
+
+def quarantined(name: DeviceId) -> OutriderError:
+    """The error for a name in quarantine, which a new certificate would not end."""
+    return Conflict(
+        f"{name!r} is in quarantine",
+        code="enrol.quarantined",
+        hint=_AFTER_QUARANTINE.format(name=name) + " (the join token keeps its use)",
     )
 
 

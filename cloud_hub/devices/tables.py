@@ -75,6 +75,7 @@ device_certificates = sa.Table(
     sa.Column("revoked_ms", sa.BigInteger, nullable=True),
     sa.Column("serial", sa.String(40), nullable=False, server_default=""),
     sa.Column("authority", sa.String(64), nullable=False, server_default=""),
+    sa.Column("used_ms", sa.BigInteger, nullable=True),
 )
 
 
@@ -110,10 +111,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a certificate was issued to, whether it is void, and whether its device is welcome."""
+    """Whom a certificate was issued to, whether it is void, and whether its device is welcome.
+
+    Attributes:
+        is_noted: its first use was noted, and its serial, without which it cannot be put onto a revocation list.
+    """
 
     device: DeviceId
     is_revoked: bool
+    is_noted: bool
     standing: Standing
     reason: str
 
@@ -159,11 +165,6 @@ def spend_grant(conn: Connection, secret_sha256: str, *, now_ms: int) -> bool:
     return done.rowcount == 1
 
 
-def device_exists(conn: Connection, device: DeviceId) -> bool:
-    """Whether there is such a device."""
-    return conn.execute(sa.select(devices.c.id).where(devices.c.id == device)).one_or_none() is not None
-
-
 def add_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) -> None:
     """Store a new device that was never seen."""
     conn.execute(devices.insert().values(id=device, profile=profile, enrolled_ms=at_ms, **_UNSEEN))
@@ -172,7 +173,7 @@ def add_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) 
 def reset_device(conn: Connection, device: DeviceId, *, profile: str, at_ms: int) -> None:
     """Let a device begin anew under its name: it was enrolled again, its former certificates are void.
 
-    A revocation ends with this, for the certificates that follow; a quarantine does not.
+    A revocation ends with this, for the certificates that follow.
     """
     conn.execute(devices.update().where(devices.c.id == device).values(profile=profile, enrolled_ms=at_ms, **_UNSEEN))
     conn.execute(
@@ -189,6 +190,8 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
         sa.select(
             device_certificates.c.device,
             device_certificates.c.revoked_ms,
+            device_certificates.c.used_ms,
+            device_certificates.c.serial,
             devices.c.standing,
             devices.c.standing_reason,
         )
@@ -200,6 +203,7 @@ def certificate_owner(conn: Connection, fingerprint: str) -> Owner | None:
     return Owner(
         device=DeviceId(row.device),
         is_revoked=row.revoked_ms is not None,
+        is_noted=row.used_ms is not None and row.serial != "",
         standing=Standing(row.standing),
         reason=row.standing_reason,
     )
@@ -258,10 +262,10 @@ def standings(conn: Connection) -> dict[DeviceId, Standing]:
     return {DeviceId(row.id): Standing(row.standing) for row in conn.execute(query)}
 
 
-def is_revoked(conn: Connection, device: DeviceId) -> bool:
-    """Whether a device is revoked."""
+def standing_of(conn: Connection, device: DeviceId) -> Standing | None:
+    """Whether a device is welcome; None for an unknown one."""
     row = conn.execute(sa.select(devices.c.standing).where(devices.c.id == device)).one_or_none()
-    return row is not None and row.standing == Standing.REVOKED.value
+    return None if row is None else Standing(row.standing)
 
 
 def set_standing(conn: Connection, device: DeviceId, standing: Standing, *, reason: str, at_ms: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cloud_hub.ground.ca import Authority, DeviceCertificate, IssuedPair, PeerCertificate, ShownCertificate
+from cloud_hub.ground.ca import Authority, DeviceCertificate, IssuedPair, ShownCertificate
 from shared.ids import DeviceId
 
 Phase: TypeAlias = Literal["steady", "begun", "switched"]
@@ -97,7 +97,7 @@ class Authorities:
         self.require_time(now_ms)
         return self.now.issuing.issue_device(csr_pem, device=device, now_ms=now_ms, days=days)
 
-    def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:
+    def check_client(self, der: bytes, *, now_ms: int) -> ShownCertificate | None:
         """As `Authority.check_client`, for any that is trusted."""
         found = (authority.check_client(der, now_ms=now_ms) for authority in self.now.all)
         return next((peer for peer in found if peer is not None), None)

@@ -59,23 +59,22 @@ class DeviceCertificate:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerCertificate:
-    """A client certificate that this CA signed and that is within its time."""
-
-    name: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
 class ShownCertificate:
-    """A client certificate that this CA signed, whatever its dates; `issuer` is the CA's fingerprint."""
+    """A client certificate that this CA signed, whatever its dates.
+
+    Attributes:
+        issuer: the CA's fingerprint.
+        is_of_device: made by `issue_device` under this name; the hub's own and a takeover's are not.
+    """
 
     name: str
     fingerprint: str
+    serial: int
     begins_ms: int
     ends_ms: int
     key: DeviceKey
     issuer: str
+    is_of_device: bool
 
 
 class Authority:
@@ -144,7 +143,7 @@ class Authority:
             now_ms=now_ms,
             days=days,
             usage=ExtendedKeyUsageOID.CLIENT_AUTH,
-            alternatives=[x509.UniformResourceIdentifier(f"spiffe://outrider/{device}")],
+            alternatives=[x509.UniformResourceIdentifier(_device_uri(device))],
         )
         return DeviceCertificate(
             pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
@@ -160,12 +159,12 @@ class Authority:
         named = builder.issuer_name(self._certificate.subject).add_extension(identifier, critical=False)
         return named.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    def check_client(self, der: bytes, *, now_ms: int) -> PeerCertificate | None:
+    def check_client(self, der: bytes, *, now_ms: int) -> ShownCertificate | None:
         """What a client certificate says, or None when this CA did not sign it, or not for a client, or not for now."""
         shown = self.examine(der)
         if shown is None or not shown.begins_ms <= now_ms < shown.ends_ms:
             return None
-        return PeerCertificate(name=shown.name, fingerprint=shown.fingerprint)
+        return shown
 
     def examine(self, der: bytes) -> ShownCertificate | None:
         """The same without a look at the clock: with what has expired one may ask for a new one, and do no more."""
@@ -181,13 +180,16 @@ class Authority:
             return None
         if not isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
             return None
+        name = str(names[0].value)
         return ShownCertificate(
-            name=str(names[0].value),
+            name=name,
             fingerprint=fingerprint(certificate),
+            serial=certificate.serial_number,
             begins_ms=_to_ms(certificate.not_valid_before_utc),
             ends_ms=_to_ms(certificate.not_valid_after_utc),
             key=key,
             issuer=self.fingerprint,
+            is_of_device=_uris(certificate) == [_device_uri(name)],
         )
 
     def has_signed(self, certificate_pem: bytes) -> bool:
@@ -365,6 +367,18 @@ def needs_renewal(certificate_pem: bytes, *, names: Sequence[str], now_ms: int) 
     except x509.ExtensionNotFound:
         return True
     return {str(name.value) for name in found} != set(names)
+
+
+def _device_uri(device: str) -> str:
+    return f"spiffe://outrider/{device}"
+
+
+def _uris(certificate: x509.Certificate) -> list[str]:
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return []
+    return found.get_values_for_type(x509.UniformResourceIdentifier)
 
 
 def _common_name(name: str) -> x509.Name:

@@ -147,7 +147,7 @@ class Assigning:
         return await self._database.read(lambda conn: tables.current_assignments(conn, after=after, limit=limit))
 
     async def may_read(self, device: DeviceId, digest: str) -> bool:
-        """Whether a device may have this file: one of a release only if an assignment of it names that release.
+        """Whether a device may have this file: one of a release, or a patch, only if an assignment of it names that.
 
         Assignments right before the newest count too, because the device may still be at it. What belongs to no
         release (tasks of federated runs) is read by whoever was told its digest.

@@ -162,10 +162,11 @@ def find_model(conn: Connection, family: str, version: str) -> ModelRow | None:
 
 
 def is_release_file(conn: Connection, digest: str) -> bool:
-    """Whether this digest is that of a release's file, or of one that was pushed to be built."""
-    built = sa.select(release_files.c.digest).where(release_files.c.digest == digest).limit(1)
-    pushed = sa.select(models.c.family).where(models.c.push.contains(digest, autoescape=True)).limit(1)
-    return conn.execute(built).first() is not None or conn.execute(pushed).first() is not None
+    """Whether this digest is that of a release's file, of a patch, or of a file that was pushed to be built."""
+    built = sa.select(release_files.c.digest).where(release_files.c.digest == digest)
+    patch = sa.select(patches.c.digest).where(patches.c.digest == digest)
+    pushed = sa.select(models.c.family).where(models.c.push.contains(digest, autoescape=True))
+    return conn.execute(sa.union_all(built, patch, pushed).limit(1)).first() is not None
 
 
 def assigned_digests(conn: Connection, device: str, *, newest: int) -> frozenset[str]:

@@ -9,8 +9,9 @@ no device ever sees a root under which the rest does not hold.
     family     nothing but its releases
 
 Rules: a root follows from the one before it, by one version, signed by a threshold of the old keys and of the new ones
-(TUF specification 5.3); an offline key is never an online key; online roles need one signature, because the hub signs
-alone; a change of keys changes no file. Not here: signatures that are still missing (drafts.py), releases.
+(TUF specification 5.3); an offline key, a family's too, is never an online key; online roles need one signature,
+because the hub signs alone; a change of keys changes no file. Not here: signatures that are still missing (drafts.py),
+releases.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def _check_targets(root: Root, current: bytes | None, new: bytes | None, *, now_
     if new is None:
         assert before is not None, "a first change brings targets"
         require_signed(root, TARGETS, before)
+        publication.check_family_keys(before, root)
         return before.signed
     after = repository.read_targets(new)
     publication.check_next(after, before, role=TARGETS)
@@ -202,6 +204,7 @@ def _check_targets(root: Root, current: bytes | None, new: bytes | None, *, now_
     for role in (after.signed.delegations.roles or {}) if after.signed.delegations is not None else {}:
         if not role.startswith(LEARNED):
             _require_plain(after, role)
+    publication.check_family_keys(after, root)
     publication.check_learned_delegations(after, root)
     if is_signed:
         require_signed(root, TARGETS, after)

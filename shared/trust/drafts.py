@@ -16,7 +16,7 @@ from shared.errors import InvalidValue, TrustError
 from shared.trust import ceremony, repository
 from shared.trust import metadata as md
 from shared.trust.authority import family_keys, role_keys, root_roles, short, signed_by
-from shared.trust.library import Metadata, Root, Signer, Targets
+from shared.trust.library import Key, Metadata, Root, Signer, Targets
 from shared.trust.repository import RoleKeys
 from shared.trust.roles import LEARNED, ROOT, TARGETS
 
@@ -174,6 +174,25 @@ def follow(known: bytes, roots: Sequence[bytes]) -> Metadata[Root]:
     if not roots or repository.read_root(roots[-1]).signed.version != trusted.signed.version:
         raise _strange(f"the newest root is older than root {trusted.signed.version}, which this machine knows")
     return trusted
+
+
+def own_first(roots: Sequence[bytes], mine: Iterable[Key]) -> Metadata[Root] | None:
+    """The first of these roots, if it is a hub's very first and one of these keys has signed it as a root key.
+
+    Whoever has founded a hub needs nobody to tell them which root is theirs.
+
+    Raises:
+        TrustError: it is no root.
+    """
+    if not roots:
+        return None
+    first = ceremony.read_draft_root(roots[0])
+    held = role_keys(first.signed, ROOT)
+    known = {md.key_material(key) for key in mine}
+    if first.signed.version != 1 or held is None:
+        return None
+    own = RoleKeys(keys=tuple(key for key in held.keys if md.key_material(key) in known))
+    return first if signed_by(own, first) else None
 
 
 def describe(draft: Draft) -> tuple[str, ...]:

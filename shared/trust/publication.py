@@ -14,8 +14,9 @@ from shared.ids import FamilyName
 from shared.model import FileRef
 from shared.trust import metadata as md
 from shared.trust import repository
-from shared.trust.authority import family_keys, require_signed, role_keys
-from shared.trust.library import Metadata, Root, Targets
+from shared.trust.authority import family_keys, require_signed, role_keys, root_roles, short
+from shared.trust.library import Key, Metadata, Root, Targets
+from shared.trust.repository import RoleKeys
 from shared.trust.roles import LEARNED, ROOT, TARGETS, family_paths, family_role, learned_paths
 
 
@@ -75,6 +76,7 @@ def check_publication(
     md.check_fresh(top.signed, role=TARGETS, now_ms=now_ms)
     name = family_role(family)
     check_delegation(top, family)
+    check_family_keys(top, trusted.signed)
     check_learned_delegations(top, trusted.signed)
     incoming = repository.read_targets(role, role=name)
     if is_signed:
@@ -103,6 +105,31 @@ def check_delegation(targets: Metadata[Targets], family: FamilyName) -> None:
         )
 
 
+def check_family_keys(targets: Metadata[Targets], root: Root) -> None:
+    """Raise TrustError when a family's role counts a key that lies on the hub: then the hub could release by itself.
+
+    Learned releases are the exception, and have keys of their own (`check_learned_delegations`).
+    """
+    online = {
+        md.key_material(key): role
+        for role in root_roles(root)
+        if role not in (ROOT, TARGETS)
+        for key in _keys(role_keys(root, role))
+    }
+    delegations = targets.signed.delegations
+    for name in (delegations.roles or {}) if delegations is not None else {}:
+        if name.startswith(LEARNED):
+            continue
+        for key in _keys(family_keys(targets.signed, name)):
+            other = online.get(md.key_material(key))
+            if other is not None:
+                raise TrustError(
+                    f"key {short(key.keyid)} would sign for {name[:80]} and for {other}",
+                    code="trust.keys",
+                    hint="a key that lies on the hub must not sign for a family; make another one",
+                )
+
+
 def check_learned_delegations(targets: Metadata[Targets], root: Root) -> None:
     """Raise TrustError unless what lets the hub sign learned releases does that and no more.
 
@@ -117,8 +144,7 @@ def check_learned_delegations(targets: Metadata[Targets], root: Root) -> None:
             *(role_keys(root, role) for role in (ROOT, TARGETS)),
             *(family_keys(targets.signed, role) for role in roles if not role.startswith(LEARNED)),
         )
-        if held is not None
-        for key in held.keys
+        for key in _keys(held)
     }
     seen_family = False
     for name, role in roles.items():
@@ -172,6 +198,10 @@ def check_kept(newer: Metadata[Targets], current: Metadata[Targets], *, role: st
     lost = {name for name in lost if not name.startswith(LEARNED)}
     if lost:
         raise Conflict(f"the targets would drop {sorted(lost)}", code="conflict.release", hint="sign again")
+
+
+def _keys(held: RoleKeys | None) -> tuple[Key, ...]:
+    return () if held is None else held.keys
 
 
 def _new_files(role: Metadata[Targets], *, known: frozenset[str], family: FamilyName) -> tuple[FileRef, ...]:

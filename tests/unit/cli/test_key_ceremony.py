@@ -432,6 +432,21 @@ def test_a_draft_of_strangers_is_not_signed(place: Place, served: Served) -> Non
     assert '"sig"' not in first.read_text()
 
 
+def test_keys_of_before_the_root_was_kept_beside_them_sign_what_follows_from_their_own(place: Place) -> None:
+    place.lines(["outrider-hub init --data old --offline held", "outrider-hub init --data evil --offline others"])
+    kept, strange = Path("held/trusted-root.json"), "outrider-hub keys rotate root --data evil --draft evil.json"
+    kept.unlink()
+    place.lines(["outrider-hub keys rotate snapshot --data old --draft new.json", strange])
+    code, said = place.line("outrider-hub keys sign evil.json --keys held --yes")
+    assert (code, "code: trust.root" in said) == (9, True), said
+    assert place.line("outrider-hub keys sign new.json --keys held")[0] == 2, "nobody is here to be asked"
+    assert not kept.exists()
+    code, said = place.line("outrider-hub keys sign new.json --keys held --yes")
+    assert (code, "fingerprint" in said, keyid("held", "root")[:12] in said) == (0, True, True), said
+    assert kept.exists()
+    place.lines(["outrider-hub keys publish new.json --data old"])
+
+
 WRONG: Final = (
     ("keys init --out new", 2, "--role"),
     ("keys init --out new --draft x.json --role root", 2, "not allowed"),

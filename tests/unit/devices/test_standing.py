@@ -355,6 +355,27 @@ def test_nobody_and_nonsense(room: Room) -> None:
     assert asyncio.run(room.desk.get(PI)).standing is Standing.GOOD
 
 
+def test_a_name_in_quarantine_is_not_enrolled_and_the_token_keeps_its_use(room: Room) -> None:
+    async def token() -> str:
+        return await room.desk.create_join_token(
+            name="t", device="pi-1", profile=None, uses=1, ttl_ms=DAY_MS, actor="op"
+        )
+
+    def enroll() -> Enrolled:
+        return asyncio.run(room.desk.enroll(token=held, csr_pem=new_csr(), profile="pi", name=None, address="10.0.0.9"))
+
+    held = asyncio.run(token())
+    room.quarantine()
+    serials = room.serials()
+    with pytest.raises(Conflict) as caught:
+        enroll()
+    assert caught.value.code == "enrol.quarantined"
+    assert "device quarantine pi-1 --lift" in caught.value.hint
+    assert room.serials() == serials
+    room.revoke()
+    assert room.refusal(enroll()) == ""
+
+
 def test_one_name_in_two_places_is_quarantined_with_the_reason(room: Room) -> None:
     room.born(3, message="one")
     room.born(3, message="one")

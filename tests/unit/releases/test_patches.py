@@ -17,7 +17,7 @@ from cloud_hub.releases import rules, tables
 from cloud_hub.releases.desk import ReleaseSettings, Selector
 from cloud_hub.releases.rules import BuiltVersion, PatchPair
 from shared import limits
-from shared.ids import Digest, FamilyName, ModelVersion
+from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
 from shared.model import FileRef
 from shared.patch.applying import apply
 from shared.patch.format import Terms
@@ -156,6 +156,8 @@ def test_an_assignment_carries_the_patch_for_what_its_device_serves(room: Releas
     found = assigned(room, "1.1.0")
     assert found["one"].patches == (Patch(base=made.base, result=made.result, digest=made.digest, length=made.length),)  # type: ignore[arg-type]
     assert found["two"].patches == (), "a device that serves nothing has nothing to start from"
+    for device, may_read in (("one", True), ("two", False)):
+        assert asyncio.run(room.desk.assigning.may_read(DeviceId(device), str(made.digest))) is may_read
     assert assigned(room, "1.0.0")["one"].patches == (), "no patch leads there"
 
 

@@ -242,6 +242,27 @@ def test_targets_delegate_nothing_but_families(team: Team) -> None:
     assert caught.value.code == "trust.delegation"
 
 
+def test_a_familys_key_is_never_an_online_key(team: Team) -> None:
+    """Whichever of the two comes first, and under whatever name it is listed."""
+    founded = {role: text.encode() for role, text in team.founded().parts.items()}
+    before = repository.read_targets(founded["targets"])
+    snapshot, own = team.online["snapshot"].public_key, new_key()
+    twin = SSlibKey("twin", snapshot.keytype, snapshot.scheme, {"public": snapshot.keyval["public"].upper()})
+    for key in (snapshot, twin):
+        held = {"models/digits": RoleKeys(keys=(own.public_key, key))}
+        targets = ceremony.next_targets(before, held, now_ms=NOW_MS)
+        with pytest.raises(TrustError) as caught:
+            ceremony.check_change(founded, {"targets": repository.sign(targets, *team.targets)}, now_ms=NOW_MS)
+        assert caught.value.code == "trust.keys"
+    targets = ceremony.next_targets(before, {"models/digits": public(own)}, now_ms=NOW_MS)
+    with_family = {**founded, "targets": repository.sign(targets, *team.targets)}
+    for role in ("timestamp", "time"):
+        root = ceremony.next_root(repository.read_root(founded["root"]), {role: public(own)}, now_ms=NOW_MS)
+        with pytest.raises(TrustError) as caught:
+            ceremony.check_change(with_family, {"root": repository.sign(root, *team.root)}, now_ms=NOW_MS)
+        assert caught.value.code == "trust.keys"
+
+
 def test_a_change_of_something_else_is_not_next(team: Team) -> None:
     founded = {role: text.encode() for role, text in team.founded().parts.items()}
     for role in ("root", "targets"):
@@ -284,6 +305,27 @@ def test_attack_10_a_root_of_strangers_is_not_followed(team: Team) -> None:
         with pytest.raises(TrustError) as caught:
             drafts.follow(known, offered)
         assert caught.value.code == "trust.root"
+
+
+def test_who_has_signed_the_first_root_knows_it(team: Team) -> None:
+    roots, others = chain(team, length=3), chain(Team(), length=2)
+    mine = [team.root[0].public_key]
+    found = drafts.own_first(roots, mine)
+    assert found is not None
+    assert found.to_bytes() == roots[0]
+    drafts.follow(found.to_bytes(), roots)
+    copied = json.loads(others[0])
+    copied["signatures"].append(json.loads(roots[0])["signatures"][0])
+    for offered, keys_here in (
+        (roots, [team.root[2].public_key]),  # a root key that has not signed
+        (roots, [team.targets[0].public_key, team.online["snapshot"].public_key]),
+        (roots, []),
+        (roots[1:], mine),
+        (others, mine),
+        ([json.dumps(copied).encode()], mine),
+        ([], mine),
+    ):
+        assert drafts.own_first(offered, keys_here) is None
 
 
 # Public halves

@@ -154,6 +154,15 @@ def test_a_publication_by_the_wrong_key_is_refused(hub: TrustRepository) -> None
     assert caught.value.code == "trust.signature"
 
 
+@pytest.mark.parametrize("held", ["snapshot", "timestamp", "assignment"])
+def test_an_online_key_is_no_familys(hub: TrustRepository, held: str) -> None:
+    """With the threshold of targets keys behind it: whoever has the hub would release by themselves."""
+    targets = repo.delegate_family(hub.targets, DIGITS, hub.public(held), now_ms=NOW_MS)
+    with pytest.raises(TrustError) as caught:
+        check(hub, repo.sign(next_role(hub), *hub.keys[held]), targets=repo.sign(targets, *hub.keys["targets"]))
+    assert caught.value.code == "trust.keys"
+
+
 def test_a_publication_must_be_next(hub: TrustRepository) -> None:
     for version in (1, 3):
         role = next_role(hub)
