@@ -2,6 +2,7 @@
 
     offline  root.key targets.key release.key                     on the signing machines; the hub never reads them
     online   snapshot.key timestamp.key assignment.key time.key   in the hub's data directory
+             learned-FAMILY-<identifier>.key                      beside them, where a person allowed it
 
 A second key of a role lies beside the first as `root-2.key`; one that the hub made to replace `snapshot.key` as
 `snapshot-<identifier>.key`, until a root names it. Which of them signs is decided by the metadata, never by the name.
@@ -21,6 +22,7 @@ from typing import Final
 
 from cloud_hub.files import replace, sync
 from shared.errors import ConfigError, Conflict, InvalidValue, StorageError
+from shared.ids import FamilyName
 from shared.trust.authority import SHORT
 from shared.trust.keys import new_private_pem, public_half, read_public_half, signer_from_pem
 from shared.trust.library import CryptoSigner, Key
@@ -161,6 +163,11 @@ def root_keys(offline: Keyring, online: Keyring) -> RootKeys:
         assignment=one(online, "assignment"),
         time=one(online, "time") if online.has("time") else None,
     )
+
+
+def learned_name(family: FamilyName) -> str:
+    """What a family's online key for learned releases is called: `learned-digits`."""
+    return f"learned-{family}"
 
 
 def write_key(path: Path, data: bytes | None = None) -> CryptoSigner:

@@ -75,7 +75,13 @@ def connect(
     cloud = HubCloud(hub_url=url, context=context, clock=clock)
     courier = _courier(config, identity, loop.inbox, uplink, now_ms=now_ms)
     trust_dir = config.state_dir / TRUST_DIR
-    verifier = LiveVerifier(trust_dir=trust_dir, device=identity.device, profile=profile, fetcher=fetcher)
+    verifier = LiveVerifier(
+        trust_dir=trust_dir,
+        device=identity.device,
+        profile=profile,
+        fetcher=fetcher,
+        accept_learned=config.updates.accept_learned,
+    )
     timekeeping = Timekeeping(
         clock=clock,
         loop=loop,

@@ -18,6 +18,7 @@ from typing import Final
 from edge_agent import runtimes
 from edge_agent.adapters.children import sweep_orphans
 from edge_agent.adapters.cloud import HubCloud
+from edge_agent.adapters.comparer import LiveComparer
 from edge_agent.adapters.database import Database
 from edge_agent.adapters.door import Door
 from edge_agent.adapters.hosts import HostOptions, LiveHosts
@@ -162,8 +163,14 @@ def _report(uplink: Callable[[], Uplink]) -> None:
 def _supplies(config: AgentConfig, fetcher: Fetcher, *, ledger: SqliteLedger) -> Supplies:
     updates = config.updates
     meter = Meter(ledger=ledger, moments=SystemMoments(), daily_bytes=updates.daily_bytes)
-    patcher = LivePatcher(shelf=FileShelf(config.state_dir))
-    return Supplies(fetcher=fetcher, meter=meter, patcher=patcher, policy=updates.policy)
+    shelf = FileShelf(config.state_dir)
+    return Supplies(
+        fetcher=fetcher,
+        meter=meter,
+        patcher=LivePatcher(shelf=shelf),
+        comparer=LiveComparer(shelf=shelf),
+        policy=updates.policy,
+    )
 
 
 def _models(

@@ -137,11 +137,14 @@ class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
             neither), `full` takes no patches.
         mirror: an HTTPS address that is asked for files before the hub is, with a certificate of the hub's CA; empty
             for none. What it serves is held against what was signed, as everything is.
+        accept_learned: whether releases are taken that no person signed: their base's file with other numbers in its
+            head, within bounds that a person signed.
     """
 
     daily_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
     policy: PatchPolicy = "prefer_patch"
     mirror: str = ""
+    accept_learned: bool = False
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):

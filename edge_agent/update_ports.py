@@ -10,7 +10,7 @@ from typing import Protocol
 
 from shared.ids import Digest
 from shared.model import FileRef
-from shared.release import Floors, Patch, VerifiedAssignment
+from shared.release import Floors, Ground, Patch, VerifiedAssignment
 from shared.wire.verification import Judged, StoredRelease
 
 
@@ -78,6 +78,17 @@ class Patcher(Protocol):
 
     async def apply(self, patch: Patch, *, base: FileRef, result: FileRef) -> None:
         """Publish `result`; base and patch are on the shelf. Raises PatchFailed: fetch the whole file instead."""
+        ...
+
+
+class Comparer(Protocol):
+    """Holds a learned release's file against its base, in a short-lived child."""
+
+    async def compare(self, file: FileRef, ground: Ground) -> None:
+        """Return if `file` differs from its ground within the bounds; both are on the shelf.
+
+        Raises TrustError `trust.learned` if not; any other error is no word on it.
+        """
         ...
 
 

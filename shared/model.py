@@ -113,6 +113,20 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: str = ""
 
 
+class Learning(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be learned on top of a release without a person's signature (docs/adr/0010-updates.md).
+
+    Attributes:
+        variant: the only variant that a learned release may have.
+        tensors: names of the initializers whose numbers may differ, as in the graph.
+        max_shift: the most that they may differ by: the Euclidean norm of all their differences together.
+    """
+
+    variant: str
+    tensors: tuple[str, ...]
+    max_shift: float
+
+
 class Signature(msgspec.Struct, frozen=True, kw_only=True):
     """What callers send and get."""
 
@@ -128,6 +142,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         min_release_counter: the security floor; a device that accepted this release refuses anything below it.
         variants: in the publisher's order of preference.
         profiles: device profiles that may run it; empty means any. Signed, so that no hub can send it elsewhere.
+        learning: what may be learned on top of it; None: nothing.
+        base: of a learned release, its base's manifest; None: a person signed this one.
     """
 
     family: FamilyName
@@ -142,6 +158,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     variants: tuple[Variant, ...]
     lineage: Lineage = Lineage()
     profiles: tuple[str, ...] = ()
+    learning: Learning | None = None
+    base: FileRef | None = None
     schema: int = 1
 
 
@@ -153,6 +171,17 @@ def target_path(family: FamilyName, version: ModelVersion, file: str) -> str:
 def manifest_path(family: FamilyName, version: ModelVersion) -> str:
     """The TUF target path of a release's manifest."""
     return target_path(family, version, "manifest.json")
+
+
+def parse_manifest_path(path: str) -> tuple[FamilyName, ModelVersion]:
+    """Whose manifest lies at this target path; raises InvalidValue when none does."""
+    parts = path.split("/")
+    if len(parts) == 4:
+        family, version = parse_family(parts[1]), parse_version(parts[2])
+        if path == manifest_path(family, version):
+            return family, version
+    _refuse(f"{path[:120]!r} is no manifest's path")
+    raise AssertionError
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -199,6 +228,7 @@ def check_manifest(manifest: Manifest) -> None:
         _refuse(f"golden file of {manifest.golden.file.length} bytes exceeds {limits.MAX_GOLDEN_BYTES}")
     if not 0 < manifest.golden.samples <= limits.MAX_GOLDEN_SAMPLES or not 0 <= manifest.golden.min_agreement <= 1:
         _refuse("golden set is out of bounds")
+    check_learning(manifest)
     for variant in manifest.variants:
         if not _FILE_NAME.fullmatch(variant.name) or not 0 <= variant.accuracy <= 1:
             _refuse(f"variant {variant.name[:80]!r} has an unusable name or an accuracy outside 0 to 1")
@@ -241,6 +271,34 @@ def check_preparations(signature: Signature, preparations: tuple[Preparation, ..
         for values in (preparation.mean, preparation.std):
             if len(values) != 1 and len(values) != row:
                 _refuse(f"preparation of {preparation.input!r} has {len(values)} values; 1 or {row} are possible")
+
+
+def check_learning(manifest: Manifest) -> None:
+    """Raise InvalidValue unless what may be learned names a variant and tensors, and what was learned names a base."""
+    learning, base = manifest.learning, manifest.base
+    if learning is not None:
+        if learning.variant not in {variant.name for variant in manifest.variants}:
+            _refuse(f"learning names the variant {learning.variant[:80]!r}, which is not there")
+        names = learning.tensors
+        if not 1 <= len(names) <= limits.MAX_TENSORS or len(set(names)) != len(names) or not all(names):
+            _refuse(f"learning needs 1 to {limits.MAX_TENSORS} tensors with distinct names")
+        if not math.isfinite(learning.max_shift) or learning.max_shift <= 0:
+            _refuse("learning needs a shift that is a positive number")
+    if base is not None:
+        parse_digest(base.digest)
+        if parse_manifest_path(base.path)[0] != manifest.family:
+            _refuse(f"the base {base.path[:120]!r} is no manifest of this family")
+        if not 0 < base.length <= limits.MAX_MANIFEST_BYTES:
+            _refuse(f"the base's manifest has a length of {base.length} bytes")
+    if (base is not None) != is_learned(manifest.version):
+        _refuse("a release with a base, and no other, has a version like '1.2.0-learned.1'")
+    if base is not None and learning is not None:
+        _refuse("nothing is learned on top of a learned release")
+
+
+def is_learned(version: ModelVersion) -> bool:
+    """Whether a version is one of a learned release: `1.2.0-learned.1`. Its path is what the online role may sign."""
+    return version.partition("-")[2].startswith("learned.")
 
 
 def _refuse(message: str, *, hint: str = "") -> None:

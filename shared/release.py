@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
-from shared.model import FileRef, Manifest
+from shared.model import FileRef, Learning, Manifest
 
 
 class AssignedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,11 +73,28 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attested_ms: int = 0
 
 
-class VerifiedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A release that both signatures agree on: the manifest is signed and the assignment names it."""
+class Ground(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file of a learned release is held against before it is loaded (shared/learned.py).
+
+    Attributes:
+        file: the base's file of the same variant, signed by a person.
+        bounds: what may differ from it.
+    """
+
+    file: FileRef
+    bounds: Learning
+
+
+class VerifiedModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A release that both signatures agree on: the manifest is signed and the assignment names it.
+
+    Attributes:
+        ground: of a learned release, what it was learned on; None for one that a person signed.
+    """
 
     manifest: Manifest
     manifest_digest: Digest
+    ground: Ground | None = None
 
 
 class VerifiedAssignment(msgspec.Struct, frozen=True, kw_only=True):

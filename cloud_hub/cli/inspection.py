@@ -81,6 +81,7 @@ class Inspected:
             "release_counter": self.manifest.release_counter,
             "min_release_counter": self.manifest.min_release_counter,
             "golden_samples": self.golden.samples,
+            "learning": msgspec.to_builtins(self.manifest.learning),
             "files": [msgspec.to_builtins(file) for file in self.proposal.files],
             "variants": [
                 {
@@ -106,6 +107,7 @@ class Inspected:
                     ),
                     ("labels", _some(manifest.labels)),
                     ("golden", f"{self.golden.samples} samples, {manifest.golden.min_agreement:.0%} must agree"),
+                    *_learning(manifest),
                 ]
             ),
             screen.table(
@@ -150,6 +152,15 @@ def inspect(origin: Origin, family: FamilyName, version: ModelVersion) -> Inspec
         models[variant.name] = _fetch(origin, variant.file, limits.MAX_MODEL_BYTES)
     measured = measure(manifest, models, golden)
     return Inspected(proposal=proposal, manifest=manifest, golden=golden, measured=measured)
+
+
+def _learning(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a signature lets the hub do by itself afterwards, where people allow it for the family."""
+    bounds = manifest.learning
+    if bounds is None:
+        return []
+    tensors = ", ".join(bounds.tensors)
+    return [("learning", f"the hub may move {tensors} of {bounds.variant} by {bounds.max_shift:g} without a signature")]
 
 
 def _manifest(proposal: Proposal, family: FamilyName, version: ModelVersion) -> Manifest:

@@ -63,7 +63,11 @@ def push(arguments: argparse.Namespace) -> Exit:
         "preparations": _preparations(arguments, signature, golden),
         "lineage": _lineage(arguments),
         "gate": _given(max_drop_pt=arguments.max_drop, min_accuracy=arguments.min_accuracy),
-        **_given(signature=signature, min_release_counter=arguments.min_release_counter),
+        **_given(
+            signature=signature,
+            min_release_counter=arguments.min_release_counter,
+            learning=_learning(arguments.learn, arguments.max_shift),
+        ),
     }
     hub = Hub(load_context(arguments.context))
     for field, data in (("model", model), ("golden", golden), ("calibration", calibration)):
@@ -73,6 +77,31 @@ def push(arguments: argparse.Namespace) -> Exit:
     if arguments.wait:
         document = _wait(hub, document, wait_s=arguments.wait_s)
     return _report(document, as_json=arguments.json, waited=arguments.wait)
+
+
+def learn(arguments: argparse.Namespace) -> Exit:
+    """Upload what was learned on a base; the hub measures it, signs it by itself and publishes it."""
+    family, base = parse_release(arguments.base)
+    hub = Hub(load_context(arguments.context))
+    request = {
+        "family": family,
+        "base": base,
+        "version": parse_version(arguments.version),
+        "model": _upload(hub, _model_file(Path(arguments.file)), title="model"),
+    }
+    document: Document = hub.send("POST", "/v1/learned", request, Document)
+    if arguments.wait:
+        document = _wait(hub, document, wait_s=arguments.wait_s)
+    return _report(document, as_json=arguments.json, waited=False)
+
+
+def _learning(tensors: str | None, max_shift: float | None) -> dict[str, Any] | None:
+    """What the hub may learn on top of a pushed model."""
+    if (tensors is None) != (max_shift is None):
+        raise InvalidValue("--learn and --max-shift belong together", code="invalid.usage")
+    if tensors is None:
+        return None
+    return {"variant": "fp32", "tensors": tensors.split(","), "max_shift": max_shift}
 
 
 def ls(arguments: argparse.Namespace) -> Exit:

@@ -15,7 +15,8 @@ from cloud_hub.cli.following import follow
 from cloud_hub.cli.hub import Document, Hub
 from cloud_hub.cli.listing import moment
 from shared.errors import InvalidValue
-from shared.ids import parse_family, parse_version
+from shared.ids import ModelVersion, parse_family, parse_version
+from shared.model import is_learned
 
 POLL_MS: Final = 300
 ACTIVE: Final = ("running", "building")
@@ -71,6 +72,8 @@ def start(arguments: argparse.Namespace) -> Exit:
     for name in ("rounds", "strategy", "min_devices", "quorum", "learning_rate", "epochs", "batch_size", "seed"):
         if getattr(arguments, name) is not None:
             request[name] = getattr(arguments, name)
+    if arguments.learned:
+        request["learned"] = True
     if arguments.features is not None:
         request["features"] = arguments.features
     if arguments.round_timeout is not None:
@@ -164,7 +167,9 @@ def _report(document: Document, *, as_json: bool) -> Exit:
             hint=run.hint or f"outrider round status {run.run}",
         )
     if run.state == "finished":
-        screen.note(f"next: outrider release sign {run.spec.family}/{run.spec.version} --keys DIR")
+        name = f"{run.spec.family}/{run.spec.version}"
+        is_signed = is_learned(ModelVersion(run.spec.version))  # by the hub itself
+        screen.note(f"next: outrider {'rollout start ' + name if is_signed else f'release sign {name} --keys DIR'}")
     else:
         screen.note(f"see how it goes: outrider round status {run.run}")
     return Exit.DONE

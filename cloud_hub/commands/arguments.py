@@ -107,9 +107,12 @@ def _keys(commands: argparse._SubParsersAction[Parser]) -> None:
     leaf = _plain(inner, "show", "show a draft and whose signatures are missing, or a public half", run="keys:show")
     leaf.add_argument("file", metavar="DRAFT|PUB.json")
     leaf = _leaf(inner, "rotate", "draft a change of keys, thresholds or expiry", run="rotation:rotate")
-    leaf.add_argument("roles", nargs="+", metavar="ROLE", help="root, targets, models/FAMILY, or one of the hub's own")
+    leaf.add_argument(
+        "roles", nargs="+", metavar="ROLE", help="root, targets, models/FAMILY, learned/FAMILY, or one of the hub's own"
+    )
     leaf.add_argument("--draft", required=True, metavar="FILE", help="the new file")
     leaf.add_argument("--add", action="append", default=[], metavar="FILE|DIR", help="public halves; repeatable")
+    leaf.add_argument("--withdraw", action="store_true", help="of learned/FAMILY: let the hub sign none any more")
     leaf.add_argument("--remove", action="append", default=[], metavar="KEYID", help="a key's first digits; repeatable")
     _threshold(leaf)
     leaf.add_argument("--json", action="store_true", help="print one JSON document")

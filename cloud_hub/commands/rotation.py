@@ -26,16 +26,16 @@ from cloud_hub.composition.signing import online_keys
 from cloud_hub.ground import migrate
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.system import SystemClock
-from cloud_hub.keyring import ONLINE, Keyring
+from cloud_hub.keyring import ONLINE, Keyring, learned_name
 from cloud_hub.releases.desk import change_keys, read_published
 from shared.errors import InvalidValue
-from shared.ids import parse_family
+from shared.ids import FamilyName, parse_family
 from shared.trust import ceremony, drafts, repository
 from shared.trust.authority import family_keys, role_keys, short
 from shared.trust.drafts import Draft
 from shared.trust.library import Key, Metadata, Root, Targets
 from shared.trust.repository import RoleKeys
-from shared.trust.roles import ROOT, TARGETS
+from shared.trust.roles import LEARNED, ROOT, TARGETS, family_role, learned_role
 
 
 def rotate(arguments: argparse.Namespace) -> int:
@@ -46,6 +46,10 @@ def rotate(arguments: argparse.Namespace) -> int:
     roles = tuple(dict.fromkeys(arguments.roles))
     for role in roles:
         _check_role(role)
+    learned = [FamilyName(role.removeprefix(LEARNED)) for role in roles if role.startswith(LEARNED)]
+    roles = tuple(role for role in roles if not role.startswith(LEARNED))
+    if arguments.withdraw and (roles or not learned):
+        raise InvalidValue("--withdraw is for learned/FAMILY alone", code="invalid.usage")
     thresholds = parse_thresholds(arguments.threshold)
     stray = sorted(set(thresholds) - set(roles))
     if stray:
@@ -70,7 +74,9 @@ def rotate(arguments: argparse.Namespace) -> int:
         signer = Keyring(config.folder.keys).add_next(role)
         changes[role] = RoleKeys(keys=(signer.public_key,))
         screen.note(f"made {role} key {short(signer.public_key.keyid)}; the old one signs until the draft is published")
-    parts = _parts(root, targets, published.current, roles, changes, now_ms=now_ms)
+    keyring = None if arguments.withdraw else Keyring(config.folder.keys)
+    hub_keys = _learned_keys(targets, learned, keyring)
+    parts = _parts(root, targets, published.current, roles, changes, learned=hub_keys, now_ms=now_ms)
     draft = Draft(
         parts=parts,
         basis={role: data.decode() for role, data in published.current.items()},
@@ -109,11 +115,14 @@ def publish(arguments: argparse.Namespace) -> int:
 def _check_role(role: str) -> None:
     if role in (ROOT, TARGETS, *ONLINE):
         return
+    if role.startswith(LEARNED):
+        parse_family(role.removeprefix(LEARNED))
+        return
     if not role.startswith(ceremony.FAMILIES):
         raise InvalidValue(
             f"{role[:80]!r} is no role",
             code="invalid.role",
-            hint=f"one of {', '.join((ROOT, TARGETS, *ONLINE))}, or models/FAMILY",
+            hint=f"one of {', '.join((ROOT, TARGETS, *ONLINE))}, models/FAMILY, or learned/FAMILY",
         )
     parse_family(role.removeprefix(ceremony.FAMILIES))
 
@@ -157,6 +166,26 @@ def _changed(
     return changed
 
 
+def _learned_keys(
+    targets: Metadata[Targets], families: Sequence[FamilyName], keyring: Keyring | None
+) -> dict[FamilyName, Key | None]:
+    """A new key of the hub for what it learns for each family; without a keyring, what ends that."""
+    keys: dict[FamilyName, Key | None] = {}
+    for family in families:
+        needed = learned_role(family) if keyring is None else family_role(family)
+        if family_keys(targets.signed, needed) is None:
+            raise InvalidValue(
+                f"the targets list no {needed}",
+                code="invalid.family",
+                hint="there is nothing to withdraw" if keyring is None else "release a base of the family first",
+            )
+        keys[family] = None
+        if keyring is not None:
+            keys[family] = key = keyring.add_next(learned_name(family)).public_key
+            screen.note(f"made the hub's key {short(key.keyid)} for what it learns for {family!r}")
+    return keys
+
+
 def _require_removed(
     removed: Sequence[str], root: Metadata[Root], targets: Metadata[Targets], roles: Sequence[str]
 ) -> None:
@@ -179,6 +208,7 @@ def _parts(
     roles: Sequence[str],
     changes: Mapping[str, RoleKeys | None],
     *,
+    learned: Mapping[FamilyName, Key | None],
     now_ms: int,
 ) -> dict[str, str]:
     """The next version of whatever lists changed keys, and of whatever would not hold under them any more."""
@@ -189,8 +219,8 @@ def _parts(
     if in_root or ROOT in roles:
         root = ceremony.next_root(root, in_root, now_ms=now_ms)
         parts[ROOT] = repository.sign(root).decode()
-    if in_targets or TARGETS in roles:
-        targets = ceremony.next_targets(targets, in_targets, now_ms=now_ms)
+    if in_targets or learned or TARGETS in roles:
+        targets = ceremony.next_targets(targets, in_targets, now_ms=now_ms, learned=learned)
         parts[TARGETS] = repository.sign(targets).decode()
     for role in families:
         if role in current:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from cloud_hub.keyring import Keyring
+from cloud_hub.keyring import Keyring, learned_name
 from cloud_hub.releases.desk import KeySource, OnlineKeys
 from shared.trust import repository
 from shared.trust.authority import role_keys
@@ -29,6 +29,7 @@ def online_keys(folder: Path) -> KeySource:
             snapshot=_find(keyring, trusted, "snapshot"),
             timestamp=_find(keyring, trusted, "timestamp"),
             assignment=_find(keyring, trusted, "assignment"),
+            learned=lambda family, keyids: keyring.find(learned_name(family), keyids),
             time=None if role_keys(trusted, "time") is None else _find(keyring, trusted, "time"),
         )
 

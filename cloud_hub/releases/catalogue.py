@@ -19,19 +19,22 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.problems import NotFound
-from cloud_hub.releases import rules, tables
+from cloud_hub.releases import learning, rules, tables
 from cloud_hub.releases.blobs import Blob, Blobs
 from cloud_hub.releases.counts import Counts
+from cloud_hub.releases.learning import LearnedOn
+from cloud_hub.releases.online import KeySource
 from cloud_hub.releases.rules import BuildReport, Push
 from cloud_hub.releases.tables import ModelRow
 from cloud_hub.releases.workbench import Built, Materials, Workbench
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, InvalidValue, OutriderError, StorageError
-from shared.ids import Digest
+from shared.errors import ConfigError, Conflict, InvalidValue, OutriderError, StorageError, TrustError
+from shared.ids import Digest, ModelVersion
 from shared.model import (
     FileRef,
     Golden,
+    Lineage,
     Manifest,
     Variant,
     check_manifest,
@@ -55,6 +58,7 @@ class Catalogue:
 
     Args:
         database, clock, blobs, workbench, counts: what it works with.
+        keys: the online keys, by root.
         on_ready: told when a version has become ready.
     """
 
@@ -66,6 +70,7 @@ class Catalogue:
         blobs: Blobs,
         workbench: Workbench,
         counts: Counts,
+        keys: KeySource,
         on_ready: Callable[[], None],
     ) -> None:
         self._database = database
@@ -73,6 +78,7 @@ class Catalogue:
         self._blobs = blobs
         self._workbench = workbench
         self._counts = counts
+        self._keys = keys
         self._on_ready = on_ready
         self._wake = asyncio.Event()
 
@@ -86,6 +92,29 @@ class Catalogue:
             Conflict: the version is taken by another push.
         """
         rules.check_push(push)
+        return await self._take(push, actor=actor)
+
+    async def require_base(self, family: str, version: str) -> LearnedOn:
+        """The release that something may be learned on; raises as `learning.require_base`."""
+        return await self._database.read(
+            lambda conn: learning.require_base(conn, self._blobs, self._keys, family=family, version=version)
+        )
+
+    async def learn(
+        self, family: str, base: str, *, version: ModelVersion, model: Digest, lineage: Lineage, actor: str
+    ) -> ModelRow:
+        """Take in a model that was learned on a base, have it measured, and then signed by the hub and published.
+
+        Raises:
+            NotFound, Conflict, ConfigError: as `require_base`; Conflict also when the version is taken.
+            InvalidValue: it is another graph than its base's, or moved further than that allows.
+        """
+        ground = await self.require_base(family, base)
+        push = rules.learned_push(ground.row.push, version=version, model=model, lineage=lineage)
+        await asyncio.to_thread(learning.hold_against, ground, self._blobs, model=model)
+        return await self._take(push, actor=actor)
+
+    async def _take(self, push: Push, *, actor: str) -> ModelRow:
         await asyncio.to_thread(self._require_blobs, push)
         at_ms = self._clock.wall_ms()
 
@@ -221,10 +250,22 @@ class Catalogue:
         try:
             variants = await asyncio.to_thread(self._variants, row, built, model)
             at_ms = self._clock.wall_ms()
-            await self._database.write(
-                lambda conn: self._make_ready(conn, row, built.report, variants=variants, golden=golden, at_ms=at_ms)
-            )
-        except InvalidValue as error:
+            if row.push.learned_on is not None:
+                base = await self.require_base(row.family, row.push.learned_on)
+                moved = await asyncio.to_thread(learning.hold_against, base, self._blobs, model=model.digest)
+                manifest = learning.learned_manifest(moved, row, variants[0])
+                counters: tuple[int | None, int] = None, manifest.min_release_counter
+                await self._database.write(
+                    lambda conn: self._keep(conn, row, built.report, manifest, counters=counters, at_ms=at_ms)
+                )
+            else:
+                await self._database.write(
+                    lambda conn: self._make_ready(
+                        conn, row, built.report, variants=variants, golden=golden, at_ms=at_ms
+                    )
+                )
+        except (InvalidValue, Conflict, ConfigError, NotFound, TrustError) as error:
+            # Of a learned release also that its base, the delegation or the key has gone meanwhile.
             report = BuildReport(code=error.code, reason=error.message, hint=error.hint)
             await self._end(row, report)
             return
@@ -235,7 +276,8 @@ class Catalogue:
     def _variants(self, row: ModelRow, built: Built, model: Blob) -> tuple[Variant, ...]:
         measured = {variant.name: variant for variant in built.report.variants if variant.released}
         variants = []
-        for name in VARIANT_NAMES:
+        names = VARIANT_NAMES if row.push.learned_on is None else (rules.LEARNED_VARIANT,)
+        for name in names:
             variant = measured.get(name)
             if variant is None:
                 continue
@@ -251,6 +293,8 @@ class Catalogue:
                     ram_bytes=variant.ram_bytes,
                 )
             )
+        if not variants:
+            raise InvalidValue("the model itself did not pass its gate", code="model.gate")
         return tuple(variants)
 
     def _make_ready(
@@ -285,7 +329,20 @@ class Catalogue:
             ),
             variants=variants,
             lineage=push.lineage,
+            learning=push.learning,
         )
+        self._keep(conn, row, report, manifest, counters=(counter, floor), at_ms=at_ms)
+
+    def _keep(
+        self,
+        conn: Connection,
+        row: ModelRow,
+        report: BuildReport,
+        manifest: Manifest,
+        *,
+        counters: tuple[int | None, int],
+        at_ms: int,
+    ) -> None:
         check_manifest(manifest)
         data = encode_manifest(manifest)
         if len(data) > limits.MAX_MANIFEST_BYTES:
@@ -298,18 +355,16 @@ class Catalogue:
         files = (
             FileRef(path=manifest_path(row.family, row.version), length=blob.length, digest=blob.digest),
             manifest.golden.file,
-            *(variant.file for variant in variants),
+            *(variant.file for variant in manifest.variants),
         )
-        if tables.finish_build(
-            conn, row, state="ready", report=report, at_ms=at_ms, counters=(counter, floor), files=files
-        ):
+        if tables.finish_build(conn, row, state="ready", report=report, at_ms=at_ms, counters=counters, files=files):
             audit.record(
                 conn,
                 at_ms=at_ms,
                 actor=ACTOR,
                 action="model.built",
                 subject=f"model:{row.family}/{row.version}",
-                detail={"manifest": blob.digest, "release_counter": counter},
+                detail={"manifest": blob.digest, "release_counter": manifest.release_counter},
             )
 
     async def _end(self, row: ModelRow, report: BuildReport) -> None:

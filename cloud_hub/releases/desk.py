@@ -4,7 +4,7 @@
 
     blobs        files by digest                       blobs.py
     catalogue    pushed models, built one by one       catalogue.py (workbench.py, builder.py)
-    publishing   proposals, signed metadata            publishing.py
+    publishing   proposals, signed metadata            publishing.py (learning.py: what the hub signs by itself)
     patches      shorter ways to new files             patches.py (patch_job.py)
     assigning    who shall run what                    assigning.py
     attesting    what time it is, signed               attesting.py
@@ -130,7 +130,8 @@ class Desk:
             blobs=self.blobs,
             workbench=self._workbench,
             counts=self.counts,
-            on_ready=self.patches.look_soon,
+            keys=keys,
+            on_ready=self._on_ready,
         )
         self.publishing = Publishing(
             database=database,
@@ -157,6 +158,10 @@ class Desk:
         self.blobs.open()
         self._workbench.open()
         self.patches.open()
+
+    def _on_ready(self) -> None:
+        self.patches.look_soon()
+        self.publishing.look_soon()
 
     async def root(self) -> str:
         """The newest TUF root as JSON text, for devices that join."""

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.releases import tables
-from cloud_hub.releases.online import KeySource, sign_online
+from cloud_hub.releases.online import KeySource, sign_learned, sign_online
 from cloud_hub.releases.tables import MetadataRow
 from shared.errors import StorageError
 from shared.trust import ceremony, repository
@@ -86,6 +86,9 @@ def change_keys(conn: Connection, parts: Mapping[str, bytes], *, keys: KeySource
     rows = [_row(role, document, now_ms) for role, document in parts.items()]
     current.update({row.role: row for row in rows})
     online = keys(current[ROOT].document)
+    learned = sign_learned(current, keys=online, now_ms=now_ms)
+    rows += learned
+    current.update({row.role: row for row in learned})
     rows += sign_online(current, snapshot=online.snapshot, timestamp=online.timestamp, now_ms=now_ms)
     tables.add_metadata(conn, rows)
     audit.record(

@@ -11,6 +11,7 @@ Not here: the checks of signatures, thresholds and versions (shared/trust/public
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ from sqlalchemy.engine import Connection
 from cloud_hub.ground import audit
 from cloud_hub.ground.database import Database
 from cloud_hub.ground.problems import NotFound
-from cloud_hub.releases import rules, tables
+from cloud_hub.releases import learning, rules, tables
 from cloud_hub.releases.blobs import Blobs
 from cloud_hub.releases.counts import Counts
 from cloud_hub.releases.keychange import Changed, change_keys
-from cloud_hub.releases.online import KeySource, sign_online
+from cloud_hub.releases.online import KeySource, OnlineKeys, sign_learned, sign_online
 from cloud_hub.releases.tables import MetadataRow, ModelRow
 from shared import limits
 from shared.clock import Clock
-from shared.errors import Conflict, OutriderError, StorageError, TrustError
+from shared.errors import ConfigError, Conflict, OutriderError, StorageError, TrustError
 from shared.ids import FamilyName
 from shared.trust import publication, repository
 from shared.trust.library import Metadata, Signer, Targets
@@ -125,6 +126,8 @@ class Publishing:
         self._counts = counts
         self._keys = keys
         self._on_published = on_published
+        self._wake = asyncio.Event()
+        self._unsigned: set[str] = set()
 
     async def root(self) -> str:
         """The newest root, for devices that join."""
@@ -210,14 +213,41 @@ class Publishing:
         return changed
 
     async def run(self) -> None:
-        """Renew snapshot and timestamp in time, until cancelled."""
+        """Renew what the hub signs in time, and publish what it learned, until cancelled."""
         while True:
-            try:
-                await self.renew()
-            except OutriderError as error:
-                # Devices go on with what they have until it expires; the next try is a minute away.
-                logger.error("metadata was not renewed: %s: %s", error.code, error.message)
-            await asyncio.sleep(RENEW_EVERY_S)
+            self._wake.clear()
+            for work, what in ((self.renew, "metadata was not renewed"), (self.publish_learned, "not published")):
+                try:
+                    await work()
+                except OutriderError as error:
+                    # Devices go on with what they have until it expires; the next try is a minute away.
+                    logger.error("%s: %s: %s", what, error.code, error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_EVERY_S):
+                    await self._wake.wait()
+
+    def look_soon(self) -> None:
+        """Something may be ready that the hub learned."""
+        self._wake.set()
+
+    async def publish_learned(self) -> bool:
+        """Sign and publish what the hub learned and is ready; returns whether there was anything."""
+        now_ms = self._clock.wall_ms()
+        done = await self._database.write(
+            lambda conn: learning.publish_ready(conn, self._blobs, self._keys, now_ms=now_ms)
+        )
+        for row, error in done.refused:
+            name = f"{row.family}/{row.version}"
+            if name not in self._unsigned:
+                logger.error("learned release not published: %s: %s: %s", name, error.code, error.message)
+        self._unsigned = {f"{row.family}/{row.version}" for row, _ in done.refused}
+        for row in done.rows:
+            self._counts.publications.labels("learned").inc()
+            logger.info("learned release published: %s/%s", row.family, row.version)
+        if done.rows:
+            self._on_published()
+            await self._watch_expiry()
+        return bool(done.rows)
 
     async def renew(self) -> bool:
         """Sign the online roles again if one of them has lived half its life; returns whether that was so."""
@@ -227,13 +257,15 @@ class Publishing:
             current = tables.newest_metadata(conn)
             if not {ROOT, TARGETS} <= set(current):
                 raise _unfounded()
-            due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
-            if not due:
-                return False
             keys = self._keys(current[ROOT].document)
-            rows = sign_online(
+            rows = _learned_rows(current, keys=keys, now_ms=now_ms)
+            due = [role for role in (SNAPSHOT, TIMESTAMP) if role not in current or _is_due(current[role], now_ms)]
+            if not due and not rows:
+                return False
+            current.update({row.role: row for row in rows})
+            rows += sign_online(
                 current,
-                snapshot=keys.snapshot if SNAPSHOT in due else None,
+                snapshot=keys.snapshot if SNAPSHOT in due or rows else None,
                 timestamp=keys.timestamp,
                 now_ms=now_ms,
             )
@@ -382,6 +414,15 @@ def _delegations(targets: Metadata[Targets]) -> dict[str, object]:
 
 def _row(metadata: Metadata[Targets], role: str, document: bytes, now_ms: int) -> MetadataRow:
     return MetadataRow(role, metadata.signed.version, document, now_ms, expires_ms(metadata.signed))
+
+
+def _learned_rows(current: Mapping[str, MetadataRow], *, keys: OnlineKeys, now_ms: int) -> list[MetadataRow]:
+    """The hub's own roles that are due. A lost key of theirs must not hold up what all devices wait for."""
+    try:
+        return sign_learned(current, keys=keys, now_ms=now_ms)
+    except ConfigError as error:
+        logger.error("learned releases are not signed again: %s: %s", error.code, error.message)
+        return []
 
 
 def _is_due(row: MetadataRow, now_ms: int) -> bool:

@@ -1,5 +1,5 @@
-"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/releases`, `/v1/roots`, `/v1/metadata`, `/v1/assignments`,
-`/v1/time`.
+"""REST of the releases room: `/v1/blobs`, `/v1/models`, `/v1/learned`, `/v1/releases`, `/v1/roots`, `/v1/metadata`,
+`/v1/assignments`, `/v1/time`.
 
 `router(desk)` makes the routes; `app.state.time_rate` holds how often one address may ask for the time. Bodies are
 msgspec structs: unknown fields and wrong types are refused by name.
@@ -25,7 +25,8 @@ from cloud_hub.releases.desk import Desk, Push, Selector
 from cloud_hub.releases.tables import AssignmentRow, ModelRow
 from shared import limits
 from shared.clock import Clock
-from shared.ids import parse_digest
+from shared.ids import FamilyName, ModelVersion, parse_digest
+from shared.model import Lineage
 
 STREAMED_PREFIX: Final = "/v1/blobs/"
 BLOB_TYPE: Final = "application/octet-stream"
@@ -46,6 +47,16 @@ class Publish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     version: str
     role: str
     targets: str | None = None
+
+
+class Learned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model that was learned on a base: the base's file, uploaded anew with other numbers in its head."""
+
+    family: FamilyName
+    base: ModelVersion
+    version: ModelVersion
+    model: str
+    lineage: Lineage = Lineage()
 
 
 class KeyChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +83,7 @@ def router(desk: Desk) -> APIRouter:
     add("/blobs/{digest}", blobs.get, methods=["GET"], operation_id="get_blob", response_model=None)
     add("/blobs/{digest}", blobs.get, methods=["HEAD"], operation_id="head_blob", response_model=None)
     add("/models", models.push, methods=["POST"], operation_id="push_model", status_code=202, **takes(Push))
+    add("/learned", models.learn, methods=["POST"], operation_id="learn_release", status_code=202, **takes(Learned))
     add("/models", models.page, methods=["GET"], operation_id="list_models", response_model=None)
     add("/models/{family}/{version}", models.get, methods=["GET"], operation_id="get_model", response_model=None)
     add(
@@ -158,6 +170,19 @@ class _Models:
         """Have an uploaded model built and measured; the same push again tells how it went so far."""
         push = await read_json(request, Push)
         row = await self._desk.catalogue.push(push, actor=principal.actor)
+        return json_answer(_model(row), status=202)
+
+    async def learn(self, request: Request, principal: ReleaseManager) -> Response:
+        """Have a model that was learned on a base measured, then signed by the hub itself and published."""
+        body = await read_json(request, Learned)
+        row = await self._desk.catalogue.learn(
+            body.family,
+            body.base,
+            version=body.version,
+            model=parse_digest(body.model),
+            lineage=body.lineage,
+            actor=principal.actor,
+        )
         return json_answer(_model(row), status=202)
 
     async def page(self, _principal: Viewer, after: After = "", limit: Limit = 100, family: After = "") -> Response:

@@ -17,18 +17,21 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from shared import limits
 from shared.errors import Conflict, InvalidValue, TrustError
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion, parse_digest, parse_family, parse_version
 from shared.model import (
     FileRef,
+    Learning,
     Lineage,
     Preparation,
     Signature,
     Task,
     check_preparations,
     check_signature,
+    is_learned,
 )
 from shared.release import AssignedModel, Assignment
 
@@ -46,6 +49,8 @@ PATCH_TARGETS: Final = 2
 """To the files of so many releases of a family, the newest."""
 PATCH_WORTH: Final = 0.6
 """A patch is kept only below this share of what the whole file takes when it is compressed."""
+LEARNED_VARIANT: Final = "fp32"
+"""The variant whose numbers runs learn; the one that is uploaded."""
 DROP_SLACK_PT: Final = 1e-9
 """Below any difference that two counts of samples can make; absorbs rounding only."""
 
@@ -74,6 +79,8 @@ class Push(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             set, and the report warns that the gate then measures on rows the quantizer has seen.
         signature: what callers send and get; None takes it from the graph.
         min_release_counter: the security floor that the release carries; None keeps the family's present one.
+        learning: what the hub may learn on top of it by itself; None: nothing.
+        learned_on: of a release that the hub learned, its base; everything but the model is that one's then.
     """
 
     family: FamilyName
@@ -88,6 +95,8 @@ class Push(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lineage: Lineage = Lineage()
     gate: Gate = Gate()
     min_release_counter: int | None = None
+    learning: Learning | None = None
+    learned_on: ModelVersion | None = None
 
 
 class VariantReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,6 +227,10 @@ def check_push(push: Push) -> None:
     if push.signature is not None:
         check_signature(push.signature)
         check_preparations(push.signature, push.preparations)
+    if push.learning is not None and push.learning.variant != LEARNED_VARIANT:
+        _refuse("learning.variant", f"only {LEARNED_VARIANT!r} holds the numbers that runs learn")
+    if push.learned_on is not None or is_learned(push.version):
+        _refuse("version", "what is learned on a release is sent to /v1/learned, by the name of its base")
     gate = push.gate
     if not (math.isfinite(gate.max_drop_pt) and 0 <= gate.max_drop_pt <= 100):
         _refuse("gate.max_drop_pt", "give points between 0 and 100")
@@ -226,6 +239,28 @@ def check_push(push: Push) -> None:
             _refuse(f"gate.{name}", "give a share between 0 and 1")
     if push.min_release_counter is not None and not 0 <= push.min_release_counter <= MAX_COUNTER:
         _refuse("min_release_counter", "give a whole number that is not negative")
+
+
+def learned_push(base: Push, *, version: ModelVersion, model: Digest, lineage: Lineage) -> Push:
+    """The push of a learned release: its base's with another model; raises InvalidValue for a version of another kind.
+
+    Args:
+        base: what was pushed of the base.
+        version: `1.2.0-learned.1`.
+        model: digest of the base's file with other numbers in its head.
+    """
+    parse_version(version)
+    if not is_learned(version):
+        _refuse("version", "a learned release has a version like 1.2.0-learned.1")
+    return replace(
+        base, version=version, model=model, lineage=lineage, learning=None, learned_on=base.version,
+        min_release_counter=None,
+    )  # fmt: skip
+
+
+def learned_verdict(gate: Gate, *, accuracy: float, base: float) -> str:
+    """Why a learned release is not good enough beside its base, in words; empty when it is."""
+    return gate_verdict(gate, accuracy=accuracy, drop_pt=100.0 * (base - accuracy))
 
 
 def next_counter(counters: Iterable[int]) -> int:
@@ -386,7 +421,9 @@ def patch_pairs(versions: Sequence[BuiltVersion], running: Mapping[tuple[str, Di
                 continue
             origin, base = known[digest]
             for version in built[-PATCH_TARGETS:]:
-                if version.release_counter <= origin.release_counter:
+                # What was learned has its base's counter, and is the nearest to it of all.
+                is_later = version.release_counter > origin.release_counter
+                if not is_later and not (is_learned(version.version) and not is_learned(origin.version)):
                     continue
                 # The same name is the same variant for the same runtime: int8.onnx, fp32.onnx.
                 pairs += [

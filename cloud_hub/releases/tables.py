@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Row
 from cloud_hub.ground.schema import metadata
 from cloud_hub.releases.rules import BuildReport, Push, State
 from shared.ids import Digest, FamilyName, ModelVersion
-from shared.model import FileRef
+from shared.model import FileRef, is_learned
 from shared.release import Assignment
 
 models = sa.Table(
@@ -169,11 +169,13 @@ def is_release_file(conn: Connection, digest: str) -> bool:
 
 
 def assigned_digests(conn: Connection, device: str, *, newest: int) -> frozenset[str]:
-    """Digests of all files and patches that the newest so many assignments of a device name."""
+    """Digests of all files and patches that the newest so many assignments of a device name, bases included."""
     query = sa.select(assignments.c.assignment).where(assignments.c.device == device)
     rows = conn.execute(query.order_by(assignments.c.version.desc()).limit(newest))
     named = [msgspec.json.decode(row.assignment, type=Assignment) for row in rows]
     releases = {(model.family, model.version) for assignment in named for model in assignment.models}
+    rows_of_learned = [find_model(conn, *named) for named in releases if is_learned(named[1])]
+    releases |= {(row.family, row.push.learned_on) for row in rows_of_learned if row and row.push.learned_on}
     files = sa.select(release_files.c.digest).where(
         sa.or_(
             sa.false(),
@@ -240,7 +242,7 @@ def finish_build(
     state: State,
     report: BuildReport,
     at_ms: int,
-    counters: tuple[int, int] | None = None,
+    counters: tuple[int | None, int] | None = None,
     files: Sequence[FileRef] = (),
 ) -> bool:
     """Store how a build ended; False when the row has moved on to another build meanwhile."""
@@ -453,19 +455,25 @@ def _model(conn: Connection, row: Row[tuple[object, ...]]) -> ModelRow:
     files = tuple(
         FileRef(path=file.path, length=file.length, digest=Digest(file.digest)) for file in conn.execute(query)
     )
+    push = msgspec.json.decode(row.push, type=Push)
+    counter = row.release_counter
+    if row.state == "ready" and push.learned_on is not None:
+        # What was learned has its base's counter, which is stored once.
+        of_base = models.c.family == push.family, models.c.version == push.learned_on
+        counter = conn.execute(sa.select(models.c.release_counter).where(*of_base)).scalar_one_or_none()
     return ModelRow(
         family=FamilyName(row.family),
         version=ModelVersion(row.version),
         state=row.state,
         step=row.step,
-        push=msgspec.json.decode(row.push, type=Push),
+        push=push,
         build=row.build,
         restarts=row.restarts,
         created_ms=row.created_ms,
         created_by=row.created_by,
         finished_ms=row.finished_ms,
         report=None if row.report is None else msgspec.json.decode(row.report, type=BuildReport),
-        release_counter=row.release_counter,
+        release_counter=counter,
         min_release_counter=row.min_release_counter,
         published_ms=row.published_ms,
         published_by=row.published_by,

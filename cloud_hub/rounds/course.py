@@ -28,7 +28,7 @@ from cloud_hub.rounds.tables import RunRow
 from shared import limits
 from shared.clock import Clock
 from shared.errors import Conflict, OutriderError
-from shared.ids import DeviceId
+from shared.ids import DeviceId, Digest
 from shared.model import Lineage
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,8 @@ class Course:
 
     async def inspect(self, run: str, spec: Spec) -> Head:
         """The head that a run would learn; a short-lived worker looks, because the hub itself reads no graph."""
+        if spec.learned:
+            await self._releases.catalogue.require_base(spec.family, spec.base)
         base = await self._releases.catalogue.get(spec.family, spec.base)
         if base.state != "ready":
             raise Conflict(f"{spec.family}/{spec.base} is {base.state}, not ready", code="conflict.base")
@@ -219,27 +221,21 @@ class Course:
         blob = await asyncio.to_thread(self._releases.blobs.adopt, result)
         base = (await self._releases.catalogue.get(spec.family, spec.base)).push
         results = await self._database.read(lambda conn: tables.results_of(conn, row.run))
-        push = Push(
-            family=spec.family,
-            version=spec.version,
-            model=blob.digest,
-            golden=base.golden,
-            calibration=base.calibration,
-            labels=base.labels,
-            task=base.task,
-            signature=base.signature,
-            preparations=base.preparations,
-            gate=base.gate,
-            lineage=Lineage(
-                training_data=f"federated run {row.run}",
-                parent=f"{spec.family}/{spec.base}",
-                parameters={"run": row.run, **{name: str(getattr(spec, name)) for name in _FIELDS_OF_LINEAGE}},
-                metrics=results[-1].metrics,
-                license=base.lineage.license,
-                owner=base.lineage.owner,
-            ),
+        lineage = Lineage(
+            training_data=f"federated run {row.run}",
+            parent=f"{spec.family}/{spec.base}",
+            parameters={"run": row.run, **{name: str(getattr(spec, name)) for name in _FIELDS_OF_LINEAGE}},
+            metrics=results[-1].metrics,
+            license=base.lineage.license,
+            owner=base.lineage.owner,
         )
-        await self._releases.catalogue.push(push, actor=f"round:{row.run}")
+        actor = f"round:{row.run}"
+        if spec.learned:
+            await self._releases.catalogue.learn(
+                spec.family, spec.base, version=spec.version, model=blob.digest, lineage=lineage, actor=actor
+            )
+        else:
+            await self._releases.catalogue.push(_pushed(spec, base, blob.digest, lineage), actor=actor)
         at_ms = self._clock.wall_ms()
         await self._database.write(
             lambda conn: tables.set_state(conn, row.run, "building", at_ms=at_ms, model=blob.digest)
@@ -295,3 +291,20 @@ class Course:
         if await self._database.write(work):
             self._counts.runs.labels(state).inc()
             logger.info("a run has ended: %s: %s %s", run, state, reason)
+
+
+def _pushed(spec: Spec, base: Push, model: Digest, lineage: Lineage) -> Push:
+    """What goes to the releases room: the trained graph, all else as the base was pushed."""
+    return Push(
+        family=spec.family,
+        version=spec.version,
+        model=model,
+        golden=base.golden,
+        calibration=base.calibration,
+        labels=base.labels,
+        task=base.task,
+        signature=base.signature,
+        preparations=base.preparations,
+        gate=base.gate,
+        lineage=lineage,
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cloud_hub.rounds.rules import BIAS, WEIGHT, Head
 from shared.errors import InvalidValue, ModelError
+from shared.learned import with_tensors
 from shared.model import Signature
 
 if TYPE_CHECKING:
@@ -114,6 +115,65 @@ def replace(file: Path, *, scores: str, weight: Array, bias: Array) -> bytes:
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def numbers(file: Path, *, scores: str) -> tuple[Array, Array]:
+    """The head that the graph has: weight [features, classes], bias [classes], float32."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    graph = _load(file).graph
+    layer = _find(graph, scores)
+    weight_name, bias_name = _plain_names(graph, layer)
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weight = arrays[weight_name].T if _attribute(layer.product, "transB", 0) else arrays[weight_name]
+    bias = arrays[bias_name].reshape(-1) if bias_name else np.zeros(layer.classes)
+    return np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32)
+
+
+def renumber(file: Path, *, scores: str, weight: Array, bias: Array) -> bytes:
+    """The file's own bytes with other numbers in its head: what a learned release may be.
+
+    Raises:
+        ModelError: the head is scaled, shared, or has no tensor for a bias that is not zero.
+        TrustError: `trust.learned` when its numbers do not lie in the file as raw float32.
+    """
+    import numpy as np
+
+    graph = _load(file).graph
+    layer = _find(graph, scores)
+    weight_name, bias_name = _plain_names(graph, layer)
+    oriented = weight.T if _attribute(layer.product, "transB", 0) else weight
+    new = {weight_name: np.ascontiguousarray(oriented, "<f4").tobytes()}
+    if bias_name:
+        new[bias_name] = np.ascontiguousarray(bias, "<f4").tobytes()
+    elif np.any(bias):
+        raise ModelError(
+            "the head has no bias, and a bias was learned",
+            code="rounds.head",
+            hint="export the model with a bias in its last layer",
+        )
+    return with_tensors(file.read_bytes(), new)
+
+
+def _plain_names(graph: Any, layer: Layer) -> tuple[str, str]:
+    """The initializers of the weight and of the bias (empty without one), each used once and not scaled."""
+    product, addition = layer.product, layer.addition
+    initializers = {tensor.name for tensor in graph.initializer}
+    if addition is not None:
+        bias = next((name for name in addition.input if name in initializers), "")
+    else:
+        bias = product.input[2] if len(product.input) > 2 else ""
+    names = [product.input[1], *([bias] if bias else [])]
+    used = [name for node in graph.node for name in node.input]
+    scaled = any(attribute.name in ("alpha", "beta") and attribute.f != 1 for attribute in product.attribute)
+    if scaled or any(name not in initializers or used.count(name) != 1 for name in names):
+        raise ModelError(
+            "the head's numbers are scaled, computed, or used elsewhere too, so they cannot be exchanged in place",
+            code="rounds.head",
+            hint="export the model with a plain last layer, or learn without --learned and have the result signed",
+        )
+    return product.input[1], bias
 
 
 def _load(file: Path) -> Any:

@@ -22,6 +22,7 @@ import msgspec
 
 from shared.errors import InvalidValue
 from shared.ids import DeviceId, FamilyName, ModelVersion, parse_family, parse_version
+from shared.model import is_learned
 
 State = Literal["running", "building", "finished", "failed", "stopped"]
 Phase = Literal["train", "evaluate"]
@@ -68,6 +69,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         selector: labels that a device must carry to take part.
         features: the output that holds the features; None finds it.
         evaluate: whether devices also measure each round's result on what they hold.
+        learned: whether it starts from the base's own head and its result is a learned release: signed by the hub,
+            within the bounds that the base's manifest sets.
     """
 
     family: FamilyName
@@ -85,6 +88,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     selector: dict[str, str] = {}
     features: str | None = None
     evaluate: bool = False
+    learned: bool = False
 
     @property
     def needed(self) -> int:
@@ -129,6 +133,8 @@ def check_spec(spec: Spec) -> None:
     parse_version(spec.version)
     if spec.version == spec.base:
         _refuse("version", "the result needs a version of its own")
+    if spec.learned != is_learned(spec.version):
+        _refuse("version", "a learned result, and no other, has a version like 1.2.0-learned.1")
     if spec.strategy not in STRATEGIES:
         raise InvalidValue(
             f"there is no strategy {spec.strategy[:40]!r}",

@@ -90,6 +90,10 @@ class Session:
         }
         self._done = 0
         self._arrays = dict(self._template)
+        if self._spec.learned:
+            # What may be released without a person must stay near the base: it starts from there.
+            weight, bias = head.numbers(Path(begin.model), scores=begin.signature.outputs[0].name)
+            self._arrays = {rules.WEIGHT: weight, rules.BIAS: bias}
         memory: dict[str, dict[str, Array]] = {}
         if begin.checkpoint:
             data = checkpoint.read(self._folder / begin.checkpoint, digest=begin.digest)
@@ -108,7 +112,8 @@ class Session:
         """The rounds that are left, then the result."""
         for number in range(self._done + 1, self._spec.rounds + 1):
             self._round(number)
-        result = head.replace(
+        put = head.renumber if self._spec.learned else head.replace
+        result = put(
             Path(self._begin.model),
             scores=self._begin.signature.outputs[0].name,
             weight=self._arrays[rules.WEIGHT],

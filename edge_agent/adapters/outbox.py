@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from edge_agent.adapters.buried import Buried
 from edge_agent.adapters.disk import PosixDisk
 from edge_agent.adapters.journal import Journal
@@ -106,7 +108,7 @@ class JournalOutbox:
         self._pending_bytes = 0
         self._closing = False
         self._failing = False
-        self._depth = store.depth(moments())
+        self._depth = store.depth(moments()), clock.mono_ms()
         # A daemon thread: an interpreter that ends without `close` (a crash elsewhere) must not hang on it.
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
@@ -224,8 +226,11 @@ class JournalOutbox:
             await group.done
 
     def depth(self) -> Depth:
-        """How much waits; exact as of the last commit."""
-        return self._depth
+        """How much waits, exact as of the last commit; what waits has grown older since."""
+        depth, at_ms = self._depth
+        elapsed_ms = max(0, self._clock.mono_ms() - at_ms)
+        older = {klass: age_ms + elapsed_ms for klass, age_ms in depth.oldest_ms.items()}
+        return msgspec.structs.replace(depth, oldest_ms=older)
 
     async def close(self) -> None:
         """Commit what waits, end the thread, close the files. Safe to call twice.
@@ -268,7 +273,7 @@ class JournalOutbox:
         try:
             self._store.tick(moment)
         finally:
-            self._depth = self._store.depth(moment)
+            self._depth = self._store.depth(moment), self._clock.mono_ms()
 
     def _next(self) -> tuple[list[_Group], list[_Call], bool]:
         """Wait until something is due, and take it."""

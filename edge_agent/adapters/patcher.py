@@ -14,14 +14,12 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
+from edge_agent.adapters.errand import closing, run_errand
 from edge_agent.update_ports import Shelf
 from shared import limits
 from shared.errors import PatchFailed, StorageError, StorageFull, TransferCorrupt
@@ -32,8 +30,6 @@ from shared.release import Patch
 logger = logging.getLogger(__name__)
 
 DEADLINE_MS: Final = 600_000
-MAX_OUTCOME_BYTES: Final = 4096
-_REAP_S: Final = 5.0
 _HINT: Final = "the whole file is fetched instead"
 
 
@@ -95,9 +91,9 @@ class LivePatcher:
         with contextlib.ExitStack() as opened:
             try:
                 descriptors = [
-                    opened.enter_context(_closing(await asyncio.to_thread(self._shelf.open, base))),
-                    opened.enter_context(_closing(await asyncio.to_thread(self._shelf.open, file))),
-                    opened.enter_context(_closing(self._shelf.part(result.digest))),
+                    opened.enter_context(closing(await asyncio.to_thread(self._shelf.open, base))),
+                    opened.enter_context(closing(await asyncio.to_thread(self._shelf.open, file))),
+                    opened.enter_context(closing(self._shelf.part(result.digest))),
                 ]
             except TransferCorrupt as error:
                 raise _failed(error.message, "source") from error
@@ -108,40 +104,16 @@ class LivePatcher:
             return await self._attend(_order(patch, base, result), descriptors)
 
     async def _attend(self, order: bytes, descriptors: list[int]) -> Outcome:
-        # Started from the loop's own thread: the parent-death signal is bound to the thread that starts the child.
-        process, said_at = self._start(order, descriptors)
-        with _closing(said_at):
-            try:
-                async with asyncio.timeout(self._deadline_ms / 1000):
-                    said = await _read_line(said_at)
-            except TimeoutError as error:
-                raise _failed(f"the patch was not applied within {self._deadline_ms} ms", "deadline") from error
-            finally:
-                process.kill()
-                status = await asyncio.to_thread(_wait, process)
+        try:
+            said, status = await run_errand(self._command, descriptors, order, deadline_ms=self._deadline_ms)
+        except TimeoutError as error:
+            raise _failed(f"the patch was not applied within {self._deadline_ms} ms", "deadline") from error
+        except OSError as error:
+            raise _failed(f"the patcher cannot be started: {error}", "start") from error
         try:
             return msgspec.json.decode(said, type=Outcome)
         except msgspec.MsgspecError as error:
             raise _failed(f"the patcher ended without a word (exit status {status})", "lost") from error
-
-    def _start(self, order: bytes, descriptors: list[int]) -> tuple[subprocess.Popen[bytes], int]:
-        """The child, and where its word will come; raises PatchFailed."""
-        read_end, write_end = os.pipe()
-        os.set_blocking(read_end, False)
-        with _closing(write_end):
-            try:
-                process = subprocess.Popen(
-                    [*self._command, str(os.getpid()), *map(str, descriptors), order.decode()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=write_end,
-                    pass_fds=descriptors,
-                    cwd="/",
-                    env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
-                )
-            except OSError as error:
-                os.close(read_end)
-                raise _failed(f"the patcher cannot be started: {error}", "start") from error
-        return process, read_end
 
     def _empty(self, digest: Digest) -> None:
         """A download must not go on behind what a patch began."""
@@ -170,39 +142,6 @@ def _check(outcome: Outcome) -> None:
         raise _failed(f"the disk refused: {outcome.message[:200]}", "disk")
     code = outcome.code if outcome.code.startswith("transfer.patch.") else "transfer.patch.lost"
     raise PatchFailed(outcome.message[:300], code=code, hint=_HINT)
-
-
-async def _read_line(descriptor: int) -> bytes:
-    """What the child writes until it closes its end, up to a bound."""
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) <= MAX_OUTCOME_BYTES:
-        readable = loop.create_future()
-        loop.add_reader(descriptor, lambda waiting=readable: waiting.done() or waiting.set_result(None))  # type: ignore[misc]
-        try:
-            await readable
-        finally:
-            loop.remove_reader(descriptor)
-        piece = os.read(descriptor, MAX_OUTCOME_BYTES)
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(timeout=_REAP_S)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-@contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _failed(message: str, why: str) -> PatchFailed:

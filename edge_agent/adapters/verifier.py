@@ -135,6 +135,7 @@ class LiveVerifier:
         device: DeviceId,
         profile: str,
         fetcher: Fetcher,
+        accept_learned: bool = False,
         deadline_ms: int = DEADLINE_MS,
         command: tuple[str, ...] = (sys.executable, "-I", "-m", "edge_agent.verifier"),
     ) -> None:
@@ -144,6 +145,7 @@ class LiveVerifier:
             device: the name on this device's certificate.
             profile: the name of its profile; a release may be signed for some profiles only.
             fetcher: how to reach the hub.
+            accept_learned: whether this device opted in to learned releases.
             deadline_ms: for a whole verification, its downloads included.
             command: starts the child; our process id is appended.
         """
@@ -151,6 +153,7 @@ class LiveVerifier:
         self._device = device
         self._profile = profile
         self._fetcher = fetcher
+        self._accept_learned = accept_learned
         self._deadline_ms = deadline_ms
         self._command = command
         self._turn = asyncio.Lock()
@@ -245,6 +248,7 @@ class LiveVerifier:
             floors=floors,
             wall_ms=wall_ms,
             time_attested=time_attested,
+            accept_learned=self._accept_learned,
         )
 
     async def judge(self, releases: tuple[StoredRelease, ...], *, floors: Floors) -> Judged:
@@ -287,6 +291,7 @@ class LiveVerifier:
             cache=self._folder.cache(),
             floors=floors,
             releases=tuple(replace(release, data=self._folder.manifest(release.digest)) for release in releases),
+            accept_learned=self._accept_learned,
         )
 
     def _keep_accepted(self, document: bytes, verified: VerifiedAssignment) -> None:

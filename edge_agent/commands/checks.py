@@ -289,6 +289,10 @@ def _probed(check: str, where: str, probe: Callable[[], None], *, todo: str) -> 
     except ssl.SSLError as error:
         reason = getattr(error, "verify_message", "") or error.reason or str(error)
         known = "the certificates do not agree: check the clock, or enrol again if the hub was set up anew"
+        if "REVOKED" in reason:
+            known = (
+                "the hub has revoked this device: ask its operator for a token, then `outrider-agent enroll --force`"
+            )
         return Finding(check=check, result="fail", text=f"{where}: {reason}", todo=known)
     except OSError as error:
         return Finding(check=check, result="fail", text=f"{where}: {error.strerror or error}", todo=todo)

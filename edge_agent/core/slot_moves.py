@@ -28,6 +28,7 @@ from edge_agent.core.slot_values import (
     SwitchTo,
     Timer,
     Trial,
+    VerifyFiles,
 )
 from shared.ids import Digest, FamilyName
 from shared.machine import Decision
@@ -143,7 +144,12 @@ def without_candidate(state: Slot) -> Slot:
 
 def fetch_of(release: Installed) -> Fetch:
     """Bring its files in."""
-    return Fetch(release.key, release.files, release.patches)
+    return Fetch(release.key, release.brought, release.patches)
+
+
+def verify_of(release: Installed) -> VerifyFiles:
+    """Hash its files once more, and hold a learned one against its base."""
+    return VerifyFiles(release.key, release.brought, release.ground)
 
 
 def serve(state: Slot) -> tuple[Effect, ...]:

@@ -28,6 +28,7 @@ from edge_agent.core.slot_moves import (
     on_trial,
     serve,
     uncommit,
+    verify_of,
     without_candidate,
     without_error,
 )
@@ -51,6 +52,7 @@ from edge_agent.core.slot_values import (
     FetchFailed,
     FilesBad,
     FilesHere,
+    FilesRefused,
     FilesVerified,
     HostFailed,
     HostReady,
@@ -68,11 +70,11 @@ from edge_agent.core.slot_values import (
     StartHost,
     StartTimer,
     StopHost,
+    Stopping,
     StopTimer,
     SwitchTo,
     Timer,
     Trial,
-    VerifyFiles,
     WarmUpAllowed,
     WarmUpDue,
     Withdrawn,
@@ -81,6 +83,8 @@ from edge_agent.core.slot_values import (
 from shared.machine import Decision
 
 CRASH_LOOP_CODE: Final = "model.crash_loop"
+_STEPS_OF_A_LIFE: Final = {Phase.WARMUP: 2, Phase.PROBATION: 3}
+"""Steps from STAGED to here and, at the next start, back: they cost nothing when the agent ends in order."""
 DAMAGED_CODE: Final = "storage.damaged"
 _DISTRUST: Final = ("trust.", "set.member_failed")
 """How codes begin that a committed release is left with when it, or who came with it, is no longer trusted."""
@@ -101,6 +105,7 @@ def offered(state: Slot, event: Offered) -> Step:
         variant=event.variant,
         assignment_version=event.assignment_version,
         patches=event.patches,
+        ground=event.model.ground,
     )
     if event.force and offer.manifest_digest in state.quarantine:
         rest = tuple(digest for digest in state.quarantine if digest != offer.manifest_digest)
@@ -196,7 +201,7 @@ def files_here(state: Slot, event: FilesHere) -> Step:
     if event.key != candidate.key:
         return Decision(state)
     after = enter(state, Phase.VERIFYING)
-    return Decision(after, (StopTimer(Timer.FETCH), VerifyFiles(candidate.key, candidate.files)))
+    return Decision(after, (StopTimer(Timer.FETCH), verify_of(candidate)))
 
 
 def fetch_failed(state: Slot, event: FetchFailed) -> Step:
@@ -242,6 +247,13 @@ def files_bad(state: Slot, event: FilesBad) -> Step:
         return abandon(state, DAMAGED_CODE, event.message, quarantine=state.quarantine)
     after = replace(enter(state, Phase.FETCHING), fetch_tries=0, refetches=state.refetches + 1)
     return Decision(after, (*leave(state), fetch_of(candidate)))
+
+
+def files_refused(state: Slot, event: FilesRefused) -> Step:
+    """What was learned is more than its base allows: never again here, and nothing of it was loaded."""
+    if event.key != candidate_of(state).key:
+        return Decision(state)
+    return give_up(state, event.code, event.message)
 
 
 def _active_damaged(state: Slot, damaged: Installed) -> Step:
@@ -394,6 +406,14 @@ def _rolled_back(state: Slot) -> Step:
     return Decision(after, (ended("release.rolled_back", state), CollectGarbage()))
 
 
+def stopping(state: Slot, _: Stopping) -> Step:
+    """Restarts of a service are not the release's fault: what the next life has to do again is given back."""
+    steps = _STEPS_OF_A_LIFE.get(state.phase, 0)
+    if not steps:
+        return Decision(state)
+    return Decision(replace(state, tries=max(0, state.tries - 1), transitions=max(1, state.transitions - steps)))
+
+
 def operator_rollback(state: Slot, _: OperatorRollback) -> Step:
     """Back to the release before, by hand."""
     code, message = "operator.rollback", "rolled back by the operator of the device"
@@ -425,7 +445,7 @@ def restarted(state: Slot, event: Restarted) -> Step:
         given_up = give_up(state, "release.loops", f"not committed after {state.transitions} steps")
         return Decision(given_up.state, (*serving, *given_up.effects))
     if state.phase is Phase.VERIFYING:
-        return Decision(enter(state, Phase.VERIFYING), (*serving, VerifyFiles(candidate.key, candidate.files)))
+        return Decision(enter(state, Phase.VERIFYING), (*serving, verify_of(candidate)))
     # The golden check belongs to this life: the active release serves until the candidate has passed it again.
     trial = replace(state.trial, good=0, extensions=0, passed=False)
     after = replace(state if waits else enter(state, Phase.STAGED), is_gathered=False, trial=trial)

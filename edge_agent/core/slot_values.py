@@ -1,12 +1,11 @@
-"""The words of the slot machine: phases, the persisted state, events, effects, and the state's bytes.
+"""The words of the slot machine: phases, the persisted state, events and effects.
 
 Rules of this file:
 1. `active` is a committed release or None; a candidate becomes active by committing and in no other way.
-2. Every event about work on a release carries that release's `key`, so that what comes late, from work that was
-   given up meanwhile, is recognised and ignored.
+2. An event about work on a release carries that release's `key`, so that what comes late is recognised and ignored.
 3. Every effect can be carried out twice with the same result as once: after a crash it may well be.
 
-Not here: what leads to what (edge_agent/core/slots.py).
+Not here: what leads to what (edge_agent/core/slots.py), the state's bytes (edge_agent/core/slot_bytes.py).
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from typing import Final
 
 import msgspec
 
-from shared.errors import StorageError
 from shared.ids import Digest, FamilyName
 from shared.model import FileRef, Manifest, Variant
 from shared.profile import Probation
-from shared.release import Patch, VerifiedModel
+from shared.release import Ground, Patch, VerifiedModel
 
 STATE_SCHEMA: Final = 1
 MAX_LOADS: Final = 4
@@ -62,13 +60,18 @@ class Phase(Enum):
 
 
 class Installed(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified release, the variant of it that this device runs, and shorter ways to its files."""
+    """A verified release, the variant of it that this device runs, and shorter ways to its files.
+
+    Attributes:
+        ground: of a learned release, what its file is held against before it is first loaded.
+    """
 
     manifest: Manifest
     manifest_digest: Digest
     variant: str
     assignment_version: int
     patches: tuple[Patch, ...] = ()
+    ground: Ground | None = None
 
     @property
     def key(self) -> str:
@@ -84,6 +87,11 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     def files(self) -> tuple[FileRef, ...]:
         """What must lie on the shelf for it to run: the model's file and the golden set."""
         return self.served.file, self.manifest.golden.file
+
+    @property
+    def brought(self) -> tuple[FileRef, ...]:
+        """What must lie on the shelf while it is taken in: its files, and what a learned one is held against."""
+        return self.files if self.ground is None else (*self.files, self.ground.file)
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +235,14 @@ class FilesBad(msgspec.Struct, frozen=True, kw_only=True):
     retry: bool = False
 
 
+class FilesRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The file is what was signed, and holds what may not be signed that way: it moved further than its base allows."""
+
+    key: str
+    code: str
+    message: str
+
+
 class WarmUpAllowed(msgspec.Struct, frozen=True):
     """There is room to load the candidate beside what runs."""
 
@@ -282,6 +298,10 @@ class Restarted(msgspec.Struct, frozen=True):
 
 class OperatorRollback(msgspec.Struct, frozen=True):
     """Someone at the device wants the release before."""
+
+
+class Stopping(msgspec.Struct, frozen=True):
+    """The agent ends in order, and the hosts with it."""
 
 
 class NoLongerTrusted(msgspec.Struct, frozen=True, kw_only=True):
@@ -344,9 +364,10 @@ class SetRolledBack(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Event = (
-    Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | WarmUpAllowed | WarmUpDue
-    | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted | OperatorRollback
-    | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver | SetRolledBack
+    Offered | Withdrawn | FilesHere | FetchFailed | FetchDue | FilesVerified | FilesBad | FilesRefused | WarmUpAllowed
+    | WarmUpDue | HostReady | HostFailed | RestartDue | AnswerGood | AnswerBad | ProbationTimedOut | Restarted
+    | OperatorRollback | NoLongerTrusted | Gathered | SwitchAllowed | SteppedBack | CommitAllowed | SetFailed | WaitOver
+    | SetRolledBack | Stopping
 )  # fmt: skip
 
 
@@ -375,10 +396,14 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class VerifyFiles(msgspec.Struct, frozen=True):
-    """Hash the files on the shelf once more; answered by FilesVerified or FilesBad."""
+    """Hash the files on the shelf once more; answered by FilesVerified or FilesBad.
+
+    With `ground` the first of them is held against it too; answered by FilesRefused if it does not keep to its bounds.
+    """
 
     key: str
     files: tuple[FileRef, ...]
+    ground: Ground | None = None
 
 
 class RequestWarmUp(msgspec.Struct, frozen=True):
@@ -473,27 +498,3 @@ def timer_event(timer: Timer) -> Event:
 def backoff_ms(tries: int, *, most_ms: int) -> int:
     """1 s after the first failure, twice as long after each further one, at most `most_ms`."""
     return min(most_ms, FIRST_DELAY_MS << min(max(tries, 1) - 1, 20))
-
-
-class _Head(msgspec.Struct):
-    schema: int
-
-
-def encode_state(state: Slot) -> bytes:
-    """The state's bytes for the ledger."""
-    return msgspec.msgpack.encode(state)
-
-
-def decode_state(data: bytes) -> Slot:
-    """The state in these bytes; raises StorageError when they are damaged or from an agent that is newer than this."""
-    try:
-        schema = msgspec.msgpack.decode(data, type=_Head).schema
-        if schema != STATE_SCHEMA:
-            raise StorageError(
-                f"slot state has schema {schema}, this agent knows {STATE_SCHEMA}",
-                code="storage.schema",
-                hint="run the agent version that wrote the state directory, or a newer one",
-            )
-        return msgspec.msgpack.decode(data, type=Slot)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise StorageError(f"slot state cannot be read: {error}", code="storage.slot") from error

@@ -38,6 +38,7 @@ from edge_agent.core.slot_values import (
     FetchFailed,
     FilesBad,
     FilesHere,
+    FilesRefused,
     FilesVerified,
     Gathered,
     HostFailed,
@@ -55,6 +56,7 @@ from edge_agent.core.slot_values import (
     SetRolledBack,
     Slot,
     SteppedBack,
+    Stopping,
     SwitchAllowed,
     WaitOver,
     WarmUpAllowed,
@@ -95,7 +97,7 @@ def kept_files(states: Iterable[Slot]) -> dict[Digest, FileRef]:
         for state in states
         for release in (state.active, state.previous, state.candidate)
         if release is not None
-        for file in release.files
+        for file in (release.brought if release is state.candidate else release.files)
     }
 
 
@@ -177,6 +179,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         },
         stays="late: nothing is installed",
     ),
+    _rows(FilesRefused, steps.files_refused, {_VERIFYING: (_VERIFYING, *_ENDS)}, stays="late"),
     _rows(WarmUpAllowed, steps.warm_up_allowed, {_STAGED: (_STAGED, _WARMUP, *_ENDS)}, stays="late"),
     _rows(WarmUpDue, steps.warm_up_due, {_STAGED: (_STAGED,)}, stays="late"),
     _rows(
@@ -252,6 +255,7 @@ _TABLE_ROWS: Final[tuple[Rows, ...]] = (
         {_PROBATION: (_PROBATION, _COMMITTED), _COMMITTED: (_COMMITTED,)},
         stays="late",
     ),
+    _rows(Stopping, steps.stopping, {phase: (phase,) for phase in Phase}),
     _rows(
         SetFailed,
         set_steps.set_failed,

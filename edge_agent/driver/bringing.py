@@ -24,7 +24,7 @@ from typing import Final
 from edge_agent.core.slot_values import MAX_REFETCHES
 from edge_agent.core.ways import PatchPolicy, Way, against_room, bytes_to_write, choose_way
 from edge_agent.driver.metering import Meter
-from edge_agent.update_ports import Fetcher, Patcher, Shelf
+from edge_agent.update_ports import Comparer, Fetcher, Patcher, Shelf
 from shared.errors import (
     OutriderError,
     PatchFailed,
@@ -32,12 +32,13 @@ from shared.errors import (
     StorageFull,
     TransferCorrupt,
     TransferRefused,
+    TrustError,
     Unreachable,
 )
 from shared.ids import Digest
 from shared.limits import KIB
 from shared.model import FileRef
-from shared.release import Patch
+from shared.release import Ground, Patch
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ class Supplies:
     Attributes:
         fetcher, meter: the parts at work.
         patcher: what applies patches; without one none is taken.
+        comparer: what holds learned releases against their bases; without one none of them is taken.
         policy: whether patches are used.
     """
 
     fetcher: Fetcher
     meter: Meter
     patcher: Patcher | None = None
+    comparer: Comparer | None = None
     policy: PatchPolicy = "prefer_patch"
 
     def bringing(
@@ -94,6 +97,7 @@ class Bringing:
         """
         self._shelf = shelf
         self._fetcher, self._patcher, self._meter = supplies.fetcher, supplies.patcher, supplies.meter
+        self._comparer = supplies.comparer
         self._policy: PatchPolicy = supplies.policy
         self._models_bytes = models_bytes
         self._kept = kept
@@ -133,6 +137,17 @@ class Bringing:
             raise
         with contextlib.suppress(StorageError):
             await self._meter.forgive(file.digest)
+
+    async def compare(self, file: FileRef, ground: Ground) -> None:
+        """Hold a learned file on the shelf against what it was learned on.
+
+        Raises:
+            TrustError: `trust.learned`, it moved further than that allows; or this agent cannot tell.
+            OutriderError: as the comparer gives it; no word on the file.
+        """
+        if self._comparer is None:
+            raise TrustError("this agent cannot hold learned releases against their bases", code="trust.learned")
+        await self._comparer.compare(file, ground)
 
     def _way(self, file: FileRef, patches: tuple[Patch, ...]) -> Way:
         way = choose_way(

@@ -9,18 +9,29 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from typing import Final
 
-from edge_agent.core.slot_values import Fetch, FetchFailed, FilesBad, FilesHere, FilesVerified
+from edge_agent.core.slot_values import (
+    Fetch,
+    FetchFailed,
+    FilesBad,
+    FilesHere,
+    FilesRefused,
+    FilesVerified,
+    VerifyFiles,
+)
 from edge_agent.driver.bringing import Bringing, Note
 from edge_agent.driver.events import ForSlot
 from edge_agent.driver.loop import Loop
 from edge_agent.update_ports import Shelf
-from shared.errors import OutriderError, StorageError, TransferCorrupt
+from shared.errors import OutriderError, TransferCorrupt, TrustError
 from shared.ids import FamilyName
 from shared.model import FileRef
+
+logger = logging.getLogger(__name__)
 
 FETCHES_AT_ONCE: Final = 2
 """Each holds a thread for as long as the hub takes: more of them could keep the link and the hosts from theirs."""
@@ -47,9 +58,9 @@ class Files:
         self._fetching[family] = wanted.key
         self._works.start(("fetch", family), self._fetch(family, wanted))
 
-    def verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
-        """Hash the files on the shelf once more; answered by FilesVerified or FilesBad."""
-        self._works.start(("verify", family), self._verify(family, key, files))
+    def verify(self, family: FamilyName, wanted: VerifyFiles) -> None:
+        """Hash the files on the shelf once more; answered by FilesVerified, FilesBad or FilesRefused."""
+        self._works.start(("verify", family), self._verify(family, wanted))
 
     def cancel(self, family: FamilyName) -> None:
         """Give up what is under way for this family."""
@@ -79,13 +90,21 @@ class Files:
             self._told.pop(family, None)
             self._inbox.post(ForSlot(family, FilesHere(key)))
 
-    async def _verify(self, family: FamilyName, key: str, files: tuple[FileRef, ...]) -> None:
+    async def _verify(self, family: FamilyName, wanted: VerifyFiles) -> None:
+        key = wanted.key
         try:
-            for file in files:
+            for file in wanted.files:
                 await self._bringing.check(file)
-        except (TransferCorrupt, StorageError) as error:
-            is_disk = isinstance(error, StorageError)
-            bad = FilesBad(key=key, code=error.code, message=error.message, retry=is_disk)
+            if wanted.ground is not None:
+                await self._bringing.compare(wanted.files[0], wanted.ground)
+        except TrustError as error:
+            logger.warning("learned release refused", extra={"family": family, "why": error.message})
+            refused = FilesRefused(key=key, code=error.code, message=error.message)
+            self._inbox.post(ForSlot(family, refused))
+        except OutriderError as error:
+            # Of a disk that refuses, or a comparison that came to no end, nothing is said against the release.
+            may_be_right = not isinstance(error, TransferCorrupt)
+            bad = FilesBad(key=key, code=error.code, message=error.message, retry=may_be_right)
             self._inbox.post(ForSlot(family, bad))
         else:
             self._inbox.post(ForSlot(family, FilesVerified(key)))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from edge_agent.core import health, sets, slots
 from edge_agent.core.offering import offers
 from edge_agent.core.serving import Route
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
@@ -36,12 +37,11 @@ from edge_agent.core.slot_values import (
     StartHost,
     StartTimer,
     StopHost,
+    Stopping,
     StopTimer,
     SwitchTo,
     VerifyFiles,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from edge_agent.core.variants import Misfit, choose
@@ -208,6 +208,10 @@ class Models:
         for family, slot in change.slots.items():
             if slot.phase is not before[family].phase:
                 logger.info("slot moved", extra={"family": family, "phase": slot.phase.value})
+            if slot.error_code and slot.error_code != before[family].error_code:
+                logger.warning(
+                    "a release did not come in", extra={"family": family, "code": slot.error_code, "why": slot.error}
+                )
         for family, effect in change.effects:
             self._carry_out(family, effect)
         for family in {*change.slots, *(family for family, _ in events)}:
@@ -215,7 +219,11 @@ class Models:
         self._warm_ups.admit(self._slots)
 
     async def stop(self) -> None:
-        """End every host."""
+        """End every host; that it ends in order is not held against what is on trial."""
+        try:
+            await self.handle_all([(family, Stopping()) for family in self._slots])
+        except StorageError as error:
+            logger.warning("an orderly end could not be saved", extra={"why": error.message})
         self._routes.clear()
         await self.hosting.stop_all()
 
@@ -225,8 +233,8 @@ class Models:
         match effect:
             case Fetch():
                 self._files.fetch(family, effect)
-            case VerifyFiles(key, files):
-                self._files.verify(family, key, files)
+            case VerifyFiles():
+                self._files.verify(family, effect)
             case RequestWarmUp(key):
                 self._warm_ups.ask(family, key)
             case CancelWork(key):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shared.errors import InvalidValue
 from shared.limits import MIB
-from shared.patch.onnx_tensors import find_tensors
+from shared.onnx_tensors import find_tensors
 
 PIECE: Final = 16
 FINE_STRIDE: Final = 16

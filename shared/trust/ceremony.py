@@ -5,7 +5,7 @@ families' roles. Whoever changes the keys of a role has what that role signs sig
 no device ever sees a root under which the rest does not hold.
 
     root       the keys of root, targets and of every online role (the latter's list is in the extension `x-outrider`)
-    targets    the keys of each family
+    targets    the keys of each family, and the hub's own key for what it may learn
     family     nothing but its releases
 
 Rules: a root follows from the one before it, by one version, signed by a threshold of the old keys and of the new ones
@@ -21,14 +21,14 @@ from typing import Final
 
 from shared import limits
 from shared.errors import Conflict, InvalidValue, TrustError
-from shared.ids import parse_family
+from shared.ids import FamilyName, parse_family
 from shared.trust import metadata as md
 from shared.trust import publication, repository
 from shared.trust.assignment import EXTENSION, TYPE, authorised_keys
 from shared.trust.authority import family_keys, require_signed, role_keys, root_roles
-from shared.trust.library import Delegations, Metadata, Role, Root, Targets
+from shared.trust.library import Delegations, Key, Metadata, Role, Root, Targets
 from shared.trust.repository import ROOT_DAYS, TARGETS_DAYS, RoleKeys
-from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL
+from shared.trust.roles import LEARNED, ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP_LEVEL
 
 FAMILIES: Final = "models/"
 OFFLINE_ROLES: Final = (ROOT, TARGETS)
@@ -71,9 +71,17 @@ def next_root(
 
 
 def next_targets(
-    current: Metadata[Targets], changes: Mapping[str, RoleKeys], *, now_ms: int, days: int = TARGETS_DAYS
+    current: Metadata[Targets],
+    changes: Mapping[str, RoleKeys],
+    *,
+    now_ms: int,
+    days: int = TARGETS_DAYS,
+    learned: Mapping[FamilyName, Key | None] | None = None,
 ) -> Metadata[Targets]:
     """The targets that follow, with other keys for these families' roles; without changes only their life begins anew.
+
+    Args:
+        learned: the hub's own key for what is learned, by family; None ends it.
 
     Raises:
         InvalidValue: a threshold that the keys cannot reach.
@@ -84,11 +92,13 @@ def next_targets(
     if signed.delegations is None or signed.delegations.roles is None:
         signed.delegations = Delegations(keys={}, roles={})
     metadata = Metadata(signed)
+    version = metadata.signed.version
     for role, held in changes.items():
-        version = metadata.signed.version
         family = parse_family(role.removeprefix(FAMILIES))
         metadata = repository.delegate_family(metadata, family, held, now_ms=now_ms, days=days)
-        metadata.signed.version = version
+    for family, key in (learned or {}).items():
+        metadata = repository.delegate_learned(metadata, family, key, now_ms=now_ms, days=days)
+    metadata.signed.version = version
     return metadata
 
 
@@ -190,7 +200,9 @@ def _check_targets(root: Root, current: bytes | None, new: bytes | None, *, now_
     if after.signed.targets:
         raise TrustError("the top-level targets list files", code="trust.unknown_target")
     for role in (after.signed.delegations.roles or {}) if after.signed.delegations is not None else {}:
-        _require_plain(after, role)
+        if not role.startswith(LEARNED):
+            _require_plain(after, role)
+    publication.check_learned_delegations(after, root)
     if is_signed:
         require_signed(root, TARGETS, after)
     md.check_fresh(after.signed, role=TARGETS, now_ms=now_ms)

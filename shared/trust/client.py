@@ -17,7 +17,7 @@ Not here: assignments, manifests, downloads of targets (5.7), several repositori
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from shared import limits
 from shared.errors import TransferRefused, TrustError
@@ -31,6 +31,22 @@ Steps = Generator[Need | Keep, bytes | None, R]
 Delegator = Root | Targets
 Loader = Callable[[str, Delegator, str], Steps[Targets]]
 """Loads a role as a delegator trusts it: the role's name, the delegator, the delegator's name."""
+
+
+class Found(NamedTuple):
+    """Where a target was found.
+
+    Attributes:
+        chain: the roles from the top-level targets to the one that lists it, each trusted by the one before: a role's
+            name alone says nothing, because whoever delegates may call a role as he likes.
+        expires_ms: when the metadata that lists it expires.
+        target: what it says.
+    """
+
+    chain: tuple[str, ...]
+    expires_ms: int
+    target: TargetFile
+
 
 MAX_ROLES_PER_SEARCH: Final = 32
 """How many delegated roles one target's search may visit, beside the top-level targets."""
@@ -104,7 +120,7 @@ class Client:
         """5.6: the top-level targets, for who wants them without looking for anything."""
         return (yield from self._load_role(TARGETS, self._root, ROOT))
 
-    def find(self, path: str) -> Steps[TargetFile | None]:
+    def find(self, path: str) -> Steps[Found | None]:
         """5.6.7: what the releases say of this target; None when no role that may speak of it lists it."""
         return (yield from search(path, self._root, self._load_role))
 
@@ -225,7 +241,7 @@ class Client:
         return data
 
 
-def search(path: str, root: Root, load: Loader) -> Steps[TargetFile | None]:
+def search(path: str, root: Root, load: Loader) -> Steps[Found | None]:
     """5.6.7: look through the delegations in pre-order; the first role that lists the path decides.
 
     Raises:
@@ -235,6 +251,7 @@ def search(path: str, root: Root, load: Loader) -> Steps[TargetFile | None]:
     stack: list[tuple[str, str]] = [(TARGETS, ROOT)]
     visited: set[str] = set()
     loaded: dict[str, Delegator] = {ROOT: root}
+    chains: dict[str, tuple[str, ...]] = {ROOT: ()}
     while stack:
         role, delegator_name = stack.pop()
         if role in visited:
@@ -243,8 +260,9 @@ def search(path: str, root: Root, load: Loader) -> Steps[TargetFile | None]:
         visited.add(role)
         targets = yield from load(role, loaded[delegator_name], delegator_name)
         loaded[role] = targets
+        chains[role] = chain = (*chains[delegator_name], role)
         if path in targets.targets:
-            return targets.targets[path]
+            return Found(chain, md.expires_ms(targets), targets.targets[path])
         children: list[tuple[str, str]] = []
         with md.translated(f"delegations of {role}"):
             for name, terminating in targets.delegations.get_roles_for_target(path) if targets.delegations else ():

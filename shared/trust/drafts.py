@@ -18,7 +18,7 @@ from shared.trust import metadata as md
 from shared.trust.authority import family_keys, role_keys, root_roles, short, signed_by
 from shared.trust.library import Metadata, Root, Signer, Targets
 from shared.trust.repository import RoleKeys
-from shared.trust.roles import ROOT, TARGETS
+from shared.trust.roles import LEARNED, ROOT, TARGETS
 
 MAX_DRAFT_BYTES: Final = 32 * 1024 * 1024
 
@@ -193,7 +193,8 @@ def describe(draft: Draft) -> tuple[str, ...]:
             files = f", {len(piece.signed.targets)} files as before" if role != TARGETS else ""
             lines.append(f"{role} {piece.signed.version}, until {piece.signed.expires:%Y-%m-%d}{files}")
             roles = (piece.signed.delegations.roles or {}) if piece.signed.delegations is not None else {}
-            for name in sorted(roles):
+            held = earlier.signed.delegations if earlier is not None else None
+            for name in sorted({*roles, *((held.roles or {}) if held is not None else ())}):
                 before = family_keys(earlier.signed, name) if earlier is not None else None
                 lines += _role_lines(name, family_keys(piece.signed, name), before, is_first=earlier is None)
     return tuple(lines)
@@ -215,11 +216,12 @@ def missing(found: Sequence[Quorum]) -> tuple[str, ...]:
 
 def _role_lines(role: str, keys: RoleKeys | None, before: RoleKeys | None, *, is_first: bool) -> list[str]:
     if keys is None:
-        return []
+        return [] if before is None else [f"  {role}: WITHDRAWN"]
     old = {key.keyid for key in before.keys} if before is not None else set()
     new = {key.keyid for key in keys.keys}
     change = "" if before is None or before.threshold == keys.threshold else f", was {before.threshold}"
-    lines = [f"  {role}: {keys.threshold} of {len(new)}{change}"]
+    whose = ", the hub's own, for what it learns within the bounds of its bases" if role.startswith(LEARNED) else ""
+    lines = [f"  {role}: {keys.threshold} of {len(new)}{change}{whose}"]
     for key in keys.keys:
         lines.append(f"    {short(key.keyid)}{'' if is_first or key.keyid in old else '  NEW'}")
     return lines + [f"    {short(keyid)}  REMOVED" for keyid in sorted(old - new)]

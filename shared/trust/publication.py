@@ -14,9 +14,9 @@ from shared.ids import FamilyName
 from shared.model import FileRef
 from shared.trust import metadata as md
 from shared.trust import repository
-from shared.trust.authority import require_signed
-from shared.trust.library import Metadata, Targets
-from shared.trust.roles import ROOT, TARGETS, family_paths, family_role
+from shared.trust.authority import family_keys, require_signed, role_keys
+from shared.trust.library import Metadata, Root, Targets
+from shared.trust.roles import LEARNED, ROOT, TARGETS, family_paths, family_role, learned_paths
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +75,7 @@ def check_publication(
     md.check_fresh(top.signed, role=TARGETS, now_ms=now_ms)
     name = family_role(family)
     check_delegation(top, family)
+    check_learned_delegations(top, trusted.signed)
     incoming = repository.read_targets(role, role=name)
     if is_signed:
         require_signed(top.signed, name, incoming)
@@ -102,6 +103,46 @@ def check_delegation(targets: Metadata[Targets], family: FamilyName) -> None:
         )
 
 
+def check_learned_delegations(targets: Metadata[Targets], root: Root) -> None:
+    """Raise TrustError unless what lets the hub sign learned releases does that and no more.
+
+    One key for each family, which is nobody's who signs anything else of targets or root; only for learned versions;
+    before the families' own roles, which still have their say.
+    """
+    delegations = targets.signed.delegations
+    roles = (delegations.roles or {}) if delegations is not None else {}
+    people = {
+        md.key_material(key)
+        for held in (
+            *(role_keys(root, role) for role in (ROOT, TARGETS)),
+            *(family_keys(targets.signed, role) for role in roles if not role.startswith(LEARNED)),
+        )
+        if held is not None
+        for key in held.keys
+    }
+    seen_family = False
+    for name, role in roles.items():
+        if not name.startswith(LEARNED):
+            seen_family = True
+            continue
+        family = FamilyName(name.removeprefix(LEARNED))
+        keys = family_keys(targets.signed, name)
+        is_plain = role.paths == [learned_paths(family)] and not role.terminating and not seen_family
+        if (
+            keys is None
+            or not is_plain
+            or family_role(family) not in roles
+            or role.threshold != 1
+            or len(keys.keys) != 1
+            or md.key_material(keys.keys[0]) in people
+        ):
+            raise TrustError(
+                f"the targets give {name[:120]!r} more than learned releases, or to a key that signs for people",
+                code="trust.delegation",
+                hint="make the change again: outrider-hub keys rotate learned/FAMILY",
+            )
+
+
 def check_next(newer: Metadata[Targets], current: Metadata[Targets] | None, *, role: str) -> None:
     """Raise Conflict unless this is the version that follows."""
     expected = 1 if current is None else current.signed.version + 1
@@ -127,6 +168,8 @@ def check_kept(newer: Metadata[Targets], current: Metadata[Targets], *, role: st
         return
     old, new = current.signed.delegations, newer.signed.delegations
     lost = set((old.roles or {}) if old else ()) - set((new.roles or {}) if new else ())
+    # What lets the hub itself sign can be withdrawn, whatever it has signed by then.
+    lost = {name for name in lost if not name.startswith(LEARNED)}
     if lost:
         raise Conflict(f"the targets would drop {sorted(lost)}", code="conflict.release", hint="sign again")
 

@@ -5,6 +5,9 @@ same style: a generator that says what it needs. The reference time is fixed onc
 device's clock, its time floor, and the moment at which the assignment says it was issued. That last one is signed, so
 a device without a clock cannot be shown old metadata beside a new assignment.
 
+A learned release (docs/adr/0010-updates.md) is signed by a key that lies on the hub, so that signature is not asked
+what the release is: its base, which a person signed, says that (`_verify_ground`).
+
 Order: roots, then the assignment (its keys are in the root; a refused one costs no further request), then timestamp,
 snapshot and the roles on the way to each release, then the manifests.
 
@@ -15,18 +18,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from shared import limits
 from shared.errors import InvalidValue, TrustError
-from shared.model import FileRef, Manifest, decode_manifest
-from shared.release import AssignedModel, Assignment, Floors, VerifiedAssignment, VerifiedModel
+from shared.ids import FamilyName, ModelVersion
+from shared.learned import CODE as LEARNED_CODE
+from shared.learned import check_learned_manifest
+from shared.model import FileRef, Manifest, decode_manifest, is_learned, parse_manifest_path
+from shared.release import AssignedModel, Assignment, Floors, Ground, VerifiedAssignment, VerifiedModel
 from shared.trust import assignment as assignments
 from shared.trust import floors, strict, time
 from shared.trust import metadata as md
-from shared.trust.client import Client, missing
-from shared.trust.library import Root, TargetFile
+from shared.trust.client import Client, Found, missing
+from shared.trust.library import Root
+from shared.trust.roles import LEARNED, TARGETS, learned_role
 from shared.wire.verification import Job, Keep, KeepManifest, Need, TimeJob
+
+MAX_LEARNED_MS: Final = 14 * 86_400_000
+"""How long from now a learned role's metadata may hold; a stolen key cannot sign for longer than it is stolen."""
 
 R = TypeVar("R")
 Steps = Generator[Need | Keep | KeepManifest, bytes | None, R]
@@ -46,10 +56,11 @@ def verify(job: Job) -> Steps[VerifiedAssignment]:
     root = yield from client.follow_roots()
     time.check_attested(root, attested=job.time_attested)
     assignment = _open_assignment(job, root)
-    yield from client.refresh(now_ms=max(_now_ms(job, root), assignment.issued_ms))
+    now_ms = max(_now_ms(job, root), assignment.issued_ms)
+    yield from client.refresh(now_ms=now_ms)
     models = []
     for assigned in assignment.models:
-        models.append((yield from _verify_model(client, job, assigned)))
+        models.append((yield from _verify_model(client, job, assigned, now_ms=now_ms)))
     return VerifiedAssignment(
         assignment=assignment, models=tuple(models), floors=_raised(job, root, client, assignment, models)
     )
@@ -99,37 +110,104 @@ def _now_ms(job: Job, root: Root) -> int:
     return max(job.wall_ms, floors.time_floor(job.floors, root))
 
 
-def _verify_model(client: Client, job: Job, assigned: AssignedModel) -> Steps[VerifiedModel]:
+def _verify_model(client: Client, job: Job, assigned: AssignedModel, *, now_ms: int) -> Steps[VerifiedModel]:
     """Both signatures must agree: the file that the assignment names is the one that the release role signed."""
+    found = yield from client.find(assigned.manifest.path)
+    manifest, data = yield from _fetch_manifest(assigned, found)
+    check_fit(manifest, profile=job.profile, floors=job.floors)
+    check_origin(manifest.family, manifest.version, found, accepts=job.accept_learned)
+    ground = None
+    if manifest.base is not None:
+        check_life(found, now_ms=now_ms)
+        ground = yield from _verify_ground(client, job, manifest, manifest.base)
+    for file in (manifest.golden.file, *(variant.file for variant in manifest.variants)):
+        listed = yield from client.find(file.path)
+        check_listed(file, listed)
+        check_origin(manifest.family, manifest.version, listed, accepts=job.accept_learned)
+    yield KeepManifest(digest=assigned.manifest.digest, data=data)
+    return VerifiedModel(manifest=manifest, manifest_digest=assigned.manifest.digest, ground=ground)
+
+
+def _fetch_manifest(assigned: AssignedModel, found: Found | None) -> Steps[tuple[Manifest, bytes]]:
+    """The manifest and its bytes, if it is listed where it was found and is what it is called."""
     ref = assigned.manifest
-    check_listed(ref, (yield from client.find(ref.path)))
+    check_listed(ref, found)
     data = yield Need(name=ref.path, max_bytes=ref.length, file=ref)
     if data is None:
         raise missing(ref.path)
-    manifest = open_manifest(data, assigned)
-    check_fit(manifest, profile=job.profile, floors=job.floors)
-    for file in (manifest.golden.file, *(variant.file for variant in manifest.variants)):
-        check_listed(file, (yield from client.find(file.path)))
+    return open_manifest(data, assigned), data
+
+
+def _verify_ground(client: Client, job: Job, learned: Manifest, ref: FileRef) -> Steps[Ground]:
+    """What a learned release stands on: a base that a person signed, and that says all the rest of it."""
+    family, version = parse_manifest_path(ref.path)
+    found = yield from client.find(ref.path)
+    base, data = yield from _fetch_manifest(AssignedModel(family=family, version=version, manifest=ref), found)
+    check_origin(family, version, found, accepts=job.accept_learned)
+    check_learned_manifest(learned, base)
+    assert base.learning is not None, "checked with the manifest"
+    ours = next(variant for variant in base.variants if variant.name == base.learning.variant)
+    check_listed(ours.file, (yield from client.find(ours.file.path)))
     yield KeepManifest(digest=ref.digest, data=data)
-    return VerifiedModel(manifest=manifest, manifest_digest=ref.digest)
+    return Ground(file=ours.file, bounds=base.learning)
 
 
-def check_listed(file: FileRef, target: TargetFile | None) -> None:
+def check_listed(file: FileRef, found: Found | None) -> None:
     """Raise TrustError unless a signed release holds this file (`trust.unknown_target`) with this very content.
 
     A target of another length or digest under the same name is `trust.digest`.
     """
-    if target is None:
+    if found is None:
         raise TrustError(
             f"no signed release holds {file.path!r}",
             code="trust.unknown_target",
             hint="sign and publish the release before it is assigned",
         )
-    if target.length != file.length or target.hashes.get("sha256") != file.digest:
+    if found.target.length != file.length or found.target.hashes.get("sha256") != file.digest:
         raise TrustError(
             f"{file.path} is not the file that the release signed under this name",
             code="trust.digest",
             hint="the hub and the signed release disagree; build, sign and publish the release again",
+        )
+
+
+def check_origin(family: FamilyName, version: ModelVersion, found: Found | None, *, accepts: bool) -> None:
+    """Raise TrustError unless those who list a release may say so, and the device takes what is learned.
+
+    A release of its own is believed from people only, however the hub's role calls those that it delegates to; a
+    learned one also from the hub's role itself.
+
+    Args:
+        found: where the manifest, or a file of it, is listed.
+        accepts: whether this device opted in to learned releases.
+
+    Raises:
+        TrustError: `trust.learned_refused` without the opt-in, `trust.learned` for a role that may not say this.
+    """
+    if is_learned(version) and not accepts:
+        raise TrustError(
+            f"{family} {version} was learned and not signed by a person, and this device takes no such releases",
+            code="trust.learned_refused",
+            hint="set updates.accept_learned in the agent's settings, or assign its base",
+        )
+    chain = found.chain if found is not None else ()
+    if not any(role.startswith(LEARNED) for role in chain):
+        return
+    if not is_learned(version) or chain != (TARGETS, learned_role(family)):
+        raise TrustError(
+            f"{family} {version} is listed by {' > '.join(chain)[:200]}, which may not sign such a release",
+            code=LEARNED_CODE,
+            hint="let a person sign this release; if nobody made it, the hub's learned key is stolen",
+        )
+
+
+def check_life(found: Found | None, *, now_ms: int) -> None:
+    """Raise TrustError `trust.learned` when the hub's own role would hold for longer than it may."""
+    if found is not None and found.chain[-1].startswith(LEARNED) and found.expires_ms - now_ms > MAX_LEARNED_MS:
+        raise TrustError(
+            f"{found.chain[-1]} metadata would hold for more than {MAX_LEARNED_MS // 86_400_000} days",
+            code=LEARNED_CODE,
+            hint="if the hub did not sign that, its learned key is stolen: withdraw the delegation",
         )
 
 

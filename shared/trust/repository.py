@@ -38,11 +38,21 @@ from shared.trust.library import (
     Targets,
     Timestamp,
 )
-from shared.trust.roles import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, family_paths, family_role
+from shared.trust.roles import (
+    ROOT,
+    SNAPSHOT,
+    TARGETS,
+    TIMESTAMP,
+    family_paths,
+    family_role,
+    learned_paths,
+    learned_role,
+)
 
 ROOT_DAYS: Final = 365
 TARGETS_DAYS: Final = 90
 SNAPSHOT_DAYS: Final = 7
+LEARNED_DAYS: Final = 7
 TIMESTAMP_DAYS: Final = 1
 
 
@@ -125,6 +135,26 @@ def delegate_family(
     used = {keyid for role in roles.values() for keyid in role.keyids}
     known = {**signed.delegations.keys, **{key.keyid: key for key in keys.keys}}
     signed.delegations = Delegations(keys={keyid: key for keyid, key in known.items() if keyid in used}, roles=roles)
+    return _next(signed, now_ms=now_ms, days=days)
+
+
+def delegate_learned(
+    targets: Metadata[Targets], family: FamilyName, key: Key | None, *, now_ms: int, days: int = TARGETS_DAYS
+) -> Metadata[Targets]:
+    """The next targets, in which this key of the hub signs the family's learned releases; without one, nobody does.
+
+    The role comes before all others and is not terminating: what it does not list, the family's own may.
+    """
+    signed = copy.deepcopy(targets.signed)
+    delegations = signed.delegations or Delegations(keys={}, roles={})
+    name = learned_role(family)
+    roles = {other: role for other, role in (delegations.roles or {}).items() if other != name}
+    keys = dict(delegations.keys)
+    if key is not None:
+        keys[key.keyid] = key
+        roles = {name: DelegatedRole(name, [key.keyid], 1, terminating=False, paths=[learned_paths(family)]), **roles}
+    used = {keyid for role in roles.values() for keyid in role.keyids}
+    signed.delegations = Delegations(keys={keyid: key for keyid, key in keys.items() if keyid in used}, roles=roles)
     return _next(signed, now_ms=now_ms, days=days)
 
 

@@ -17,6 +17,7 @@ ROOT: Final = "root"
 TIMESTAMP: Final = "timestamp"
 SNAPSHOT: Final = "snapshot"
 TARGETS: Final = "targets"
+LEARNED: Final = "learned/"
 TOP_LEVEL: Final = frozenset({ROOT, TIMESTAMP, SNAPSHOT, TARGETS})
 
 MAX_ROLE_CHARS: Final = 200
@@ -33,6 +34,16 @@ def family_role(family: FamilyName) -> str:
 def family_paths(family: FamilyName) -> str:
     """The path pattern that the family's role is trusted for: `models/digits/*/*`."""
     return f"models/{family}/*/*"
+
+
+def learned_role(family: FamilyName) -> str:
+    """The role that the hub itself signs a family's learned releases with, where a person allowed it."""
+    return f"{LEARNED}{family}"
+
+
+def learned_paths(family: FamilyName) -> str:
+    """The path pattern that this role is trusted for: `models/digits/*-learned.*/*`."""
+    return f"models/{family}/*-learned.*/*"
 
 
 def is_role_name(name: str) -> bool:

@@ -31,9 +31,9 @@ from shared.release import AssignedModel
 from shared.trust import assignment as assignments
 from shared.trust import floors
 from shared.trust import metadata as md
-from shared.trust.client import Delegator, Steps, is_promised, promised, search
-from shared.trust.library import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
-from shared.trust.refresh import check_fit, check_listed, open_manifest
+from shared.trust.client import Delegator, Found, Steps, is_promised, promised, search
+from shared.trust.library import Metadata, Root, Snapshot, Targets, Timestamp
+from shared.trust.refresh import check_fit, check_listed, check_origin, open_manifest
 from shared.trust.roles import ROOT, SNAPSHOT, TIMESTAMP
 from shared.wire.verification import Judged, Refused, StoredJob, StoredRelease
 
@@ -89,19 +89,22 @@ class _State:
             files = (ref, manifest.golden.file, *(variant.file for variant in manifest.variants))
         else:
             lacks = lacks or path
-            self._check_digest(path, release.digest)
+            self._check_digest(path, release)
         for file in files:
-            check_listed(file, self._find(file.path))
+            found = self._find(file.path)
+            check_listed(file, found)
+            check_origin(release.family, release.version, found, accepts=self._job.accept_learned)
         if lacks is not None:
             raise _gone(lacks)
 
-    def _check_digest(self, path: str, digest: Digest) -> None:
+    def _check_digest(self, path: str, release: StoredRelease) -> None:
         """The manifest is gone; the release role still says whether one of this digest was signed."""
-        target = self._find(path)
-        length = 0 if target is None else target.length
-        check_listed(FileRef(path=path, length=length, digest=digest), target)
+        found = self._find(path)
+        length = 0 if found is None else found.target.length
+        check_listed(FileRef(path=path, length=length, digest=release.digest), found)
+        check_origin(release.family, release.version, found, accepts=self._job.accept_learned)
 
-    def _find(self, path: str) -> TargetFile | None:
+    def _find(self, path: str) -> Found | None:
         return _finished(search(path, self._root, self._load))
 
     @property
@@ -186,11 +189,11 @@ _OTHER_KEYS: Final = "trust.signature"
 """Keys that were replaced while a refresh broke off. The online ones say what is newest and vouch for no model."""
 
 
-def _finished(steps: Steps[TargetFile | None]) -> TargetFile | None:
+def _finished(steps: Steps[Found | None]) -> Found | None:
     try:
         next(steps)
     except StopIteration as end:
-        found: TargetFile | None = end.value
+        found: Found | None = end.value
         return found
     raise AssertionError("what is stored asks for nothing")
 

@@ -95,6 +95,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
         wall_ms: the trusted time, or the best guess at it (edge_agent/core/trusted_time.py).
         profile: the name of this device's profile.
         time_attested: whether the hub has attested the time since the device started.
+        accept_learned: whether this device opted in to learned releases.
     """
 
     document: bytes
@@ -106,6 +107,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     wall_ms: int
     previous: bytes | None = None
     time_attested: bool = False
+    accept_learned: bool = False
 
 
 class TimeJob(msgspec.Struct, frozen=True, kw_only=True, tag="time"):
@@ -147,6 +149,7 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True, tag="stored"):
     cache: dict[str, bytes]
     floors: Floors
     releases: tuple[StoredRelease, ...]
+    accept_learned: bool = False
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True, tag="judged"):

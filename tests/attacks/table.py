@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from tests.attacks.defence import Defence
-from tests.attacks.tables import broker, device, hub, trust
+from tests.attacks.tables import broker, device, hub, learned, trust
 
 DEFENCES: Final[tuple[Defence, ...]] = tuple(
-    sorted((*trust.DEFENCES, *device.DEFENCES, *broker.DEFENCES, *hub.DEFENCES), key=lambda defence: defence.row)
+    sorted(
+        (*trust.DEFENCES, *learned.DEFENCES, *device.DEFENCES, *broker.DEFENCES, *hub.DEFENCES),
+        key=lambda defence: defence.row,
+    )
 )

@@ -89,9 +89,10 @@ class Session:
 
     def download(self, path: str, *, targets: Repository, target_dir: Path) -> None:
         """Have this target in the directory, verified; what is there and holds is not fetched again."""
-        target = self._drive(self._client.find(path))
-        if target is None:
+        found = self._drive(self._client.find(path))
+        if found is None:
             raise TrustError(f"no role lists {path!r}", code="trust.unknown_target")
+        target = found.target
         place = target_dir / quote(path, safe="")
         if place.exists() and _holds(place, target):
             return

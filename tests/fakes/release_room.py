@@ -3,7 +3,7 @@ offline keys of an operator at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,14 @@ class ReleaseRoom:
         migrate.upgrade(self.database)
         self.operator = Operator()
         online = {name: CryptoSigner.generate_ed25519() for name in ("snapshot", "timestamp", "assignment", "time")}
-        self.keys = OnlineKeys(**online)
+        self.keys = OnlineKeys(
+            snapshot=online["snapshot"],
+            timestamp=online["timestamp"],
+            assignment=online["assignment"],
+            time=online["time"],
+        )
         self.ring = {name: [signer] for name, signer in online.items()}
+        self.learned: CryptoSigner | None = None
         self.fleet = FakeFleet({})
         self.outgoing = Outgoing([])
         self.bus = Bus()
@@ -168,7 +174,13 @@ class ReleaseRoom:
                     chosen[name] = signer
             if name not in chosen:
                 raise ConfigError(f"no {name} key here", code="config.key_missing")
+        chosen["learned"] = self._learned
         return OnlineKeys(**chosen)
+
+    def _learned(self, family: FamilyName, keyids: Collection[str]) -> CryptoSigner:
+        if self.learned is None or self.learned.public_key.keyid not in keyids:
+            raise ConfigError(f"no learned-{family} key here", code="config.key_missing")
+        return self.learned
 
     def close(self) -> None:
         """End the database's threads."""

@@ -30,7 +30,18 @@ from cloud_hub.releases.rules import BuildReport
 from cloud_hub.rounds.desk import Desk, Run, Spec
 from shared.federated import Array, ArrayRecord, FlowerError, FlowerRecord, MetricRecord, reply_to
 from shared.ids import DeviceId, FamilyName, ModelVersion
-from shared.model import FileRef, Signature, TensorSpec, target_path
+from shared.model import (
+    FileRef,
+    Golden,
+    Learning,
+    Manifest,
+    Signature,
+    TensorSpec,
+    Variant,
+    encode_manifest,
+    target_path,
+)
+from shared.trust.repository import release_files
 from shared.wire.envelope import decode_envelope
 from shared.wire.flower import decode_message, encode_message
 from shared.wire.messages import RoundReply, RoundTask, expect
@@ -199,8 +210,15 @@ class RoundRoom:
         chosen = np.isin(labels, classes).nonzero()[0][:rows]
         return Learner(self.features(pixels[chosen]), labels[chosen])
 
-    def put_base(self, model: bytes, *, version: str = BASE, outputs: tuple[str, ...] = ("scores", "r")) -> None:
-        """A version that is ready, without building it."""
+    def put_base(
+        self,
+        model: bytes,
+        *,
+        version: str = BASE,
+        outputs: tuple[str, ...] = ("scores", "r"),
+        learning: Learning | None = None,
+    ) -> None:
+        """A version that is ready, without building it; one that may be learned on has a manifest, to be released."""
         golden = classifier.golden(300, seed=99)
         push = self.releases.push(model=model, golden=golden, version=ModelVersion(version))
         sizes = {"scores": 10, "r": HIDDEN}
@@ -215,9 +233,25 @@ class RoundRoom:
             assert row is not None
             counters, floor = release_tables.family_counters(conn, FAMILY)
             file = FileRef(path=target_path(FAMILY, ModelVersion(version), "fp32.onnx"), length=1, digest=push.model)
+            files: tuple[FileRef, ...] = (file,)
+            if learning is not None:
+                file = FileRef(path=file.path, length=len(model), digest=push.model)
+                at = target_path(FAMILY, ModelVersion(version), "golden.bin")
+                manifest = Manifest(
+                    family=FAMILY, version=ModelVersion(version), release_counter=max(counters, default=0) + 1,
+                    min_release_counter=floor, task="classification", signature=signature,
+                    preparations=push.preparations, labels=push.labels,
+                    golden=Golden(
+                        file=FileRef(path=at, length=len(golden), digest=push.golden), samples=300, min_agreement=0.9
+                    ),
+                    variants=(Variant(name="fp32", runtime="onnx", file=file, accuracy=1.0, answers=(0,) * 300),),
+                    learning=learning,
+                )  # fmt: skip
+                self.releases.desk.blobs.put(encode_manifest(manifest))
+                files = release_files(manifest)
             release_tables.finish_build(
                 conn, row, state="ready", report=BuildReport(signature=signature), at_ms=2,
-                counters=(max(counters, default=0) + 1, floor), files=(file,),
+                counters=(max(counters, default=0) + 1, floor), files=files,
             )  # fmt: skip
 
         self.releases.database.write_now(work)

@@ -21,7 +21,7 @@ from shared.trust import refresh
 from shared.trust import repository as repo
 from shared.trust.assignment import sign_assignment
 from shared.trust.library import CryptoSigner, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp, encode_canonical
-from shared.trust.roles import family_role, file_name
+from shared.trust.roles import LEARNED, family_role, file_name, learned_role
 from shared.trust.time import AttestedTime, sign_time
 from shared.wire.verification import Job, Keep, KeepManifest, Need, TimeJob
 
@@ -75,6 +75,7 @@ class Device:
     def __init__(self, root: bytes, *, name: DeviceId = DEVICE, profile: str = "x86-gateway") -> None:
         self.name = name
         self.profile = profile
+        self.accept_learned = False
         self.root = root
         self.cache: dict[str, bytes] = {}
         self.previous: bytes | None = None
@@ -101,6 +102,7 @@ class Device:
             wall_ms=wall_ms,
             previous=self.previous,
             time_attested=time_attested,
+            accept_learned=self.accept_learned,
         )
         verified = self._play(refresh.verify(job), serve)
         self.floors = verified.floors
@@ -148,7 +150,7 @@ class TrustRepository:
         self.attests_time = attests_time
         self.keys: dict[str, list[CryptoSigner]] = {
             role: [CryptoSigner.generate_ed25519()]
-            for role in ("root", "targets", "snapshot", "timestamp", "assignment", "time", "release")
+            for role in ("root", "targets", "snapshot", "timestamp", "assignment", "time", "release", "learned")
         }
         while len(self.keys["targets"]) < targets_threshold:
             self.keys["targets"].append(CryptoSigner.generate_ed25519())
@@ -204,9 +206,24 @@ class TrustRepository:
         self.manifests[(family, manifest.version)] = manifest
         self.publish()
 
+    def allow_learned(self, family: FamilyName = DIGITS, *, allowed: bool = True) -> None:
+        """Let the hub's own key sign learned releases of the family, or none any more, and publish."""
+        key = self.keys["learned"][0].public_key if allowed else None
+        self.targets = repo.delegate_learned(self.targets, family, key, now_ms=self.now_ms)
+        self.publish()
+
+    def learn(self, manifest: Manifest, *, family: FamilyName = DIGITS, days: int = repo.LEARNED_DAYS) -> None:
+        """Sign whatever is said to be learned with the hub's own key, as who stole it would, and publish."""
+        role = learned_role(family)
+        self.roles[role] = repo.add_release(self.roles.get(role), manifest, now_ms=self.now_ms, days=days)
+        self.files[repo.manifest_ref(manifest).path] = encode_manifest(manifest)
+        self.manifests[(manifest.family, manifest.version)] = manifest
+        self.publish()
+
     def store(self, role: str, metadata: Metadata[Targets], *signers: CryptoSigner) -> bytes:
         """Sign targets or a delegated role and serve it."""
-        keys = signers or tuple(self.keys["targets" if role == "targets" else "release"])
+        kept = "targets" if role == "targets" else "learned" if role.startswith(LEARNED) else "release"
+        keys = signers or tuple(self.keys[kept])
         data = repo.sign(metadata, *keys)
         self.files[file_name(role, metadata.signed.version)] = data
         return data

@@ -18,11 +18,17 @@ import pytest
 from onnx import numpy_helper
 
 from cloud_hub.ground import audit
+from cloud_hub.releases import tables
 from cloud_hub.rounds import course, session
 from cloud_hub.rounds.desk import Desk, Run
+from shared.errors import Conflict
 from shared.federated import Array, ArrayRecord, FlowerRecord, MetricRecord
 from shared.ids import Digest
-from tests.fakes.round_room import FAMILY, RESULT, RoundRoom, altered, npy, refusal, spec
+from shared.learned import check_learned_file
+from shared.model import Learning
+from shared.trust import repository
+from shared.trust.library import CryptoSigner
+from tests.fakes.round_room import FAMILY, RESULT, RoundRoom, altered, base_model, npy, refusal, spec
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 pytest.importorskip("onnx")
@@ -79,6 +85,44 @@ def test_a_run_learns_a_head_that_becomes_a_model(room: RoundRoom) -> None:
     assert row.push.model == run.row.model
     actions = [entry.action for entry in room.releases.database.read_now(lambda c: audit.entries(c, after=0, limit=50))]
     assert [action for action in actions if action.startswith("round.")] == ["round.started", "round.finished"]
+
+
+def test_a_learned_run_starts_from_the_bases_head_and_changes_nothing_else(room: RoundRoom) -> None:
+    """What comes out is the base's file with other numbers, within the norm that the base's manifest allows."""
+    releases, learned = room.releases, "1.1.0-learned.1"
+    base = base_model(room.weights)
+    bounds = Learning(variant="fp32", tensors=("w2", "b2"), max_shift=50.0)
+    room.put_base(base, version="1.1.0", learning=bounds)
+    releases.learned = CryptoSigner.generate_ed25519()
+    room.fleet.devices.clear()
+    for number in range(3):
+        room.fleet.add(f"dev-{number}", room.learner(seed=10 + number).answer, version="1.1.0")
+
+    async def allow() -> None:
+        await releases.publish("1.1.0")
+        current = releases.database.read_now(tables.newest_metadata)
+        assert releases.learned is not None
+        targets = repository.delegate_learned(
+            repository.read_targets(current["targets"].document),
+            FAMILY,
+            releases.learned.public_key,
+            now_ms=releases.clock.wall,
+        )
+        signed = repository.sign(targets, releases.operator.targets).decode()
+        await releases.desk.publishing.change_keys({"targets": signed}, actor="token:admin")
+
+    with pytest.raises(ExceptionGroup) as refused:
+        hold(room, base="1.1.0", version=learned, learned=True)
+    assert isinstance(refused.value.exceptions[0], Conflict)
+    asyncio.run(allow())
+    run = hold(room, base="1.1.0", version=learned, learned=True, rounds=2)
+    assert run.row.state == "finished", run.row.reason
+    assert run.results[0].metrics["accuracy"] > 0.9, "it began with the base's head"
+    row = asyncio.run(releases.desk.catalogue.get(FAMILY, learned))
+    assert row.push.learned_on == "1.1.0"
+    made = releases.desk.blobs.read(row.push.model, max_bytes=len(base))
+    shift = check_learned_file(memoryview(made), memoryview(base), tensors=bounds.tensors, max_shift=bounds.max_shift)
+    assert shift > 0
 
 
 def test_large_tasks_and_answers_travel_as_files(room: RoundRoom, monkeypatch: pytest.MonkeyPatch) -> None:

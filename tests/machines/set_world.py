@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from edge_agent.adapters.ledger import merged_floors
 from edge_agent.core import offering, sets, slots
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
@@ -49,8 +50,6 @@ from edge_agent.core.slot_values import (
     Timer,
     VerifyFiles,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edge_agent.core import slots
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerGood,
     Effect,
@@ -18,8 +19,6 @@ from edge_agent.core.slot_values import (
     ProbationTimedOut,
     Slot,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
 )
 from tests.machines.slot_parts import PROBATION, empty_slot, key, offer
 

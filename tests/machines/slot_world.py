@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from edge_agent.core import slots
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
@@ -39,8 +40,6 @@ from edge_agent.core.slot_values import (
     Timer,
     VerifyFiles,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from shared.machine import Decision

@@ -8,6 +8,7 @@ import pytest
 
 from edge_agent.core import offering, sets, slots
 from edge_agent.core.health import running_model
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     MAX_GATHERING_MS,
     MAX_READY_MS,
@@ -38,8 +39,6 @@ from edge_agent.core.slot_values import (
     WaitOver,
     WarmUpAllowed,
     Withdrawn,
-    decode_state,
-    encode_state,
 )
 from edge_agent.core.variants import Misfit
 from shared.ids import FamilyName

@@ -41,6 +41,7 @@ from edge_agent.core.slot_values import (
     StartHost,
     StartTimer,
     StopHost,
+    Stopping,
     SwitchTo,
     Timer,
     VerifyFiles,
@@ -57,6 +58,27 @@ V1, V2, V3 = key("1.0.0"), key("2.0.0"), key("3.0.0")
 
 
 # Coming in
+
+
+def test_orderly_restarts_are_not_held_against_what_is_on_trial() -> None:
+    script = Script().say(*committed("1.0.0", at=1), *on_probation("2.0.0", at=2))
+    for _ in range(MAX_TRANSITIONS):
+        script.say(Stopping(), Restarted(PROBATION))
+        script.stands(Phase.STAGED)
+        script.say(WarmUpAllowed(V2), *on_probation("2.0.0", at=2)[-1:])
+        script.stands(Phase.PROBATION)
+    assert script.slot.quarantine == ()
+    assert script.slot.tries == 1
+
+
+def test_crashes_between_orderly_restarts_still_count() -> None:
+    script = Script().say(*committed("1.0.0", at=1), *on_probation("2.0.0", at=2))
+    for _ in range(4):
+        script.say(Stopping(), Restarted(PROBATION), WarmUpAllowed(V2), *on_probation("2.0.0", at=2)[-1:])
+        script.say(Restarted(PROBATION), WarmUpAllowed(V2))
+        if script.slot.phase is Phase.WARMUP:
+            script.say(*on_probation("2.0.0", at=2)[-1:])
+    assert script.slot.quarantine == (V2,)
 
 
 def test_a_first_release_goes_through_every_phase() -> None:

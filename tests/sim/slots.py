@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from edge_agent.adapters.ledger import merged_floors
 from edge_agent.core import intake, slots
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     AnswerBad,
     AnswerGood,
@@ -51,8 +52,6 @@ from edge_agent.core.slot_values import (
     SwitchTo,
     VerifyFiles,
     WarmUpAllowed,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from shared.ids import DeviceId

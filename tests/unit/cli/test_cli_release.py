@@ -399,6 +399,32 @@ def test_push_uploads_what_is_missing_and_waits(logged_in: SmallHub, run: Run, t
     assert decode_golden(golden, SIGNATURE).labels == (1, 0, 0)
 
 
+def test_a_base_says_what_the_hub_may_learn_on_it(logged_in: SmallHub, run: Run, tmp_path: Path) -> None:
+    push_files(tmp_path, x=np.ones((3, 2), np.float32))
+    building = {"family": "sign", "version": "1.0.0", "state": "building"}
+    logged_in.answers[("POST", "/v1/models")] = (202, building)
+    ended = run(*PUSH, "--labels", "a,b", "--learn", "w,b", "--max-shift", "0.5")
+    assert ended.code == 0, ended.err
+    sent = msgspec.json.decode(logged_in.asked[-1].body)["learning"]
+    assert sent == {"variant": "fp32", "tensors": ["w", "b"], "max_shift": 0.5}
+    assert run(*PUSH, "--labels", "a,b", "--learn", "w,b").code == 2
+
+
+def test_what_was_learned_is_sent_with_its_bases_name(logged_in: SmallHub, run: Run, tmp_path: Path) -> None:
+    push_files(tmp_path, x=np.ones((3, 2), np.float32))
+    ready = {"family": "sign", "version": "1.0.0-learned.1", "state": "ready", "report": None}
+    logged_in.answers[("POST", "/v1/learned")] = (202, ready)
+    ended = run("release", "learn", "sign/1.0.0", "m.onnx", "--version", "1.0.0-learned.1", "--wait")
+    assert ended.code == 0, ended.err
+    model = hashlib.sha256(onnx_model()).hexdigest()
+    assert msgspec.json.decode(logged_in.asked[-1].body) == {
+        "family": "sign",
+        "base": "1.0.0",
+        "version": "1.0.0-learned.1",
+        "model": model,
+    }
+
+
 def test_a_rejected_model_ends_with_failure(logged_in: SmallHub, run: Run, tmp_path: Path) -> None:
     push_files(tmp_path, x=np.ones((3, 2), np.float32))
     report = {"code": "model.gate", "reason": "no variant passed", "hint": "train longer"}

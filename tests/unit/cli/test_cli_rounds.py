@@ -57,6 +57,16 @@ def test_start_sends_only_what_was_given(logged_in: SmallHub, run: Run) -> None:
     assert "outrider round status r-1" in ended.err
 
 
+def test_a_learned_run_needs_no_signature_afterwards(logged_in: SmallHub, run: Run) -> None:
+    spec = {"family": "digits", "base": "1.0.0", "version": "1.0.0-learned.1", "rounds": 2}
+    logged_in.answers[("POST", "/v1/rounds")] = (201, document("finished", rounds=2, spec=spec))
+    ended = run(*START, "--learned")
+    assert ended.code == 0, ended.err
+    assert msgspec.json.decode(logged_in.asked[-1].body)["learned"] is True
+    assert "next: outrider rollout start digits/1.0.0-learned.1" in ended.err
+    assert "release sign" not in ended.err
+
+
 def test_waiting_tells_of_each_round_and_ends_with_what_to_do_next(logged_in: SmallHub, run: Run) -> None:
     looks = [document(rounds=1), document(rounds=2), document("building", rounds=2), document("finished", rounds=2)]
 

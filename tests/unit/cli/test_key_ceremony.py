@@ -47,7 +47,9 @@ from shared.model import (
     manifest_path,
     target_path,
 )
+from shared.trust import repository
 from shared.trust.assignment import sign_assignment
+from shared.trust.authority import family_keys
 from shared.wire.golden import GoldenSet, GoldenTensor, encode_golden
 from shared.wire.verification import Need
 from tests.fakes.release_room import FakeFleet, Outgoing
@@ -381,6 +383,37 @@ def test_a_change_of_keys_goes_over_the_link_by_an_admin_only(place: Place, serv
     assert place.line(f"{publish} --assign all")[0] == 2
 
 
+def test_people_let_the_hub_sign_what_it_learns_and_end_that(place: Place, served: Served) -> None:
+    lines = page("## Letting the hub sign", "From their next refresh")
+    end = next(number for number, line in enumerate(lines) if "--withdraw" in line)
+
+    def learned() -> tuple[list[str], bool]:
+        rows = served.database.read_now(tables.newest_metadata)
+        held = family_keys(repository.read_targets(rows["targets"].document).signed, "learned/digits")
+        keyids = [] if held is None else [key.keyid for key in held.keys]
+        return keyids, "learned/digits" in rows
+
+    assert learned() == ([], False)
+    place.lines(lines[: end - 2])
+    code, said = place.line("outrider-hub keys show learn.json")
+    assert (code, "learned/digits: 1 of 1, the hub's own" in said, "NEW" in said) == (0, True, True), said
+    place.lines(lines[end - 2 : end])
+    ((keyid,), is_served) = learned()
+    assert is_served, "devices must find it in the snapshot from now on"
+    online = online_keys(place.folder / "hub" / "keys")
+    root = served.database.read_now(tables.newest_metadata)["root"].document
+    signer = online(root).learned
+    assert signer is not None
+    assert signer(DIGITS, [keyid]).public_key.keyid == keyid
+    (file,) = (place.folder / "hub" / "keys").glob("learned-digits-*.key")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    place.lines(lines[end : end + 1])
+    code, said = place.line("outrider-hub keys show end.json")
+    assert (code, "learned/digits: WITHDRAWN" in said) == (0, True), said
+    place.lines(lines[end + 1 :])
+    assert learned() == ([], True)
+
+
 def test_a_draft_of_strangers_is_not_signed(place: Place, served: Served) -> None:
     assert served.actions()
     place.lines(
@@ -423,6 +456,10 @@ WRONG: Final = (
     ("keys rotate root --data hub --draft x.json --add ann/release-*.pub.json", 2, "made for release"),
     ("keys rotate snapshot --data hub --draft digits.json", 6, "exists"),
     ("keys rotate models/cats --data hub --draft x.json", 2, "no release yet"),
+    ("keys rotate learned/cats --data hub --draft x.json", 2, "list no models/cats"),
+    ("keys rotate learned/digits --withdraw --data hub --draft x.json", 2, "nothing to withdraw"),
+    ("keys rotate learned/digits root --withdraw --data hub --draft x.json", 2, "learned/FAMILY alone"),
+    ("keys rotate root --withdraw --data hub --draft x.json", 2, "learned/FAMILY alone"),
     ("keys publish root-1.json --data hub", 0, "was published before"),
     ("init --data second --root digits.json --online online", 2, "changes a hub"),
     ("init --data second --root root-1.json", 2, "go together"),

@@ -6,13 +6,12 @@ import msgspec
 import pytest
 
 from edge_agent.core import slots
+from edge_agent.core.slot_bytes import decode_state, encode_state
 from edge_agent.core.slot_values import (
     FilesHere,
     Report,
     Timer,
     backoff_ms,
-    decode_state,
-    encode_state,
     timer_event,
 )
 from shared.errors import StorageError

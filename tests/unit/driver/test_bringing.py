@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from edge_agent.core.slot_values import MAX_REFETCHES, Event, Fetch, FetchFailed, FilesBad, FilesHere, FilesVerified
+from edge_agent.core.slot_values import (
+    MAX_REFETCHES,
+    Event,
+    Fetch,
+    FetchFailed,
+    FilesBad,
+    FilesHere,
+    FilesVerified,
+    VerifyFiles,
+)
 from edge_agent.core.spending import DAY_HOURS, HOUR_MS
 from edge_agent.core.ways import PatchPolicy
 from edge_agent.driver.bringing import Bringing, Supplies
@@ -407,7 +416,7 @@ def test_what_waits_is_told_once_with_its_reason_and_goes_on() -> None:
         place.moments.advance((DAY_HOURS + 1) * HOUR_MS)
         files.fetch(FAMILY, Fetch("key", (file,)))
         await idle(loop)
-        files.verify(FAMILY, "key", (file,))
+        files.verify(FAMILY, VerifyFiles("key", (file,)))
         await idle(loop)
 
     *waits, here, verified = with_files(place, story)
@@ -471,7 +480,7 @@ def test_a_newer_assignment_ends_what_is_under_way_at_every_point(point: str, mo
                     patched.setattr(place.fetcher, "blob", held)
             if point == "check":
                 place.put(NEW)
-                files.verify(FAMILY, "old", (file,))
+                files.verify(FAMILY, VerifyFiles("old", (file,)))
             else:
                 files.fetch(FAMILY, wanted)
             await reached.wait()
@@ -504,9 +513,9 @@ def test_a_file_that_the_disk_changed_is_told_as_such() -> None:
     place.shelf.spoil(file.digest, b"!" + NEW[1:])
 
     async def story(files: Files, loop: Loop) -> None:
-        files.verify(FAMILY, "key", (file,))
+        files.verify(FAMILY, VerifyFiles("key", (file,)))
         await idle(loop)
-        files.verify(FAMILY, "key", (file,))
+        files.verify(FAMILY, VerifyFiles("key", (file,)))
         await idle(loop)
 
     changed, gone = with_files(place, story)

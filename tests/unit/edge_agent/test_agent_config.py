@@ -23,6 +23,7 @@ def test_defaults_need_no_file(tmp_path: Path) -> None:
     assert config.state_dir == tmp_path
     assert config.door_path == tmp_path / "door.sock"
     assert config.profile == "auto"
+    assert not config.updates.accept_learned
 
 
 def test_later_sources_win_and_origins_are_known(tmp_path: Path) -> None:
@@ -43,6 +44,11 @@ def test_the_state_directory_comes_from_flag_or_environment(tmp_path: Path) -> N
     environ = {"OUTRIDER_AGENT_STATE_DIR": str(tmp_path / "env")}
     assert load_config(environ=environ).config.state_dir == tmp_path / "env"
     assert load_config(state_dir=str(tmp_path / "flag"), environ=environ).config.state_dir == tmp_path / "flag"
+
+
+def test_learned_releases_are_taken_where_the_device_says_so(tmp_path: Path) -> None:
+    write(tmp_path, "[updates]\naccept_learned = true\n")
+    assert load_config(state_dir=str(tmp_path), environ={}).config.updates.accept_learned
 
 
 def test_all_problems_are_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:

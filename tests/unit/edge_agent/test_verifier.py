@@ -27,10 +27,11 @@ from shared.errors import (
 )
 from shared.ids import Digest
 from shared.model import FileRef
-from shared.release import Floors, VerifiedAssignment
+from shared.release import Floors, Ground, VerifiedAssignment
 from shared.wire.verification import Accepted, Judged, Keep, StoredRelease, encode
 from tests.fakes.hub_fetcher import HubFetcher
 from tests.fakes.trust_repository import DEVICE, NOW_MS, TrustRepository, make_manifest
+from tests.unit.trust.test_learned_releases import BASE, BOUNDS, LEARNED, learned
 
 DIGITS = ("digits", "1.0.0")
 PROFILE = "x86-gateway"
@@ -51,8 +52,17 @@ def trust_dir(tmp_path: Path, hub: TrustRepository) -> Path:
     return directory
 
 
-def live(trust_dir: Path, fetcher: HubFetcher, *, deadline_ms: int = 60_000) -> LiveVerifier:
-    return LiveVerifier(trust_dir=trust_dir, device=DEVICE, profile=PROFILE, fetcher=fetcher, deadline_ms=deadline_ms)
+def live(
+    trust_dir: Path, fetcher: HubFetcher, *, deadline_ms: int = 60_000, accept_learned: bool = False
+) -> LiveVerifier:
+    return LiveVerifier(
+        trust_dir=trust_dir,
+        device=DEVICE,
+        profile=PROFILE,
+        fetcher=fetcher,
+        deadline_ms=deadline_ms,
+        accept_learned=accept_learned,
+    )
 
 
 def verify(verifier: LiveVerifier, document: bytes, floors: Floors | None = None) -> VerifiedAssignment:
@@ -72,6 +82,27 @@ def test_a_good_assignment_is_accepted_and_kept(hub: TrustRepository, trust_dir:
     fetcher.asked.clear()
     assert verify(live(trust_dir, fetcher), document, verified.floors) == verified
     assert fetcher.asked == ["2.root.json", "timestamp.json"]
+
+
+def test_learned_releases_are_for_devices_that_opted_in_and_hold_at_the_next_start(tmp_path: Path) -> None:
+    hub = TrustRepository()
+    hub.release(BASE)
+    hub.allow_learned()
+    hub.learn(learned())
+    (tmp_path / "root.json").write_bytes(hub.first_root)
+    fetcher, document = HubFetcher(hub), hub.assign(LEARNED)
+    with pytest.raises(TrustError) as caught:
+        verify(live(tmp_path, fetcher), document)
+    assert caught.value.code == "trust.learned_refused"
+    willing = live(tmp_path, fetcher, accept_learned=True)
+    verified = verify(willing, document)
+    (model,) = verified.models
+    assert model.ground == Ground(file=BASE.variants[0].file, bounds=BOUNDS)
+    stored = StoredRelease(family=model.manifest.family, version=model.manifest.version, digest=model.manifest_digest)
+    judged = asyncio.run(willing.judge((stored,), floors=verified.floors))
+    assert judged == Judged(refused={}, undecided={})
+    judged = asyncio.run(live(tmp_path, fetcher).judge((stored,), floors=verified.floors))
+    assert [said.code for said in judged.refused.values()] == ["trust.learned_refused"]
 
 
 def test_a_refusal_carries_code_and_hint_and_keeps_nothing_of_it(hub: TrustRepository, trust_dir: Path) -> None:

@@ -266,7 +266,8 @@ def test_operations_have_stable_names(api: Api) -> None:
         operation["operationId"] for path in api.app.openapi()["paths"].values() for operation in path.values()
     }
     assert operations == {
-        "put_blob", "get_blob", "head_blob", "push_model", "list_models", "get_model", "publish_release",
+        "put_blob", "get_blob", "head_blob", "push_model", "learn_release",
+        "list_models", "get_model", "publish_release",
         "list_releases", "get_release", "get_proposal", "get_metadata", "assign", "list_assignments",
         "change_keys",
         "attest_time",

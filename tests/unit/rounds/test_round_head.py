@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cloud_hub.rounds import head
 from shared.errors import InvalidValue, ModelError
+from shared.learned import check_learned_file
 from shared.model import Signature, TensorSpec
 
 WIDTH, CLASSES = 4, 3
@@ -106,6 +107,43 @@ def test_the_head_is_found_and_replaced(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
     names = {tensor.name for tensor in onnx.load_from_string(data).graph.initializer}
     assert names == {"head.weight", "head.bias"}, "the old head travels on"
+
+
+@pytest.mark.parametrize("kind", ["gemm", "gemm turned", "matmul and add", "bias first", "softmax", "log of softmax"])
+def test_new_numbers_are_put_in_place_of_the_old_and_every_other_byte_stays(kind: str, tmp_path: Path) -> None:
+    nodes, turned = GRAPHS[kind]
+    file = saved(graph(nodes, turned=turned), tmp_path)
+    weight, bias = head.numbers(file, scores="scores")
+    assert head.renumber(file, scores="scores", weight=weight, bias=bias) == file.read_bytes()
+    data = head.renumber(file, scores="scores", weight=weight + 1, bias=bias - 1)
+    bounds = (WIDTH * CLASSES + CLASSES) ** 0.5
+    base = memoryview(file.read_bytes())
+    shift = check_learned_file(memoryview(data), base, tensors=("w", "b"), max_shift=bounds + 1e-3)
+    assert shift == pytest.approx(bounds, rel=1e-4)
+    rows = np.random.default_rng(2).normal(size=(5, WIDTH)).astype(np.float32)
+    replaced = head.replace(file, scores="scores", weight=weight + 1, bias=bias - 1)
+    np.testing.assert_allclose(scores_of(data, rows)[0], scores_of(replaced, rows)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemm without bias", "matmul"])
+def test_a_head_without_a_bias_learns_none(kind: str, tmp_path: Path) -> None:
+    nodes, turned = GRAPHS[kind]
+    file = saved(graph(nodes, turned=turned), tmp_path)
+    weight, bias = head.numbers(file, scores="scores")
+    assert not bias.any()
+    assert head.renumber(file, scores="scores", weight=weight, bias=bias) == file.read_bytes()
+    with pytest.raises(ModelError, match="no bias"):
+        head.renumber(file, scores="scores", weight=weight, bias=bias + 1)
+
+
+def test_a_head_whose_numbers_are_scaled_or_used_twice_is_not_exchanged_in_place(tmp_path: Path) -> None:
+    scaled = saved(graph(GRAPHS["gemm scaled"][0]), tmp_path)
+    twice = tmp_path / "twice.onnx"
+    other = helper.make_node("Add", ["b", "b"], ["unused"])
+    twice.write_bytes(graph([GEMM, other]).SerializeToString())
+    for file in (scaled, twice):
+        with pytest.raises(ModelError, match="exchanged in place"):
+            head.numbers(file, scores="scores")
 
 
 def test_the_result_can_be_a_base_again(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ class OurRun:
         answers = []
         for path in paths:
             try:
-                answers.append(said(self._drive(self._client.find(path), files)))
+                found = self._drive(self._client.find(path), files)
+                answers.append(said(None if found is None else found.target))
             except (TrustError, TransferError) as error:
                 answers.append("no")
                 why = f"{error.code}: {error.message}"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from shared.errors import InvalidValue
+from shared.onnx_tensors import find_tensors
 from shared.patch import format as form
 from shared.patch import making
 from shared.patch.alignment import Segment, align
-from shared.patch.onnx_tensors import find_tensors
 
 FLOAT = TensorProto.FLOAT
 RNG = np.random.default_rng(4)
