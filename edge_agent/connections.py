@@ -38,6 +38,7 @@ from edge_agent.identity import TRUST_DIR, Identity, load_identity
 from edge_agent.ports import CertificateLife
 from edge_agent.settings import AgentConfig
 from edge_agent.update_ports import Fetcher
+from shared.ids import DeviceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,7 @@ def connect(
         clock=clock,
         loop=loop,
         ledger=ledger,
-        source=HubTime(
-            fetcher=undated,
-            follow=renewer.follow,
-            verifier=verifier,
-            device=identity.device,
-            random=secrets.token_bytes,
-        ),
+        source=_hub_time(undated, renewer, verifier, device=identity.device),
         note=lambda name, detail: loop.inbox.post(Noted(name, detail)),
         issued_ms=identity.not_before_ms,
     )
@@ -121,6 +116,10 @@ def connect(
     return Connections(
         fetcher=fetcher, cloud=cloud, courier=courier, verifier=verifier, timekeeping=timekeeping, renewals=renewals
     )
+
+
+def _hub_time(fetcher: HubFetcher, renewer: LiveRenewer, verifier: LiveVerifier, *, device: DeviceId) -> HubTime:
+    return HubTime(fetcher=fetcher, follow=renewer.follow, verifier=verifier, device=device, random=secrets.token_bytes)
 
 
 def _courier(
