@@ -50,7 +50,6 @@ LINK_S: Final = 20.0
 RENEW_LOOK_S: Final = 3600.0
 CLAIM_LOOK_S: Final = 10.0
 CA_LOOK_S: Final = 2.0
-TIME_LOOK_S: Final = 5.0
 
 
 def run(config: HubConfig, *, announce: Callable[[str], None], manager: str | None) -> int:
@@ -203,13 +202,6 @@ async def _follow_authorities(
         seen, before = pair.stamp, set(authorities.fingerprints)
 
 
-async def _watch_time(foundation: Foundation) -> None:
-    """Tell whoever reads the log when the clock is doubted; metrics and `doctor` say it too."""
-    while True:
-        foundation.time.look()
-        await asyncio.sleep(TIME_LOOK_S)
-
-
 async def _keep_claim(foundation: Foundation) -> None:
     """Hold the database while the hub runs: a server that was restarted has forgotten who does.
 
@@ -313,7 +305,6 @@ async def _serve_rooms(
             group.create_task(_renew_in_time(foundation, turn=turn, reload=reload)),
             group.create_task(follow(forget=restart_broker)),
             group.create_task(_keep_claim(foundation)),
-            group.create_task(_watch_time(foundation)),
         ]
         tasks.append(group.create_task(_announce(config, (https_up, link_up), announce=announce, manager=manager)))
         status = await stop

@@ -79,5 +79,5 @@ def compose(
         switchboard=ingest.switchboard(foundation, devices=devices, telemetry=telemetry, rounds=rounds),
         devices=devices,
         releases=releases,
-        loops=(releases.run, offload.run, rollouts.run, rounds.run, standings.run),
+        loops=(releases.run, offload.run, rollouts.run, rounds.run, standings.run, foundation.time.run),
     )

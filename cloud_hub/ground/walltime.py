@@ -14,6 +14,7 @@ Not here: what depends on the time and is the hub's own (ports' certificates, re
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Final
 
@@ -26,6 +27,7 @@ from shared.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MAX_JUMP_MS: Final = 3600 * 1000
+LOOK_S: Final = 5.0
 CODE: Final = "config.clock"
 HINT: Final = "set the machine's clock; if it is right, restart the hub, which then takes it as it is"
 
@@ -80,6 +82,12 @@ class WallTime:
         now_ms = self._clock.wall_ms()
         self.require(now_ms)
         return now_ms
+
+    async def run(self) -> None:
+        """Tell whoever reads the log, until cancelled; metrics and `doctor` say it too."""
+        while True:
+            self.look()
+            await asyncio.sleep(LOOK_S)
 
     def look(self) -> None:
         """Log that the clock is doubted, once, and once that it is no longer."""
