@@ -100,7 +100,7 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(
         30,
-        _RENEWAL + "test_what_the_hub_signs_for_a_takeover_is_not_taken_up",
+        "tests/unit/devices/test_sightings.py::test_what_the_hub_signs_for_a_takeover_is_not_taken_up",
         ("cloud_hub.devices.sightings._is_adoptable", always(True)),
     ),
     against(
