@@ -94,6 +94,16 @@ DEFENCES: Final[tuple[Defence, ...]] = (
         ("cloud_hub.devices.renewing.is_proof", always(True)),
     ),
     against(
+        30,
+        _RENEWAL + "test_once_a_certificate_is_used_the_one_before_it_gets_only_its_answer_again[renewed]",
+        ("cloud_hub.devices.certificate_tables.has_used_successor", always(False)),
+    ),
+    against(
+        30,
+        "tests/unit/devices/test_sightings.py::test_what_the_hub_signs_for_a_takeover_is_not_taken_up",
+        ("cloud_hub.devices.sightings._is_adoptable", always(True)),
+    ),
+    against(
         31, "tests/unit/ground/test_ground_audit.py::test_tampering_shows", ("cloud_hub.ground.audit._link", _blind)
     ),
     against(

@@ -168,6 +168,11 @@ DEFENCES: Final[tuple[Defence, ...]] = (
     ),
     against(
         10,
+        _DRAFTS + "test_a_familys_key_is_never_an_online_key",
+        "shared.trust.publication.check_family_keys",
+    ),
+    against(
+        10,
         "tests/unit/cli/test_key_ceremony.py::test_a_draft_of_strangers_is_not_signed",
         "cloud_hub.commands.keys._require_known",
     ),
