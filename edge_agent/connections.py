@@ -76,14 +76,7 @@ def connect(
     fetcher = SourcedFetcher(hub=hub, mirrors=tuple(mirrors), clock=clock) if mirrors else hub
     cloud = HubCloud(hub_url=url, context=context, clock=clock)
     courier = _courier(config, identity, loop.inbox, uplink, now_ms=now_ms)
-    trust_dir = config.state_dir / TRUST_DIR
-    verifier = LiveVerifier(
-        trust_dir=trust_dir,
-        device=identity.device,
-        profile=profile,
-        fetcher=fetcher,
-        accept_learned=config.updates.accept_learned,
-    )
+    verifier = _verifier(config, identity, profile=profile, fetcher=fetcher)
     renewer = LiveRenewer(
         state_dir=config.state_dir, hub_url=config.hub.url, now_ms=now_ms, basis=lambda: timekeeping.basis
     )
@@ -134,6 +127,16 @@ def _courier(
         on_lost=lambda reason: uplink().lost(reason),
         on_refused=lambda topic, ref, code, reason: uplink().refused(topic, ref, code, reason),
         on_taken=lambda ref: uplink().taken(ref),
+    )
+
+
+def _verifier(config: AgentConfig, identity: Identity, *, profile: str, fetcher: Fetcher) -> LiveVerifier:
+    return LiveVerifier(
+        trust_dir=config.state_dir / TRUST_DIR,
+        device=identity.device,
+        profile=profile,
+        fetcher=fetcher,
+        accept_learned=config.updates.accept_learned,
     )
 
 

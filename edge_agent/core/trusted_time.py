@@ -37,8 +37,8 @@ AGAIN_MS: Final = 60_000
 WRONG_DATES: Final = "transfer.certificate_dates"
 """The code of a server certificate that is not valid at the trusted time: one of the two is wrong."""
 
-FROZEN: Final = "trust.freeze"
-"""The code of metadata that has expired by the trusted time: somebody holds the new back, or the time is wrong."""
+BY_THE_TIME: Final = frozenset({"trust.freeze", "trust.issued_ahead"})
+"""Codes of what has expired or lies ahead by the trusted time: somebody holds the new back, or the time is wrong."""
 
 Basis = Literal["attested", "floor", "clock"]
 """On what the time rests: the hub's attestation in this boot; what has passed at least; the system clock alone."""

@@ -22,7 +22,7 @@ from edge_agent.core.intake import (
     Untimed,
 )
 from edge_agent.core.slot_values import FetchDue, Installed
-from edge_agent.core.trusted_time import FROZEN
+from edge_agent.core.trusted_time import BY_THE_TIME
 from edge_agent.driver.answering import Answering
 from edge_agent.driver.events import (
     ForIntake,
@@ -282,7 +282,7 @@ class Agent:
                     document, floors=floors, wall_ms=time.now_ms(), time_attested=time.attested
                 )
             except TrustError as error:
-                if error.code != FROZEN:
+                if error.code not in BY_THE_TIME:
                     raise
                 await time.confirm()
                 if time.news == news:
