@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from edge_agent.core import link, renewal, trusted_time
-from edge_agent.core.trusted_time import BUILT_MS, FROZEN, WRONG_DATES
+from edge_agent.core.trusted_time import BUILT_MS, WRONG_DATES
 from edge_agent.driver.events import ForLink, TimeDoubted
 from edge_agent.ports import CertificateLife
 from shared.errors import OutriderError, StorageError, TransferRefused, TrustError, Unreachable
@@ -231,7 +231,7 @@ def freezing(world: AgentWorld) -> None:
     ) -> VerifiedAssignment:
         verified = await inner(document, floors=floors, wall_ms=wall_ms, time_attested=time_attested)
         if wall_ms > TRUE_MS + DAY_MS:
-            raise TrustError("the timestamp metadata has expired", code=FROZEN)
+            raise TrustError("the timestamp metadata has expired", code="trust.freeze")
         return verified
 
     world.verifier.verify = verify  # type: ignore[method-assign]
