@@ -44,8 +44,8 @@ LENIENT: Final[dict[str, str]] = {
     "binds the new ones; python-tuf drops only the one whose signature no longer holds. Our floors, which the fuzz "
     "leaves out, bind in both cases",
     "New snapshot is missing info": "the same: the old snapshot is no base for comparison any more",
-    "snapshot was signed by": "the same: python-tuf keeps a stored timestamp of an equal version, and wants the snapshot "
-    "of the old keys that it names; we go by the one that is served, signed with the new keys",
+    "snapshot was signed by": "the same: python-tuf keeps a stored timestamp of an equal version, and wants the "
+    "snapshot of the old keys that it names; we go by the one that is served, signed with the new keys",
 }
 """What we accept and python-tuf refuses, by a part of its words, with the reason; only after such a change of keys."""
 
