@@ -50,6 +50,7 @@ print(msgspec.json.encode(verdict).decode())
 def test_a_test_that_takes_too_long_shows_nothing_unless_it_may_hang(
     tmp_path: Path, stand_in: str, may_hang: bool, bare: str, holds: bool
 ) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # the place may lie below ours, whose settings name other tests
     (tmp_path / "guard.py").write_text("def check():\n    return None\n")
     (tmp_path / "test_it.py").write_text(GUARDED)
     ran = subprocess.run(
