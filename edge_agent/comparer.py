@@ -20,9 +20,10 @@ import msgspec
 
 from edge_agent.host import confine
 from shared.errors import InvalidValue, TrustError
-from shared.learned import CODE, check_learned_file
+from shared.learned import check_learned_file
 from shared.limits import MIB
 from shared.model import Learning
+from shared.release import LEARNED_CODE
 
 NICENESS: Final = 10
 CPU_LIMIT_S: Final = 120
@@ -62,7 +63,7 @@ def compare(order: Order, *, learned: int, base: int) -> Outcome:
     except TrustError as error:
         return Outcome(code=error.code, message=error.message)
     except InvalidValue as error:
-        return Outcome(code=CODE, message=f"the base does not read: {error.message}")
+        return Outcome(code=LEARNED_CODE, message=f"the base does not read: {error.message}")
     except (OSError, ValueError) as error:  # shorter than both should be: the disk lost something
         return Outcome(code="storage.damaged", message=str(error))
     return Outcome(shift=shift)

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from shared.errors import TrustError
 from shared.model import Manifest
 from shared.onnx_tensors import TensorSpan, find_tensors
+from shared.release import LEARNED_CODE
 
-CODE: Final = "trust.learned"
 _FLOAT: Final = 1
 _HINT: Final = "let a person sign this release, or learn it again from its base"
 
@@ -120,4 +120,4 @@ def _named(base: memoryview, tensors: Sequence[str]) -> list[TensorSpan]:
 
 
 def _refusal(why: str) -> TrustError:
-    return TrustError(f"this learned release is not to be trusted: {why}", code=CODE, hint=_HINT)
+    return TrustError(f"this learned release is not to be trusted: {why}", code=LEARNED_CODE, hint=_HINT)

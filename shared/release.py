@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from shared.ids import DeviceId, Digest, FamilyName, ModelVersion
@@ -14,6 +16,10 @@ class AssignedModel(msgspec.Struct, frozen=True, kw_only=True):
     family: FamilyName
     version: ModelVersion
     manifest: FileRef
+
+
+LEARNED_CODE: Final = "trust.learned"
+"""The code of a learned release that does not keep to its base (shared/learned.py)."""
 
 
 class Patch(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,9 +17,8 @@ from edge_agent.adapters.errand import closing, run_errand
 from edge_agent.opening import open_verified
 from edge_agent.update_ports import Shelf
 from shared.errors import OutriderError, TrustError
-from shared.learned import CODE
 from shared.model import FileRef
-from shared.release import Ground
+from shared.release import LEARNED_CODE, Ground
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +62,16 @@ class LiveComparer:
             OutriderError: `comparer.start`, `.deadline`, `.lost`: that is no word on it.
         """
         if file.length != ground.file.length:
-            raise TrustError("the learned file has another length than its base's", code=CODE)
+            raise TrustError("the learned file has another length than its base's", code=LEARNED_CODE)
         with contextlib.ExitStack() as opened:
             descriptors = [
                 opened.enter_context(closing(await open_verified(self._shelf, one))) for one in (file, ground.file)
             ]
             outcome = await self._run(file, ground, descriptors)
-        if outcome.code == CODE:
-            raise TrustError(outcome.message, code=CODE, hint="let a person sign this release, or learn it again")
+        if outcome.code == LEARNED_CODE:
+            raise TrustError(
+                outcome.message, code=LEARNED_CODE, hint="let a person sign this release, or learn it again"
+            )
         if outcome.code:
             raise _lost(outcome.message, "lost")
         logger.info("learned file compared", extra={"file": file.path, "shift": outcome.shift})

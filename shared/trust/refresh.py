@@ -23,10 +23,9 @@ from typing import Final, TypeVar
 from shared import limits
 from shared.errors import InvalidValue, TrustError
 from shared.ids import FamilyName, ModelVersion
-from shared.learned import CODE as LEARNED_CODE
 from shared.learned import check_learned_manifest
 from shared.model import FileRef, Manifest, decode_manifest, is_learned, parse_manifest_path
-from shared.release import AssignedModel, Assignment, Floors, Ground, VerifiedAssignment, VerifiedModel
+from shared.release import LEARNED_CODE, AssignedModel, Assignment, Floors, Ground, VerifiedAssignment, VerifiedModel
 from shared.trust import assignment as assignments
 from shared.trust import floors, strict, time
 from shared.trust import metadata as md

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from shared.wire.envelope import encode_envelope
 from shared.wire.messages import Birth, Death, Message, Reported
 from tests.fakes.hub_parts import csr_for, envelope_of
 from tests.fakes.hub_process import Device, HubProcess, Line, wait_until
+from tests.fakes.tls_server import takes_server
 from tests.live.test_hub_devices import free_ports
 
 pytestmark = pytest.mark.live
@@ -166,33 +166,7 @@ def test_attack_28_a_devices_certificate_is_no_servers(hub: HubProcess, devices:
 
 def shakes(certificate: Path, key: Path, hub: HubProcess) -> bool:
     """Whether one of the hub's clients, names aside, takes a server with this certificate for the hub's."""
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(certificate, key)
-    client = hub.context()
-    client.check_hostname = False
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            raw, _ = listener.accept()
-            with raw:
-                try:
-                    server.wrap_socket(raw, server_side=True).close()
-                except (ssl.SSLError, OSError):
-                    return
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            with (
-                socket.create_connection(listener.getsockname(), timeout=10) as raw,
-                client.wrap_socket(raw, server_hostname="localhost"),
-            ):
-                return True
-        except ssl.SSLCertVerificationError as error:
-            assert "purpose" in error.verify_message
-            return False
-        finally:
-            thread.join(20)
+    return takes_server(hub.context(), certificate, key)
 
 
 def test_attack_28_a_servers_certificate_is_no_clients(hub: HubProcess, devices: tuple[Device, Device]) -> None:

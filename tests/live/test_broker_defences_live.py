@@ -10,7 +10,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from shared.ids import DeviceId
 from shared.wire import topics
 from tests.fakes.hub_parts import csr_for, key_pem, make_authority
 from tests.fakes.hub_process import Device, Line, wait_until
+from tests.fakes.tls_server import takes_server
 
 pytestmark = pytest.mark.live
 
@@ -248,30 +248,5 @@ def test_attack_28_a_devices_certificate_is_no_servers(grounds: Grounds) -> None
 
 def agent_takes(server: Device) -> bool:
     """Whether the agent's TLS, names aside, takes who shows this certificate for the hub."""
-    shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    shown.load_cert_chain(server.folder / "device.pem", server.folder / "device.key")
     context = dated_context(server.folder / "ca.pem", now_ms=SystemClock().wall_ms)
-    context.check_hostname = False
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            raw, _ = listener.accept()
-            with raw:
-                try:
-                    shown.wrap_socket(raw, server_side=True).close()
-                except (ssl.SSLError, OSError):
-                    return
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            with (
-                socket.create_connection(listener.getsockname(), timeout=10) as raw,
-                context.wrap_socket(raw, server_hostname="localhost"),
-            ):
-                return True
-        except ssl.SSLCertVerificationError as error:
-            assert "purpose" in error.verify_message
-            return False
-        finally:
-            thread.join(20)
+    return takes_server(context, server.folder / "device.pem", server.folder / "device.key")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import msgspec
 import pytest
 
 from shared.errors import Conflict, InvalidValue, TrustError
-from shared.ids import DeviceId, FamilyName
-from shared.installed import reverify_installed
+from shared.ids import FamilyName
 from shared.trust import keys, library
 from shared.trust import publication as publications
 from shared.trust import repository as repo
 from shared.trust.library import DelegatedRole, Delegations, TargetFile
-from tests.fakes.trust_repository import DAY_MS, NOW_MS, Device, TrustRepository, make_manifest
+from tests.fakes.trust_repository import DAY_MS, NOW_MS, TrustRepository, make_manifest
 
 DIGITS = FamilyName("digits")
 ROLE = "models/digits"
@@ -210,30 +208,6 @@ def test_an_expired_publication_is_refused(hub: TrustRepository) -> None:
     with pytest.raises(TrustError) as caught:
         check(hub, role, now_ms=NOW_MS + 91 * DAY_MS)
     assert caught.value.code == "trust.freeze"
-
-
-def test_what_is_installed_is_checked_again_without_a_clock(hub: TrustRepository) -> None:
-    device = Device(hub.first_root)
-    verified = device.verify(hub.assign(("digits", "1.0.0")), hub.serve)
-    files = reverify_installed(verified, device=device.name)
-    assert {file.path for file in files.values()} == {file.path for file in repo.release_files(make_manifest())[1:]}
-    replace = msgspec.structs.replace
-    other = replace(verified, models=(replace(verified.models[0], manifest=make_manifest("1.1.0")),))
-    for code, damaged, name in (
-        ("trust.wrong_device", verified, DeviceId("dev-2")),
-        ("trust.digest", other, device.name),
-        ("trust.digest", replace(verified, models=()), device.name),
-        ("trust.digest", replace(verified, models=verified.models * 2), device.name),
-    ):
-        with pytest.raises(TrustError) as caught:
-            reverify_installed(damaged, device=name)
-        assert caught.value.code == code
-    broken = replace(make_manifest(), labels=("x",) * 20_000)
-    with pytest.raises(TrustError) as caught:
-        reverify_installed(
-            replace(verified, models=(replace(verified.models[0], manifest=broken),)), device=device.name
-        )
-    assert caught.value.code == "trust.malformed"
 
 
 def test_a_key_survives_being_written_and_nothing_else_is_a_key() -> None:
